@@ -1,0 +1,9 @@
+"""Codecs turn a block's vectors into latents and back. Adding one: a file here, one decorator, one import below."""
+
+from .autoencoder import AutoencoderCodec
+from .base import CODECS, Codec
+from .identity import IdentityCodec
+from .linear import LinearCodec
+from .quantizer import Quantizer
+
+__all__ = ["CODECS", "AutoencoderCodec", "Codec", "IdentityCodec", "LinearCodec", "Quantizer"]

@@ -1,0 +1,145 @@
+"""The paper's autoencoder: Linear, BatchNorm, LeakyReLU, Linear, and its mirror as the decoder.
+
+Source: KV-CAR (arXiv 2512.06727), part 1. BatchNorm and the input's normalisation are affine at inference, so they
+are folded into the linear maps before a bundle is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from .base import CODECS, Codec
+from .checks import take
+
+LEAKY_SLOPE = 0.01
+
+
+@dataclass(frozen=True)
+class FoldedHalf:
+    """One half of the autoencoder after folding: ``leaky_relu(x @ first + bias) @ second + bias``."""
+
+    first: Tensor
+    first_bias: Tensor
+    second: Tensor
+    second_bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to ``[..., in]``, giving ``[..., out]``."""
+        hidden = nn.functional.leaky_relu(x @ self.first + self.first_bias, LEAKY_SLOPE)
+        return hidden @ self.second + self.second_bias
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Named tensors for a bundle."""
+        return {f"{prefix}.{name}": getattr(self, name) for name in self.__dataclass_fields__}
+
+    @classmethod
+    def take(cls, tensors: Mapping[str, Tensor], prefix: str, width_in: int, width_out: int) -> FoldedHalf:
+        """Read back and check; the hidden width is whatever the first map says."""
+        first = tensors.get(f"{prefix}.first")
+        hidden = first.shape[-1] if first is not None and first.ndim == 2 else 0
+        return cls(
+            first=take(tensors, f"{prefix}.first", width_in, hidden),
+            first_bias=take(tensors, f"{prefix}.first_bias", hidden),
+            second=take(tensors, f"{prefix}.second", hidden, width_out),
+            second_bias=take(tensors, f"{prefix}.second_bias", width_out),
+        )
+
+
+@CODECS.register("autoencoder")
+class AutoencoderCodec(Codec):
+    """Inference form of the paper's autoencoder; ``AutoencoderModule`` is the form that trains."""
+
+    name = "autoencoder"
+
+    def __init__(self, encoder: FoldedHalf, decoder: FoldedHalf) -> None:
+        self._encoder, self._decoder = encoder, decoder
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See ``Codec``."""
+        return self._encoder(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """See ``Codec``; not affine, so values are decoded tile by tile rather than summed as latents."""
+        return self._decoder(z)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See ``Codec``."""
+        return self._encoder.tensors("encoder") | self._decoder.tensors("decoder")
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int, latents: int) -> Self:
+        """See ``Codec``."""
+        return cls(
+            encoder=FoldedHalf.take(tensors, "encoder", width, latents),
+            decoder=FoldedHalf.take(tensors, "decoder", latents, width),
+        )
+
+
+class AutoencoderModule(nn.Module):
+    """The trainable autoencoder of one block.
+
+    Args:
+        mean, std: ``[W]`` statistics that normalise the input; the output is put back on that scale.
+        hidden: width of the hidden layer ``h`` (the paper leaves it free).
+        latents: width of the latent ``d`` (the paper uses half of the embedding).
+    """
+
+    def __init__(self, mean: Tensor, std: Tensor, hidden: int, latents: int) -> None:
+        super().__init__()
+        width = len(mean)
+        self.mean, self.std = nn.Buffer(mean), nn.Buffer(std)
+        self.encoder = _half(width, hidden, latents)
+        self.decoder = _half(latents, hidden, width)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents ``[N, d]`` and reconstruction ``[N, W]`` of ``x`` ``[N, W]``."""
+        z = self.encoder((x - self.mean) / self.std)
+        return z, self.decoder(z) * self.std + self.mean
+
+    @torch.no_grad()
+    def fold(self) -> AutoencoderCodec:
+        """The same function in inference mode, BatchNorm and normalisation folded into the linear maps."""
+        encoder, decoder = _fold_batch_norm(self.encoder), _fold_batch_norm(self.decoder)
+        encoder = FoldedHalf(
+            first=encoder.first / self.std[:, None],
+            first_bias=encoder.first_bias - (self.mean / self.std) @ encoder.first,
+            second=encoder.second,
+            second_bias=encoder.second_bias,
+        )
+        decoder = FoldedHalf(
+            first=decoder.first,
+            first_bias=decoder.first_bias,
+            second=(decoder.second * self.std).contiguous(),
+            second_bias=decoder.second_bias * self.std + self.mean,
+        )
+        return AutoencoderCodec(encoder, decoder)
+
+
+def _half(width_in: int, hidden: int, width_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width_in, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.LeakyReLU(LEAKY_SLOPE),
+        nn.Linear(hidden, width_out),
+    )
+
+
+def _fold_batch_norm(half: nn.Sequential) -> FoldedHalf:
+    first, norm, _, second = half
+    assert isinstance(first, nn.Linear)
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert isinstance(second, nn.Linear)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    gain = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return FoldedHalf(
+        first=(first.weight * gain[:, None]).T.contiguous(),
+        first_bias=(first.bias - norm.running_mean) * gain + norm.bias,
+        second=second.weight.T.contiguous(),
+        second_bias=second.bias.clone(),
+    )

@@ -1,0 +1,44 @@
+"""The contract of a codec: four methods, pure PyTorch, no knowledge of pages, bits or models."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, Self
+
+from torch import Tensor
+
+from ..registry import Registry
+
+CODECS: Registry[type["Codec"]] = Registry("codec")
+
+
+class Codec(ABC):
+    """Maps vectors ``[..., W]`` of a block (keys before RoPE) to latents ``[..., R]`` and back, in float32."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def encode(self, x: Tensor) -> Tensor:
+        """Latents ``[..., R]`` float32 of ``x`` ``[..., W]`` float32."""
+
+    @abstractmethod
+    def decode(self, z: Tensor) -> Tensor:
+        """Reconstruction ``[..., W]`` float32 of latents ``[..., R]`` float32."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a bundle has to store, by name; ``from_tensors`` takes it back."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int, latents: int) -> Self:
+        """Rebuild from stored tensors.
+
+        Raises:
+            BundleError: a tensor is missing or its shape does not fit ``width`` (W) and ``latents`` (R).
+        """
+
+    def affine_decoder(self) -> tuple[Tensor, Tensor] | None:
+        """Matrix ``[R, W]`` and bias ``[W]`` when decoding is affine; attention then sums values in latent space."""
+        return None

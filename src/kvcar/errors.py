@@ -1,0 +1,39 @@
+"""The exceptions kvcar raises. Every message says what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class KVCarError(Exception):
+    """Base of every error that kvcar raises on purpose; the command line prints it without a traceback."""
+
+
+class InputError(KVCarError, ValueError):
+    """Text, prompts, options or files that cannot be used as given."""
+
+
+class UnsupportedModelError(KVCarError):
+    """The model has a structure this version cannot compress without changing what the model computes."""
+
+
+class PlanError(KVCarError, ValueError):
+    """A plan that is malformed, of an unknown version, or does not fit its model's geometry."""
+
+
+class BundleError(KVCarError):
+    """A bundle on disk that is missing, incomplete, damaged or not readable by this version."""
+
+
+class ModelMismatchError(BundleError):
+    """A bundle that was fitted for another model than the one it is being used with."""
+
+
+class FitError(KVCarError):
+    """Fitting cannot go on: non-finite activations, too little text, a target that no plan reaches."""
+
+
+class AttachError(KVCarError):
+    """A cache and a model that were not connected by ``kvcar.attach``, or were connected twice."""
+
+
+class CacheStateError(KVCarError):
+    """A cache that was asked for something its state does not allow, such as more positions than the model has."""

@@ -1,0 +1,1 @@
+"""Measuring what a compressed cache saves and costs, always stepped through the cache."""

@@ -1,0 +1,273 @@
+"""Fitting a bundle: capture once, solve block by block, hand back everything that a bundle holds."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity, coded_blocks
+from ..codecs import Codec, IdentityCodec, Quantizer
+from ..errors import FitError, InputError
+from ..models.fingerprint import fingerprint
+from ..models.geometry import read_geometry
+from ..plan import BitGroup, Block, Plan
+from ..planner.bits import allocate_bits
+from ..planner.blocks import regular_blocks
+from ..planner.budget import bits_for
+from ..shapes import KVGeometry, Slot
+from ..version import __version__
+from .autoencoder import train_autoencoder
+from .capture import capture
+from .moments import Moments
+from .options import DEFAULT_TIMES_SMALLER, FitOptions
+from .progress import OnProgress, silent
+from .quantize import fit_quantizer
+from .solve import Basis, groups_of, linear_codec, principal_basis
+from .text import TextSource
+
+_SAMPLE_TOKENS = 2048
+_TRAINING_TOKENS = 8192
+
+Fitted = tuple[list[Block], list[tuple[Codec, Quantizer] | None]]
+
+
+def fit_bundle(
+    model: PreTrainedModel,
+    name: str,
+    windows: Tensor,
+    source: TextSource,
+    options: FitOptions | None = None,
+    on_progress: OnProgress = silent,
+) -> Bundle:
+    """Fit a bundle for ``model``.
+
+    Args:
+        model: a causal language model; it is only run, never changed.
+        name: what to call it in the bundle.
+        windows: token ids int64 ``[N, context]`` to fit on.
+        source: where they come from, for provenance.
+        options: see ``FitOptions``.
+        on_progress: told what is going on.
+
+    Raises:
+        FitError: NaN in the model, too little text, or a target out of reach.
+        InputError: options that do not fit the model.
+    """
+    return fit_bundles(model, name, windows, source, [options or FitOptions()], on_progress)[0]
+
+
+def fit_bundles(
+    model: PreTrainedModel,
+    name: str,
+    windows: Tensor,
+    source: TextSource,
+    options: Sequence[FitOptions],
+    on_progress: OnProgress = silent,
+) -> list[Bundle]:
+    """Fit several bundles from one pass over the text, as ``fit_bundle`` does one.
+
+    Options that partition the slots alike share their statistics.
+    """
+    geometry = read_geometry(model.config)
+    blocks = [regular_blocks(geometry, o.layers_per_block, o.heads_per_block) for o in options]
+    sinks = max(o.sinks for o in options)
+    _check_text(windows, sinks, blocks, options, geometry)
+    needs = [b for b, o in zip(blocks, options, strict=True) if not _is_lossless(o)]
+    distinct = list(dict.fromkeys(block for each in needs for block in each))
+    training = any(o.codec == "autoencoder" for o in options)
+    stats = _collect(model, geometry, windows, distinct, sinks, training, on_progress) if distinct else {}
+    print_ = fingerprint(model)
+    identity = ModelIdentity(
+        name=name, architecture=type(model).__name__, dtype=print_.dtype, fingerprint=print_.digest
+    )
+    model_bytes = model.dtype.itemsize
+    bundles = []
+    for each, option in zip(blocks, options, strict=True):
+        plan, coded = _solve(geometry, each, stats, option, model_bytes, on_progress)
+        bundles.append(Bundle(plan, coded, print_, identity, _provenance(windows, source, option)))
+    return bundles
+
+
+def _is_lossless(options: FitOptions) -> bool:
+    return options.codec == "identity" and options.bits is None and options.times_smaller is None
+
+
+def _check_text(
+    windows: Tensor,
+    sinks: int,
+    blocks: Sequence[Sequence[tuple[Slot, ...]]],
+    options: Sequence[FitOptions],
+    geometry: KVGeometry,
+) -> None:
+    if windows.ndim != 2 or windows.numel() == 0:
+        raise InputError(f"fitting needs windows of token ids, got shape {tuple(windows.shape)}; give it some text")
+    if windows.shape[1] > geometry.max_positions:
+        raise InputError(
+            f"windows of {windows.shape[1]} tokens are longer than the model's {geometry.max_positions} positions"
+        )
+    usable = windows.shape[0] * max(0, windows.shape[1] - sinks)
+    for each, option in zip(blocks, options, strict=True):
+        width = max(len(block) for block in each) * geometry.head_dim
+        if not _is_lossless(option) and usable < 2 * width:
+            raise FitError(
+                f"{usable} tokens are too few to fit blocks of {width} elements (needed: at least {2 * width}); give "
+                "more text or tokens, or fewer layers per block"
+            )
+
+
+def _collect(
+    model: PreTrainedModel,
+    geometry: KVGeometry,
+    windows: Tensor,
+    blocks: Sequence[tuple[Slot, ...]],
+    sinks: int,
+    training: bool,
+    on_progress: OnProgress,
+) -> dict[tuple[Slot, ...], Moments]:
+    """Moments of every block in one pass over the text."""
+    total = windows.shape[0] * (windows.shape[1] - sinks)
+    stride = max(1, total // (_TRAINING_TOKENS if training else _SAMPLE_TOKENS))
+    moments = [Moments(len(block) * geometry.head_dim, stride) for block in blocks]
+    done = 0
+    on_progress("capture keys and values", 0, total)
+    for tokens in capture(model, geometry, windows, blocks, sinks, lambda index, x: moments[index].add(x)):
+        done += tokens
+        on_progress("capture keys and values", done, total)
+    return dict(zip(blocks, moments, strict=True))
+
+
+def _solve(
+    geometry: KVGeometry,
+    blocks: Sequence[tuple[Slot, ...]],
+    stats: dict[tuple[Slot, ...], Moments],
+    options: FitOptions,
+    model_bytes: int,
+    on_progress: OnProgress,
+) -> tuple[Plan, tuple[CodedBlock, ...]]:
+    lossless = _is_lossless(options)
+    empty = Plan(
+        geometry=geometry,
+        blocks=tuple(Block(codec=options.codec, slots=block) for block in blocks),
+        sinks=options.sinks,
+        window=options.window,
+        page_tokens=options.page_tokens,
+        # Lossless bundles keep the model's own dtype: they are the noise floor of every measurement.
+        exact_dtype="model" if lossless else "bfloat16",
+    )
+    if lossless:
+        return empty, coded_blocks([None] * len(blocks))
+    budget = _budget(empty, options, model_bytes)
+    solve = {"linear": _solve_linear, "autoencoder": _solve_autoencoder, "identity": _solve_identity}[options.codec]
+    planned, pairs = solve(blocks, stats, budget, options, on_progress)
+    return empty.model_copy(update={"blocks": tuple(planned)}), coded_blocks(pairs)
+
+
+def _budget(plan: Plan, options: FitOptions, model_bytes: int) -> int:
+    """Bits per token for all blocks together."""
+    if options.bits is not None:
+        elements = sum(len(block.slots) for block in plan.blocks) * plan.geometry.head_dim
+        return int(options.bits * elements)
+    return bits_for(plan, options.times_smaller or DEFAULT_TIMES_SMALLER, model_bytes)
+
+
+def _solve_linear(
+    blocks: Sequence[tuple[Slot, ...]],
+    stats: dict[tuple[Slot, ...], Moments],
+    budget: int,
+    options: FitOptions,
+    on_progress: OnProgress,
+) -> Fitted:
+    bases = _bases(blocks, stats, on_progress)
+    bits = allocate_bits([basis.variances for basis in bases], budget)
+    planned, pairs = [], []
+    for index, (block, basis, own) in enumerate(zip(blocks, bases, bits, strict=True)):
+        if not int(own.sum()):
+            # A block that gets no bits at all still needs one latent to be a block.
+            own = torch.zeros_like(own)
+            own[0] = 1
+        pairs.append(linear_codec(basis, own, stats[block].sample))
+        planned.append(Block(codec=options.codec, slots=block, groups=groups_of(own)))
+        on_progress("fit quantisers", index + 1, len(blocks))
+    return planned, pairs
+
+
+def _solve_autoencoder(
+    blocks: Sequence[tuple[Slot, ...]],
+    stats: dict[tuple[Slot, ...], Moments],
+    budget: int,
+    options: FitOptions,
+    on_progress: OnProgress,
+) -> Fitted:
+    bases = _bases(blocks, stats, on_progress)
+    widths = [len(basis.mean) for basis in bases]
+    planned, pairs = [], []
+    for index, (block, basis) in enumerate(zip(blocks, bases, strict=True)):
+        share = budget * widths[index] / sum(widths)
+        latents = min(int(share / options.latent_bits), widths[index])
+        if latents < 1:
+            raise FitError(
+                f"{share:.0f} bits per token for a block of {widths[index]} elements leave no latent of "
+                f"{options.latent_bits} bits; ask for a larger cache or fewer latent bits"
+            )
+        sample = stats[block].sample
+        pairs.append(train_autoencoder(basis, latents, options.latent_bits, sample, options.steps, options.seed))
+        groups = (BitGroup(bits=options.latent_bits, count=latents),)
+        planned.append(Block(codec=options.codec, slots=block, groups=groups))
+        on_progress("train autoencoders", index + 1, len(blocks))
+    return planned, pairs
+
+
+def _solve_identity(
+    blocks: Sequence[tuple[Slot, ...]],
+    stats: dict[tuple[Slot, ...], Moments],
+    budget: int,
+    options: FitOptions,
+    on_progress: OnProgress,
+) -> Fitted:
+    """Quantise elements as they are: every element of all blocks gets the same bits, or one more."""
+    total = sum(len(stats[block].mean) for block in blocks)
+    planned, pairs = [], []
+    for index, block in enumerate(blocks):
+        width = len(stats[block].mean)
+        low, extra = divmod(int(budget * width / total), width)
+        if low < 1:
+            raise FitError("the identity codec needs at least 1 bit per element; ask for a larger cache")
+        bits = torch.full((width,), min(low, 8))
+        if low < 8:
+            bits[:extra] += 1
+        codec = IdentityCodec(torch.argsort(bits, descending=True, stable=True))
+        groups = groups_of(bits)
+        pairs.append((codec, fit_quantizer(groups, codec.encode(stats[block].sample))))
+        planned.append(Block(codec=options.codec, slots=block, groups=groups))
+        on_progress("fit quantisers", index + 1, len(blocks))
+    return planned, pairs
+
+
+def _bases(
+    blocks: Sequence[tuple[Slot, ...]], stats: dict[tuple[Slot, ...], Moments], on_progress: OnProgress
+) -> list[Basis]:
+    bases = []
+    for index, block in enumerate(blocks):
+        bases.append(principal_basis(stats[block]))
+        on_progress("solve bases", index + 1, len(blocks))
+    return bases
+
+
+def _provenance(windows: Tensor, source: TextSource, options: FitOptions) -> FitProvenance:
+    return FitProvenance(
+        kvcar_version=__version__,
+        torch_version=torch.__version__,
+        transformers_version=transformers.__version__,
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        text=source.name,
+        text_sha256=source.sha256,
+        tokens=windows.numel(),
+        context=windows.shape[1],
+        seed=options.seed,
+        options=options.as_dict(),
+    )

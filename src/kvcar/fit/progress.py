@@ -1,0 +1,13 @@
+"""How long-running work tells what it is doing, without knowing who listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OnProgress = Callable[[str, int, int], None]
+"""(what is being done, how much is done, out of how much) -> None."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Listen to nothing."""
+    del what, done, total

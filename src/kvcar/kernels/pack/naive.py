@@ -1,0 +1,42 @@
+"""The specification of packing: one bit at a time, straight from the words of ``docs/format.md``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import SegmentLayout
+
+
+def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
+    """Bytes uint8 ``[size]`` of stored values ``u`` float32 ``[page_tokens, R]`` of one page."""
+    out = torch.zeros(layout.size, dtype=torch.uint8)
+    if layout.raw:
+        raw = u[:, : layout.raw].to(torch.float16).contiguous()
+        out[: raw.numel() * 2] = raw.view(torch.uint8).reshape(-1)
+    for plane in layout.planes:
+        width = plane.stop - plane.start
+        for token in range(layout.page_tokens):
+            row, place = token % plane.rows, token // plane.rows
+            for latent in range(plane.start, plane.stop):
+                part = (int(u[token, latent]) >> plane.shift) & (2**plane.bits - 1)
+                index = plane.offset + row * width + latent - plane.start
+                out[index] |= part << (place * plane.bits)
+    return out
+
+
+def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
+    """Stored values float32 ``[page_tokens, R]`` of the bytes ``[size]`` of one page."""
+    u = torch.zeros(layout.page_tokens, layout.latents)
+    if layout.raw:
+        raw = data[: layout.raw * layout.page_tokens * 2].clone().view(torch.float16)
+        u[:, : layout.raw] = raw.view(layout.page_tokens, layout.raw).float()
+    for plane in layout.planes:
+        width = plane.stop - plane.start
+        for token in range(layout.page_tokens):
+            row, place = token % plane.rows, token // plane.rows
+            for latent in range(plane.start, plane.stop):
+                byte = int(data[plane.offset + row * width + latent - plane.start])
+                part = (byte >> (place * plane.bits)) & (2**plane.bits - 1)
+                u[token, latent] += part << plane.shift
+    return u

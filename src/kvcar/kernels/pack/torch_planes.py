@@ -1,0 +1,67 @@
+"""Packing with whole-plane shifts and masks: any device, any number of pages at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import Plane, SegmentLayout
+
+
+def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
+    """Bytes uint8 ``[..., size]`` of stored values ``u`` float32 ``[..., page_tokens, R]``."""
+    lead = u.shape[:-2]
+    parts = []
+    if layout.raw:
+        raw = u[..., : layout.raw].to(torch.float16).contiguous()
+        parts.append(raw.view(torch.uint8).reshape(*lead, -1))
+    if layout.planes:
+        codes = u[..., layout.raw :].to(torch.uint8)
+        parts += [_pack_plane(codes, plane, layout.raw).reshape(*lead, -1) for plane in layout.planes]
+    return torch.cat(parts, dim=-1)
+
+
+def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
+    """Stored values float32 ``[..., page_tokens, R]`` of bytes ``[..., size]``; ``data`` may be strided."""
+    lead = data.shape[:-1]
+    u = torch.empty(*lead, layout.page_tokens, layout.latents, device=data.device)
+    if layout.raw:
+        raw = data[..., : layout.raw * layout.page_tokens * 2].contiguous().view(torch.float16)
+        u[..., : layout.raw] = raw.view(*lead, layout.page_tokens, layout.raw)
+    if layout.planes:
+        shape = (*lead, layout.page_tokens, layout.latents - layout.raw)
+        codes = torch.empty(shape, dtype=torch.uint8, device=data.device)
+        for plane in layout.planes:
+            _unpack_plane(data, plane, layout.raw, codes)
+        u[..., layout.raw :] = codes
+    return u
+
+
+def _pack_plane(codes: Tensor, plane: Plane, raw: int) -> Tensor:
+    part = codes[..., plane.start - raw : plane.stop - raw]
+    part = (part >> plane.shift) & (2**plane.bits - 1)
+    packed = part[..., : plane.rows, :].clone()
+    for place in range(1, 8 // plane.bits):
+        packed |= part[..., place * plane.rows : (place + 1) * plane.rows, :] << (place * plane.bits)
+    return packed
+
+
+def _unpack_plane(data: Tensor, plane: Plane, raw: int, codes: Tensor) -> None:
+    """Write (shift 0) or add (above) the plane's bits into ``codes`` uint8 ``[..., page_tokens, R - raw]``.
+
+    Bytes are shifted four at a time as int32: what crosses a byte's border is masked off. A plane's size is a
+    multiple of 4 bytes because a page is a multiple of 32 tokens.
+    """
+    lead, width = data.shape[:-1], plane.stop - plane.start
+    packed = data[..., plane.offset : plane.offset + plane.size].contiguous().view(torch.int32)
+    mask = (2**plane.bits - 1) * 0x01010101
+    target = codes[..., plane.start - raw : plane.stop - raw]
+    for place in range(8 // plane.bits):
+        part = packed >> (place * plane.bits) if place else packed
+        if plane.bits < 8:
+            part = part & mask
+        tokens = target[..., place * plane.rows : (place + 1) * plane.rows, :]
+        if plane.shift:
+            tokens |= (part << plane.shift).view(torch.uint8).view(*lead, plane.rows, width)
+        else:
+            tokens.copy_(part.view(torch.uint8).view(*lead, plane.rows, width))

@@ -1,0 +1,237 @@
+"""A plan says for every slot how it is stored: exact, in a block, or not at all because it reuses another slot.
+
+Plans are pure data: frozen, strictly validated, versioned JSON. Nothing here knows a tensor or a model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, model_validator
+
+from .errors import PlanError
+from .shapes import KINDS, Kind, KVGeometry, PositiveInt, Slot, StrictModel
+
+FORMAT_VERSION = 1
+RAW_BITS = 16
+PACKED_BITS = tuple(range(1, 9))
+
+ExactDtype = Literal["model", "bfloat16", "float16"]
+
+
+def _read_slot(value: Any) -> Slot:
+    """Accept a slot or its JSON form ``[layer, head, kind]``."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise ValueError(f"a slot is [layer, head, kind], got {value!r}")
+    layer, head, kind = value
+    if type(layer) is not int or type(head) is not int or kind not in KINDS:
+        raise ValueError(f"a slot is [layer, head, 'key' or 'value'], got {value!r}")
+    return Slot(layer, head, kind)
+
+
+SlotField = Annotated[Slot, PlainValidator(_read_slot), PlainSerializer(list)]
+
+
+class BitGroup(StrictModel):
+    """``count`` neighbouring latents of a block that are stored with ``bits`` bits each.
+
+    1 to 8 bits are integers with a static scale per latent; 16 is an unquantised float16.
+    """
+
+    bits: Annotated[int, Field(ge=1, le=RAW_BITS)]
+    count: PositiveInt
+
+    @model_validator(mode="after")
+    def _known_width(self) -> BitGroup:
+        if self.bits not in PACKED_BITS and self.bits != RAW_BITS:
+            raise ValueError(f"latents are stored with 1 to 8 bits or {RAW_BITS}, not {self.bits}")
+        return self
+
+
+class Block(StrictModel):
+    """Slots coded together: side by side ``W`` wide, through one codec to ``R`` latents.
+
+    ``groups`` lists the latents' widths in strictly falling order of bits. No group at all means that the codec
+    stores its input losslessly, in the exact dtype (the identity codec).
+    """
+
+    codec: str
+    slots: tuple[SlotField, ...] = Field(min_length=1, strict=False)
+    groups: tuple[BitGroup, ...] = Field(default=(), strict=False)
+
+    @property
+    def latents(self) -> int:
+        """``R``, the latents of this block; 0 when it is stored losslessly."""
+        return sum(group.count for group in self.groups)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether slots are stored unchanged, in the plan's exact dtype."""
+        return not self.groups
+
+    @property
+    def bits_per_token(self) -> int:
+        """Bits that the packed latents of one token take; lossless blocks are counted by their dtype instead."""
+        return sum(group.bits * group.count for group in self.groups)
+
+    @property
+    def kind(self) -> Kind | None:
+        """The kind that all slots share, or None for a block that mixes keys with values."""
+        kinds = {slot.kind for slot in self.slots}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Block:
+        bits = [group.bits for group in self.groups]
+        if bits != sorted(set(bits), reverse=True):
+            raise ValueError(f"groups must fall strictly in bits, got {bits}")
+        if len(set(self.slots)) != len(self.slots):
+            raise ValueError("a block lists a slot twice")
+        return self
+
+
+class Reuse(StrictModel):
+    """``slot`` stores nothing and reads the reconstruction of ``source`` (the paper's Algorithm 2)."""
+
+    slot: SlotField
+    source: SlotField
+
+
+class Plan(StrictModel):
+    """How every slot of one model's KV cache is stored.
+
+    Attributes:
+        geometry: the cache this plan is for.
+        blocks: slots coded together; slots in no block and no reuse stay exact.
+        reuses: slots that read another slot's reconstruction.
+        sinks: first tokens of a sequence, kept exact for ever.
+        window: most recent tokens kept exact, a multiple of ``page_tokens``; 0 codes every past token.
+        page_tokens: tokens in a page of packed codes, a multiple of 32.
+        exact_dtype: dtype of sinks, window and lossless slots; "model" is the dtype the model computes in.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    geometry: KVGeometry
+    blocks: tuple[Block, ...] = Field(default=(), strict=False)
+    reuses: tuple[Reuse, ...] = Field(default=(), strict=False)
+    sinks: Annotated[int, Field(ge=0, le=64)] = 4
+    window: Annotated[int, Field(ge=0)] = 64
+    page_tokens: Annotated[int, Field(ge=32, le=1024)] = 64
+    exact_dtype: ExactDtype = "bfloat16"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        _check_pages(self.page_tokens, self.window, self.sinks)
+        _check_slots(self.geometry, self.blocks, self.reuses)
+        return self
+
+    @cached_property
+    def block_of(self) -> dict[Slot, int]:
+        """Index of the block that codes a slot, for the slots that are in one."""
+        return {slot: index for index, block in enumerate(self.blocks) for slot in block.slots}
+
+    @cached_property
+    def stored_source(self) -> dict[Slot, Slot]:
+        """For every codable slot the slot whose stored form it reads; itself unless it reuses another."""
+        direct = {reuse.slot: reuse.source for reuse in self.reuses}
+        resolved = {}
+        for slot in self.geometry.slots():
+            source = slot
+            while source in direct:
+                source = direct[source]
+            resolved[slot] = source
+        return resolved
+
+    @cached_property
+    def exact_slots(self) -> tuple[Slot, ...]:
+        """Codable slots that are in no block and reuse nothing."""
+        reusing = {reuse.slot for reuse in self.reuses}
+        return tuple(s for s in self.geometry.slots() if s not in self.block_of and s not in reusing)
+
+    @cached_property
+    def coded_layers(self) -> tuple[int, ...]:
+        """Layers with at least one slot that is coded or reused; the others keep an ordinary cache."""
+        touched = {slot.layer for slot in self.block_of} | {reuse.slot.layer for reuse in self.reuses}
+        sources = {self.stored_source[reuse.slot].layer for reuse in self.reuses}
+        return tuple(sorted(touched | sources))
+
+    def to_json(self) -> str:
+        """Serialise; equal plans give equal text."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Parse and validate.
+
+        Raises:
+            PlanError: not JSON, an unknown format version, or anything that does not fit the schema.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"the plan is not valid JSON: {error}") from None
+        return cls.from_data(data)
+
+    @classmethod
+    def from_data(cls, data: Any) -> Plan:
+        """Validate what ``json.loads`` gave; raises as ``from_json`` does."""
+        if not isinstance(data, dict):
+            raise PlanError(f"a plan is a JSON object, got {type(data).__name__}")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise PlanError(
+                f"plan format version {version!r} is not known to this kvcar, which reads version {FORMAT_VERSION}; "
+                "upgrade kvcar or fit the bundle again"
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise PlanError(_first_problem(error)) from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"]) or "plan"
+    return f"the plan does not fit its schema at {place}: {first['msg']} (of {error.error_count()} problems)"
+
+
+def _check_pages(page_tokens: int, window: int, sinks: int) -> None:
+    if page_tokens % 32:
+        raise ValueError(f"page_tokens must be a multiple of 32, got {page_tokens}")
+    if window % page_tokens:
+        raise ValueError(f"window must be a multiple of the page size {page_tokens}, got {window}")
+    if sinks > page_tokens:
+        raise ValueError(f"sinks ({sinks}) must fit in the first page of {page_tokens} tokens")
+
+
+def _check_slots(geometry: KVGeometry, blocks: Iterable[Block], reuses: Iterable[Reuse]) -> None:
+    owner: dict[Slot, str] = {}
+    for index, block in enumerate(blocks):
+        for slot in block.slots:
+            _claim(owner, slot, f"block {index}", geometry)
+    direct: dict[Slot, Slot] = {}
+    for reuse in reuses:
+        _claim(owner, reuse.slot, f"a reuse of {reuse.source}", geometry)
+        if reuse.source not in geometry:
+            raise ValueError(f"slot {reuse.slot} reuses {reuse.source}, which this model does not have")
+        if reuse.source.kind != reuse.slot.kind:
+            raise ValueError(f"slot {reuse.slot} cannot reuse {reuse.source}: keys reuse keys, values reuse values")
+        direct[reuse.slot] = reuse.source
+    for start in direct:
+        seen, slot = {start}, direct[start]
+        while slot in direct:
+            if slot in seen:
+                raise ValueError(f"the reuses that begin at slot {start} form a circle")
+            seen.add(slot)
+            slot = direct[slot]
+
+
+def _claim(owner: dict[Slot, str], slot: Slot, by: str, geometry: KVGeometry) -> None:
+    if slot not in geometry or slot.kind not in KINDS:
+        raise ValueError(f"slot {slot} of {by} is not a slot that this model can compress")
+    if slot in owner:
+        raise ValueError(f"slot {slot} is claimed by {owner[slot]} and by {by}")
+    owner[slot] = by

@@ -1,0 +1,389 @@
+"""The compressed cache itself: what ``model.generate(..., past_key_values=...)`` is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..bundle import Bundle
+from ..errors import CacheStateError, InputError
+from ..kernels.allocation import coded_tokens
+from ..kernels.attend import ExactPast, PagedPast
+from ..kernels.rotary import RotaryTable
+from ..plan import Plan
+from ..shapes import KINDS, Slot
+from .coder import PageCoder
+from .layer import CodedLayer
+from .pages import PageStore
+from .sequence import SequenceState
+
+
+class Host(Protocol):
+    """What a cache needs of the attached model."""
+
+    def check_bundle(self, bundle: Bundle) -> None:
+        """Refuse a bundle of another model."""
+        ...
+
+    def coder(self, bundle: Bundle) -> PageCoder:
+        """The bundle made ready for the model's device and dtype."""
+        ...
+
+    def rotary(self, layer: int) -> RotaryTable | None:
+        """How a layer rotates its keys."""
+        ...
+
+
+class KVCarCache(Cache):
+    """A KV cache whose old tokens are stored as packed codes.
+
+    Use it with a model that ``kvcar.attach`` has connected: ``model.generate(..., past_key_values=cache)``. The first
+    ``sinks`` tokens and the most recent ``window`` stay exact; everything between lies in pages.
+
+    Args:
+        bundle: a bundle or the folder of one.
+        window: recent tokens kept exact, a multiple of the plan's page size; None takes the plan's; 0 codes every
+            token as soon as its forward pass is over, as the paper does.
+
+    Raises:
+        InputError: the window is no multiple of the page size.
+    """
+
+    def __init__(self, bundle: Bundle | str | Path, window: int | None = None) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        self.plan = _with_window(self.bundle.plan, window)
+        super().__init__(layers=[self._new_layer(layer) for layer in range(self.plan.geometry.layers)])
+        self._coded = {layer: self._coded_layer(layer) for layer in self.plan.coded_layers}
+        self._host: Host | None = None
+        self._clear()
+
+    # What attach calls around and inside a forward pass
+
+    def begin_pass(self, host: Host, batch: int, tokens: int, mask: Tensor | None, positions: Tensor | None) -> None:
+        """Get ready for a forward pass over ``tokens`` tokens of ``batch`` sequences.
+
+        Raises:
+            CacheStateError: an earlier pass broke off while it stored, the batch changed, or the pass goes beyond
+                the model's positions.
+            InputError: the mask is not left padding.
+        """
+        self._refuse_if_broken()
+        self._drop_unfinished_pass()
+        host.check_bundle(self.bundle)
+        self._host = host
+        if self._state is None:
+            coder = host.coder(self.bundle)
+            self._state = SequenceState(batch, coder.device)
+            self._pages = PageStore(coder.units, coder.layout.page_bytes, self.plan.page_tokens)
+        if len(self._state.padding) != batch:
+            raise CacheStateError(
+                f"the cache holds {len(self._state.padding)} sequences, but this pass has {batch}; reset the cache first"
+            )
+        state = self._state.advance(self._seen, tokens, mask, positions)
+        self._check_positions(tokens, state)
+        self._next_state = state
+        self._pass_tokens = tokens
+        self._mask_memo = None
+        for layer in self._coded.values():
+            layer.open = True
+
+    def end_pass(self) -> None:
+        """Store the tokens of the pass; full pages leave the window for all layers at once."""
+        if self._next_state is None:
+            return
+        self._broken = True
+        self._state, self._next_state = self._next_state, None
+        self._store_pass()
+        self._seen += self._pass_tokens
+        for layer in self._coded.values():
+            layer.open = False
+        self._mask_memo = None
+        self._broken = False
+
+    def codes(self, layer: int) -> bool:
+        """Whether attention of ``layer`` must come through ``past``."""
+        return layer in self._coded
+
+    def past(self, layer: int) -> tuple[ExactPast, PagedPast | None]:
+        """What attention of a coded layer attends to in the pass under way."""
+        assert self._host is not None
+        assert self._next_state is not None
+        keys, values = self._coded[layer].exact()
+        exact = ExactPast(keys, values, self._exact_mask(keys.shape[2], keys.device))
+        assert self._pages is not None
+        if self._pages.tokens == 0:
+            return exact, None
+        coder, state = self._host.coder(self.bundle), self._next_state
+        paged = PagedPast(
+            tiles=self._pages.arenas,
+            tokens=self._pages.tokens,
+            first=state.padding + self.plan.sinks,
+            first_most=state.padding_most + self.plan.sinks,
+            offset=state.offset,
+            key_readers=coder.readers(layer, "key"),
+            value_readers=coder.readers(layer, "value"),
+            rotary=self._host.rotary(layer),
+        )
+        return exact, paged
+
+    # What transformers calls
+
+    def reset(self) -> None:
+        """Forget all tokens; the cache can be used again, also with another batch size."""
+        super().reset()
+        self._clear()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Pick sequences ``beam_idx`` int64 ``[B]`` for beam search."""
+        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        for layer in self._plain_layers():
+            layer.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence ``repeats`` times."""
+        self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
+        for layer in self._plain_layers():
+            layer.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep sequences ``indices``."""
+        self._map_batch(lambda x: x[indices])
+        for layer in self._plain_layers():
+            layer.batch_select_indices(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the most recent ``-tokens_to_remove`` tokens (a negative number, as transformers has it).
+
+        Raises:
+            CacheStateError: more tokens than there are, or removing would reach into the sinks.
+        """
+        self._refuse_if_broken()
+        self._drop_unfinished_pass()
+        removed = -tokens_to_remove
+        if removed < 0:
+            raise InputError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
+        if removed == 0 or self._state is None:
+            return
+        kept = self._seen - removed
+        paged = min(kept, self._pages.tokens) if self._pages else 0
+        if kept < 0 or (paged and paged < self._state.padding_most + self.plan.sinks):
+            raise CacheStateError(f"cannot remove {removed} of {self._seen} tokens; reset the cache instead")
+        for layer in self._plain_layers():
+            layer.crop(tokens_to_remove)
+        for layer in self._coded.values():
+            layer.paged = paged
+            layer.crop_window(kept - paged)
+        if self._pages is not None:
+            self._pages.crop(paged)
+        self._seen = kept
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, -1 before the first pass."""
+        return -1 if self._state is None else len(self._state.padding)
+
+    # Accounting
+
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors that hold this cache, unfilled room and position tables included."""
+        pages = 0 if self._pages is None else self._pages.nbytes
+        exact = sum(layer.nbytes for layer in self._coded.values())
+        state = 0 if self._state is None else self._state.nbytes
+        return pages + exact + state + self._plain_bytes() + self._table_bytes()
+
+    def stored_bytes_by_part(self) -> dict[str, int]:
+        """``stored_bytes`` in parts: pages, exact (sinks and window), plain (layers not coded), tables."""
+        state = 0 if self._state is None else self._state.nbytes
+        return {
+            "pages": 0 if self._pages is None else self._pages.nbytes,
+            "exact": sum(layer.nbytes for layer in self._coded.values()),
+            "plain": self._plain_bytes(),
+            "tables": state + self._table_bytes(),
+        }
+
+    def _plain_bytes(self) -> int:
+        total = 0
+        for layer in self._plain_layers():
+            total += sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
+        return total
+
+    def _table_bytes(self) -> int:
+        if self._host is None or self._pages is None or not self._pages.tokens:
+            return 0
+        tables = {id(t): t for layer in self._coded if (t := self._host.rotary(layer)) is not None}
+        return sum(table.table_bytes for table in tables.values())
+
+    # Inside
+
+    def _new_layer(self, layer: int) -> CodedLayer | DynamicLayer:
+        geometry = self.plan.geometry
+        if layer in self.plan.coded_layers:
+            return CodedLayer(self.plan.sinks)
+        if layer in geometry.sliding_layers:
+            return DynamicSlidingWindowLayer(sliding_window=geometry.sliding_window)
+        return DynamicLayer()
+
+    def _coded_layer(self, layer: int) -> CodedLayer:
+        coded = self.layers[layer]
+        assert isinstance(coded, CodedLayer)
+        return coded
+
+    def _plain_layers(self) -> list[DynamicLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
+
+    def _clear(self) -> None:
+        self._seen = 0
+        self._pass_tokens = 0
+        self._state: SequenceState | None = None
+        self._next_state: SequenceState | None = None
+        self._pages: PageStore | None = None
+        self._mask_memo: tuple[int, Tensor | None] | None = None
+        self._broken = False
+
+    def _refuse_if_broken(self) -> None:
+        if self._broken:
+            raise CacheStateError("an earlier pass was interrupted while it stored its tokens; reset the cache")
+
+    def _drop_unfinished_pass(self) -> None:
+        """Forget a pass that an exception or an interrupt ended before its tokens were stored."""
+        self._next_state = None
+        for coded in self._coded.values():
+            coded.pending = None
+            coded.open = False
+        for layer in self._plain_layers():
+            extra = layer.get_seq_length() - self._seen
+            if extra == 0:
+                continue
+            if extra < 0 or isinstance(layer, DynamicSlidingWindowLayer):
+                raise CacheStateError("an earlier pass was interrupted and a sliding layer cannot go back; reset the cache")
+            layer.crop(-extra)
+
+    def _check_positions(self, tokens: int, state: SequenceState) -> None:
+        most = self.plan.geometry.max_positions
+        # Padding takes no position, so the longest sequence decides.
+        longest = self._seen + tokens - int(state.offset.min())
+        if longest > most:
+            raise CacheStateError(
+                f"this pass would end at position {longest}, but the model has {most} positions; shorten the prompt "
+                "or generate fewer tokens"
+            )
+
+    def _store_pass(self) -> None:
+        assert self._pages is not None
+        assert self._state is not None
+        if not self._coded:
+            return
+        target = coded_tokens(self._seen + self._pass_tokens, self.plan.window, self.plan.page_tokens)
+        start = self._pages.tokens
+        leave = max(0, target - start)
+        if leave:
+            self._encode(start, leave)
+        source = self._sink_source(start, leave)
+        assert self._host is not None
+        dtype = self._host.coder(self.bundle).dtype
+        for coded in self._coded.values():
+            coded.store(leave, source, dtype)
+
+    def _encode(self, start: int, leave: int) -> None:
+        """Encode the oldest ``leave`` tokens into pages, a few pages at a time so that little exists at once."""
+        assert self._host is not None
+        assert self._pages is not None
+        coder = self._host.coder(self.bundle)
+        self._refuse_non_finite(leave)
+        step = 4 * self.plan.page_tokens
+        for first in range(0, leave, step):
+            fetch = self._fetcher(start, first, min(step, leave - first))
+            self._pages.append([unit.stored(fetch) for unit in coder.units])
+
+    def _refuse_non_finite(self, leave: int) -> None:
+        """Codes cannot hold NaN or infinity; looked for before the first page is written."""
+        for layer, coded in self._coded.items():
+            for kind, side in zip(KINDS, coded.oldest(0, leave), strict=True):
+                if not torch.isfinite(side).all():
+                    raise CacheStateError(
+                        f"the {kind}s of layer {layer} hold NaN or infinity, so they cannot be stored as codes; check "
+                        "the model's weights and dtype"
+                    )
+
+    def _fetcher(self, start: int, first: int, count: int) -> Callable[[Slot, bool], Tensor]:
+        """Access to the vectors ``[B, count, D]`` of leaving tokens ``first`` on, keys before or after RoPE."""
+        host, state = self._host, self._state
+        assert host is not None
+        assert state is not None
+        index = torch.arange(start + first, start + first + count, device=state.offset.device)
+        positions = index - state.offset[:, None]
+        memo: dict[tuple[int, str, bool], Tensor] = {}
+
+        def fetch(slot: Slot, before_rope: bool) -> Tensor:
+            key = (slot.layer, slot.kind, before_rope)
+            if key not in memo:
+                side = self._coded[slot.layer].oldest(first, count)[slot.kind == "value"]
+                rotary = host.rotary(slot.layer)
+                if slot.kind == "key" and before_rope and rotary is not None:
+                    side = rotary.unrotate(side, positions)
+                memo[key] = side
+            return memo[key][:, slot.head]
+
+        return fetch
+
+    def _sink_source(self, start: int, leave: int) -> Tensor | None:
+        """Place of every sink among the leaving tokens, int64 ``[B, sinks]``, -1 where not; None if none leaves."""
+        assert self._state is not None
+        if leave == 0 or start >= self._state.padding_most + self.plan.sinks or self.plan.sinks == 0:
+            return None
+        wanted = self._state.padding[:, None] + torch.arange(self.plan.sinks, device=self._state.padding.device)
+        place = wanted - start
+        return torch.where((place >= 0) & (place < leave), place, -1)
+
+    def _exact_mask(self, size: int, device: torch.device) -> Tensor | None:
+        """Mask ``[B or 1, 1, T, S]`` over sinks, window and this pass; the same for all layers of a pass."""
+        if self._mask_memo is None:
+            self._mask_memo = (size, self._build_exact_mask(device))
+        assert self._mask_memo[0] == size
+        return self._mask_memo[1]
+
+    def _build_exact_mask(self, device: torch.device) -> Tensor | None:
+        assert self._next_state is not None
+        assert self._pages is not None
+        state, paged, tokens = self._next_state, self._pages.tokens, self._pass_tokens
+        settled = state.padding_most + self.plan.sinks
+        if tokens == 1 and (paged >= settled or (paged == 0 and state.padding_most == 0)):
+            return None
+        total = self._seen + tokens
+        index = torch.arange(paged, total, device=device)
+        query = torch.arange(self._seen, total, device=device)
+        visible = (index[None, :] <= query[:, None]) & (index >= state.padding[:, None])[:, None, :]
+        if paged:
+            sink = state.padding[:, None] + torch.arange(self.plan.sinks, device=device)
+            reached = (sink < paged)[:, None, :].expand(-1, tokens, -1)
+            visible = torch.cat([reached, visible.expand(len(sink), -1, -1)], dim=-1)
+        return visible[:, None]
+
+    def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._refuse_if_broken()
+        self._drop_unfinished_pass()
+        for coded in self._coded.values():
+            coded.map_batch(change)
+        if self._pages is not None:
+            self._pages.map_batch(change)
+        if self._state is not None:
+            state = SequenceState(0, self._state.padding.device)
+            state.padding, state.offset = change(self._state.padding), change(self._state.offset)
+            state.padding_most = int(state.padding.max())
+            self._state = state
+
+
+def _with_window(plan: Plan, window: int | None) -> Plan:
+    if window is None or window == plan.window:
+        return plan
+    if window < 0 or window % plan.page_tokens:
+        raise InputError(
+            f"window must be 0 or a multiple of the page size, {plan.page_tokens} tokens; got {window}"
+        )
+    return plan.model_copy(update={"window": window})

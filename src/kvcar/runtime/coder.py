@@ -1,0 +1,146 @@
+"""A bundle made ready for one device and dtype: encodes tokens into pages and tells attention how to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from ..bundle import Bundle, CodedBlock
+from ..kernels.attend import Reader
+from ..kernels.layout import PageUnit, page_layout
+from ..kernels.pack import pack
+from ..shapes import Kind, Slot
+
+Fetch = Callable[[Slot, bool], Tensor]
+"""(slot, before RoPE) -> that slot's vectors of the tokens to encode, ``[B, N, D]``."""
+
+
+def exact_dtype(bundle: Bundle, model_dtype: torch.dtype) -> torch.dtype:
+    """Dtype of what the plan keeps exactly."""
+    named = {"model": model_dtype, "bfloat16": torch.bfloat16, "float16": torch.float16}[bundle.plan.exact_dtype]
+    # A 16-bit model's own dtype loses nothing and costs the same.
+    return model_dtype if model_dtype.itemsize == named.itemsize else named
+
+
+@dataclass(frozen=True)
+class UnitCoder:
+    """One unit of a page with its codec on the right device; codec None means lossless."""
+
+    unit: PageUnit
+    coded: CodedBlock
+    exact_dtype: torch.dtype
+
+    def stored(self, fetch: Fetch) -> Tensor:
+        """Stored values ``[B, N, R]``: float32, or the exact dtype when lossless."""
+        lossless = self.coded.codec is None
+        x = torch.cat([fetch(slot, not lossless) for slot in self.unit.slots], dim=-1)
+        if self.coded.codec is None or self.coded.quantizer is None:
+            return x.to(self.exact_dtype)
+        return self.coded.quantizer.codes(self.coded.codec.encode(x.float()))
+
+    def pack(self, stored: Tensor) -> Tensor:
+        """Bytes uint8 ``[B, pages, size]`` of stored values ``[B, pages, page_tokens, R]``."""
+        if self.unit.segment.lossless:
+            return stored.to(self.exact_dtype).contiguous().view(torch.uint8).flatten(2)
+        return pack(stored, self.unit.segment)
+
+    def reader(self, slots: tuple[Slot, ...], heads: tuple[int, ...], head_dim: int) -> Reader:
+        """Reader that gives ``heads`` of a layer from ``slots`` of this unit."""
+        places = [self.unit.slots.index(slot) for slot in slots]
+        columns = torch.cat([torch.arange(p * head_dim, (p + 1) * head_dim) for p in places])
+        affine, decode = None, partial(_select, columns=_as_slice(columns))
+        if self.coded.codec is not None and self.coded.quantizer is not None:
+            affine = self._affine_of(_as_slice(columns))
+            decode = partial(_affine, affine) if affine else partial(_decode, self.coded, _as_slice(columns))
+        lossless = self.coded.codec is None
+        return Reader(self.unit.segment, heads, decode, affine, rotated=lossless, exact_dtype=self.exact_dtype)
+
+    @cached_property
+    def _folded(self) -> tuple[Tensor, Tensor] | None:
+        """Affine decoder with the quantiser's scale and zero folded in: ``u @ matrix + bias``."""
+        assert self.coded.codec is not None
+        assert self.coded.quantizer is not None
+        affine = self.coded.codec.affine_decoder()
+        if affine is None:
+            return None
+        matrix, bias = affine
+        return self.coded.quantizer.scale[:, None] * matrix, self.coded.quantizer.zero @ matrix + bias
+
+    def _affine_of(self, columns: slice | Tensor) -> tuple[Tensor, Tensor] | None:
+        folded = self._folded
+        return None if folded is None else (folded[0][:, columns], folded[1][columns])
+
+
+class PageCoder:
+    """All units of a bundle's pages.
+
+    Args:
+        bundle: what to run.
+        device: where pages live.
+        dtype: what the model computes in.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
+        self.plan = bundle.plan
+        self.device = device
+        self.dtype = exact_dtype(bundle, dtype)
+        self.layout = page_layout(self.plan, self.dtype.itemsize)
+        self.units = tuple(self._unit(bundle, unit, device) for unit in self.layout.units)
+        self._readers = {
+            (layer, kind): self._layer_readers(layer, kind)
+            for layer in self.plan.coded_layers
+            for kind in ("key", "value")
+        }
+
+    def readers(self, layer: int, kind: Kind) -> tuple[Reader, ...]:
+        """Readers that together give every KV head of a coded layer once."""
+        return self._readers[layer, kind]
+
+    def _unit(self, bundle: Bundle, unit: PageUnit, device: torch.device) -> UnitCoder:
+        if unit.block is None:
+            return UnitCoder(unit, CodedBlock(None, None), self.dtype)
+        block = self.plan.blocks[unit.block]
+        tensors = {name: t.to(device) for name, t in bundle.blocks[unit.block].tensors().items()}
+        coded = CodedBlock.from_tensors(tensors, block, self.plan.geometry.head_dim)
+        return UnitCoder(unit, coded, self.dtype)
+
+    def _layer_readers(self, layer: int, kind: Kind) -> tuple[Reader, ...]:
+        owner = {slot: coder for coder in self.units for slot in coder.unit.slots}
+        heads_of: dict[int, list[tuple[Slot, int]]] = {}
+        coders: dict[int, UnitCoder] = {}
+        for head in range(self.plan.geometry.kv_heads):
+            source = self.plan.stored_source[Slot(layer, head, kind)]
+            coder = owner[source]
+            coders[id(coder)] = coder
+            heads_of.setdefault(id(coder), []).append((source, head))
+        readers = []
+        for key, pairs in heads_of.items():
+            slots, heads = zip(*pairs, strict=True)
+            readers.append(coders[key].reader(slots, heads, self.plan.geometry.head_dim))
+        return tuple(readers)
+
+
+def _as_slice(columns: Tensor) -> slice | Tensor:
+    """Neighbouring columns as a slice, which selects without a copy."""
+    first, last = int(columns[0]), int(columns[-1])
+    if torch.equal(columns, torch.arange(first, first + len(columns))):
+        return slice(first, last + 1)
+    return columns
+
+
+def _select(u: Tensor, columns: slice | Tensor) -> Tensor:
+    return u[..., columns]
+
+
+def _affine(affine: tuple[Tensor, Tensor], u: Tensor) -> Tensor:
+    return u @ affine[0] + affine[1]
+
+
+def _decode(coded: CodedBlock, columns: slice | Tensor, u: Tensor) -> Tensor:
+    assert coded.codec is not None
+    assert coded.quantizer is not None
+    return coded.codec.decode(coded.quantizer.latents(u))[..., columns]

@@ -1,0 +1,102 @@
+"""The store of packed pages: grows by allocating further arenas, never by copying what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.allocation import next_arena_pages
+from .coder import UnitCoder
+
+
+class PageStore:
+    """Pages of all sequences of a batch, uint8 ``[B, pages, page_bytes]`` in a list of arenas.
+
+    Args:
+        units: what a page consists of.
+        page_bytes: bytes of a page.
+        page_tokens: tokens of a page.
+    """
+
+    def __init__(self, units: Sequence[UnitCoder], page_bytes: int, page_tokens: int) -> None:
+        self._units = units
+        self._page_bytes, self._page_tokens = page_bytes, page_tokens
+        self.arenas: list[Tensor] = []
+        self.tokens = 0
+
+    @property
+    def allocated_pages(self) -> int:
+        """Pages that exist, filled or not."""
+        return sum(arena.shape[1] for arena in self.arenas)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arenas."""
+        return sum(arena.nbytes for arena in self.arenas)
+
+    def append(self, stored: Sequence[Tensor]) -> None:
+        """Add tokens: stored values ``[B, N, R]`` of every unit, in the units' order.
+
+        A page that the last call left partly filled is completed by writing it anew, its old codes unchanged.
+        """
+        page, filled = divmod(self.tokens, self._page_tokens)
+        count = stored[0].shape[1]
+        if filled:
+            tail = self._page(page)
+            stored = [
+                torch.cat([self._unpack(unit, tail)[:, :filled].to(new.dtype), new], dim=1)
+                for unit, new in zip(self._units, stored, strict=True)
+            ]
+        self._write(page, self._pack(stored))
+        self.tokens += count
+
+    def crop(self, tokens: int) -> None:
+        """Forget all but the first ``tokens`` tokens; arenas that hold none of them are freed."""
+        self.tokens = tokens
+        kept, pages = [], -(-tokens // self._page_tokens)
+        for arena in self.arenas:
+            if pages > 0:
+                kept.append(arena)
+            pages -= arena.shape[1]
+        self.arenas = kept
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every arena by ``change(arena)``, which works on the batch axis (0)."""
+        self.arenas = [change(arena) for arena in self.arenas]
+
+    def _pack(self, stored: Sequence[Tensor]) -> Tensor:
+        batch, count = stored[0].shape[:2]
+        pages = -(-count // self._page_tokens)
+        out = torch.zeros(batch, pages, self._page_bytes, dtype=torch.uint8, device=stored[0].device)
+        for unit, values in zip(self._units, stored, strict=True):
+            missing = pages * self._page_tokens - count
+            padded = torch.nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+            segment = unit.unit.segment
+            out[..., segment.offset : segment.end] = unit.pack(padded.unflatten(1, (pages, self._page_tokens)))
+        return out
+
+    def _unpack(self, unit: UnitCoder, pages: Tensor) -> Tensor:
+        slots = unit.unit.slots
+        return unit.reader(slots[:1], (0,), 1).stored(pages)
+
+    def _page(self, index: int) -> Tensor:
+        for arena in self.arenas:
+            if index < arena.shape[1]:
+                return arena[:, index : index + 1]
+            index -= arena.shape[1]
+        raise IndexError(index)
+
+    def _write(self, start: int, pages: Tensor) -> None:
+        """Put ``pages`` at page ``start`` on, allocating what is missing."""
+        while self.allocated_pages < start + pages.shape[1]:
+            size = next_arena_pages(self.allocated_pages)
+            shape = (pages.shape[0], size, self._page_bytes)
+            self.arenas.append(torch.zeros(shape, dtype=torch.uint8, device=pages.device))
+        first = 0
+        for arena in self.arenas:
+            low, high = max(start, first), min(start + pages.shape[1], first + arena.shape[1])
+            if low < high:
+                arena[:, low - first : high - first] = pages[:, low - start : high - start]
+            first += arena.shape[1]

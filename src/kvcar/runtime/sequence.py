@@ -1,0 +1,77 @@
+"""Which token of a batch is padding and at which position each token stands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheStateError, InputError
+
+
+class SequenceState:
+    """Left padding and position offset of every sequence of a batch.
+
+    Token ``i`` of sequence ``b`` is padding if ``i < padding[b]``, and stands at position ``i - offset[b]``.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.padding = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.offset = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.padding_most = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        return self.padding.nbytes + self.offset.nbytes
+
+    def advance(self, seen: int, count: int, mask: Tensor | None, positions: Tensor | None) -> SequenceState:
+        """State for a pass over ``count`` tokens after ``seen``, checked against what was known before.
+
+        Args:
+            seen: tokens of earlier passes.
+            count: tokens of this pass.
+            mask: attention mask ``[B, seen + count]`` or None when nothing is padded that was not before.
+            positions: ``[B or 1, count]`` or None for the default, which counts all tokens.
+
+        Raises:
+            InputError: the mask is not left padding, or disagrees with an earlier one.
+            CacheStateError: positions have gaps.
+        """
+        after = SequenceState(len(self.padding), self.padding.device)
+        after.padding = self.padding if mask is None else self._read_mask(seen, count, mask)
+        after.padding_most = int(after.padding.max())
+        after.offset = self._read_positions(seen, count, positions, after.padding)
+        return after
+
+    def _read_mask(self, seen: int, count: int, mask: Tensor) -> Tensor:
+        batch = len(self.padding)
+        if mask.ndim != 2 or tuple(mask.shape) != (batch, seen + count):
+            raise InputError(
+                f"the attention mask has shape {tuple(mask.shape)}, but batch {batch} has {seen} cached and {count} new "
+                f"tokens; kvcar needs a 2-D mask over all of them, ({batch}, {seen + count})"
+            )
+        mask = mask.to(self.padding.device).bool()
+        padding = (mask.long().cumsum(-1) == 0).sum(-1)
+        index = torch.arange(seen + count, device=mask.device)
+        if not torch.equal(mask, index >= padding[:, None]):
+            raise InputError("the attention mask has zeros after the first one; kvcar supports left padding only")
+        if not torch.equal(padding.clamp_max(seen), self.padding.clamp_max(seen)):
+            raise InputError("the attention mask pads tokens differently than in an earlier pass; reset the cache first")
+        return padding
+
+    def _read_positions(self, seen: int, count: int, positions: Tensor | None, padding: Tensor) -> Tensor:
+        index = torch.arange(seen, seen + count, device=padding.device)
+        if positions is None:
+            return torch.zeros_like(self.offset)
+        positions = positions.to(padding.device).expand(len(padding), -1)
+        if positions.shape[-1] != count:
+            raise InputError(f"position_ids has {positions.shape[-1]} positions for {count} tokens")
+        real = index >= padding[:, None]
+        # The last token of a left-padded pass is real unless the whole pass is padding.
+        offset = torch.where(real[:, -1], index[-1] - positions[:, -1], self.offset)
+        if not torch.equal(torch.where(real, index - offset[:, None], 0), torch.where(real, positions, 0)):
+            raise CacheStateError("position_ids must rise by one from token to token; kvcar cannot rotate such keys back")
+        known = (padding < seen) & (offset != self.offset)
+        if known.any():
+            raise CacheStateError("position_ids go on elsewhere than the cached tokens stopped; reset the cache first")
+        return offset

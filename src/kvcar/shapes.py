@@ -1,0 +1,89 @@
+"""Axis names used in docstrings, the names of slots, and the geometry of a model's KV cache.
+
+Axes: ``B`` batch, ``Hq`` query heads, ``H`` KV heads, ``T`` tokens of this forward pass, ``N`` tokens or pages,
+``D`` head dim, ``W`` width of a block, ``R`` latents of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Kind = Literal["key", "value"]
+KINDS: tuple[Kind, Kind] = ("key", "value")
+
+BFLOAT16_BYTES = 2
+"""Bytes an element takes in the full cache that every saving is quoted against."""
+
+
+class StrictModel(BaseModel):
+    """Base of everything kvcar writes to disk as JSON: frozen, strictly typed, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class Slot(NamedTuple):
+    """One (layer, KV head, key-or-value): a head-dim-wide vector per token."""
+
+    layer: int
+    head: int
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.head}.{self.kind}"
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class KVGeometry(StrictModel):
+    """What of a model's config decides the shape of its KV cache.
+
+    Attributes:
+        layers: attention layers.
+        kv_heads: key/value heads of a layer (``H``).
+        query_heads: query heads of a layer (``Hq``), a multiple of ``kv_heads``.
+        head_dim: width of one head's key or value (``D``).
+        rotary: whether keys are rotated by position (RoPE) before they reach the cache.
+        max_positions: positions the model was built for.
+        sliding_layers: layers that attend to a sliding window only; they stay exact.
+        sliding_window: tokens such a layer attends to, 0 where no layer slides.
+    """
+
+    layers: PositiveInt
+    kv_heads: PositiveInt
+    query_heads: PositiveInt
+    head_dim: PositiveInt
+    rotary: bool
+    max_positions: PositiveInt
+    sliding_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
+    sliding_window: Annotated[int, Field(ge=0)] = 0
+
+    @property
+    def codable_layers(self) -> tuple[int, ...]:
+        """Layers that attend to the whole past, and so may be compressed."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.sliding_layers)
+
+    @property
+    def layer_elements_per_token(self) -> int:
+        """Key and value elements of one layer for one token."""
+        return 2 * self.kv_heads * self.head_dim
+
+    def full_bytes(self, tokens: int) -> int:
+        """Bytes of the model's own cache in bfloat16 for one sequence; a sliding layer keeps its window less one."""
+        kept_sliding = min(tokens, max(self.sliding_window - 1, 0))
+        kept = len(self.codable_layers) * tokens + len(self.sliding_layers) * kept_sliding
+        return kept * self.layer_elements_per_token * BFLOAT16_BYTES
+
+    def slots(self, kind: Kind | None = None) -> Iterator[Slot]:
+        """All slots of the layers that may be compressed, layer by layer, keys before values."""
+        kinds = KINDS if kind is None else (kind,)
+        for layer in self.codable_layers:
+            for each_kind in kinds:
+                for head in range(self.kv_heads):
+                    yield Slot(layer, head, each_kind)
+
+    def __contains__(self, slot: object) -> bool:
+        return isinstance(slot, Slot) and slot.layer in self.codable_layers and 0 <= slot.head < self.kv_heads
