@@ -1,0 +1,75 @@
+"""kvcar: a several times smaller KV cache for any Hugging Face causal language model, with its cost measured.
+
+Names are loaded when first used, so that ``import kvcar`` brings in neither transformers nor triton.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bundle import Bundle as Bundle
+    from .errors import KVCarError as KVCarError
+    from .evaluate.fidelity import Fidelity as Fidelity
+    from .evaluate.fidelity import measure_fidelity as measure_fidelity
+    from .fit.fit import fit_bundle as fit_bundle
+    from .fit.options import FitOptions as FitOptions
+    from .fit.text import read_text as read_text
+    from .fit.text import token_windows as token_windows
+    from .models.load import load_model as load_model
+    from .plan import Block as Block
+    from .plan import Plan as Plan
+    from .runtime.attach import Attachment as Attachment
+    from .runtime.attach import attach as attach
+    from .runtime.attach import detach as detach
+    from .runtime.cache import KVCarCache as KVCarCache
+    from .version import __version__ as __version__
+
+_HOMES = {
+    "Attachment": ".runtime.attach",
+    "Block": ".plan",
+    "Bundle": ".bundle",
+    "Fidelity": ".evaluate.fidelity",
+    "FitOptions": ".fit.options",
+    "KVCarCache": ".runtime.cache",
+    "KVCarError": ".errors",
+    "Plan": ".plan",
+    "__version__": ".version",
+    "attach": ".runtime.attach",
+    "detach": ".runtime.attach",
+    "fit_bundle": ".fit.fit",
+    "load_model": ".models.load",
+    "measure_fidelity": ".evaluate.fidelity",
+    "read_text": ".fit.text",
+    "token_windows": ".fit.text",
+}
+
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "Attachment",
+    "Block",
+    "Bundle",
+    "Fidelity",
+    "FitOptions",
+    "KVCarCache",
+    "KVCarError",
+    "Plan",
+    "__version__",
+    "attach",
+    "detach",
+    "fit_bundle",
+    "load_model",
+    "measure_fidelity",
+    "read_text",
+    "token_windows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvcar' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

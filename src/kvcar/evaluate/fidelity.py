@@ -42,7 +42,8 @@ class TokenScores:
         log_q = torch.log_softmax(logits.float(), -1)
         self.nll.append(-log_q.gather(1, targets[:, None])[:, 0].double())
         self.nll_full.append(-log_p.gather(1, targets[:, None])[:, 0].double())
-        self.divergence.append((log_p.exp() * (log_p - log_q)).sum(-1).double())
+        # Never negative but for rounding, of the order of 1e-7.
+        self.divergence.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0).double())
         self.same_top.append((log_p.argmax(-1) == log_q.argmax(-1)).double())
 
 

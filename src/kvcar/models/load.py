@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from ..errors import InputError
 from .demo import ALIAS, OnStep, demo_folder
@@ -89,9 +89,32 @@ def _from_transformers(name: str, revision: str | None, dtype: torch.dtype | Non
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"cannot load the model {name!r}: {first} (a hub id needs the network, and a login where it is gated; a "
-            "local model is a folder with config.json; 'demo' is the built-in one)"
-        ) from None
+        raise _cannot_load(name, error) from None
     return model, tokenizer
+
+
+def load_config(name: str, on_step: OnStep = lambda what, done, total: None) -> PreTrainedConfig:
+    """A model's config without its weights; raises as ``load_model`` does."""
+    if name == ALIAS:
+        name = str(demo_folder(on_step))
+    options: dict[str, Any] = {}
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise InputError(f"there is no file {name}")
+        options["gguf_file"], name = Path(name).name, str(Path(name).parent)
+    elif not Path(name).is_dir():
+        name, _, revision = name.partition("@")
+        options |= {"revision": revision} if revision else {}
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(name, error) from None
+
+
+def _cannot_load(name: str, error: Exception) -> InputError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return InputError(
+        f"cannot load the model {name!r}: {first} (a hub id needs the network, and a login where it is gated; a "
+        "local model is a folder with config.json; 'demo' is the built-in one)"
+    )

@@ -1,0 +1,5 @@
+"""``python -m kvcar`` is the ``kvcar`` command."""
+
+from .cli import main
+
+main()

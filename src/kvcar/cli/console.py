@@ -1,0 +1,49 @@
+"""What commands print with: results on stdout, progress and errors on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..errors import InputError
+from ..fit.progress import OnProgress
+
+out = Console()
+errors = Console(stderr=True)
+
+
+@contextmanager
+def progress_bars() -> Iterator[OnProgress]:
+    """Bars on stderr, one for each thing that is told of; without a terminal, a line for each as it ends."""
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bars:
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+            if done >= total and not errors.is_terminal:
+                errors.print(f"{what}: done", highlight=False)
+
+        yield tell
+
+
+def check_writable(path: Path | None) -> None:
+    """Make sure, before any work is done, that a file can be written; raises InputError."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file")
+    try:
+        existed = path.exists()
+        with path.open("a"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that exists and that you may write to") from None

@@ -1,0 +1,86 @@
+"""``kvcar eval``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from ..bundle import Bundle
+from ..errors import InputError
+from ..evaluate.fidelity import Fidelity, measure_fidelity
+from ..fit.text import token_windows
+from ..models.load import load_model
+from ..record import Record
+from ..runtime.attach import attach
+from ..runtime.cache import KVCarCache
+from .app import app
+from .arguments import BundlePath, Device, Dtype, Json, Model, Text, Window
+from .console import check_writable, errors, out, progress_bars
+from .figures import fidelity_figures, fidelity_table
+from .texts import evaluation_text
+
+_EXAMPLES = """Measure a bundle against MODEL's own full cache, stepped through both.
+
+[bold]Examples[/]
+
+  kvcar eval demo --bundle demo-5x
+
+  kvcar eval demo --bundle demo-5x --text test.txt --context 4096 --windows 4 --json figures.json
+
+  kvcar eval demo --bundle demo-5x --window 0
+"""
+
+
+@app.command(name="eval", help=_EXAMPLES)
+def evaluate(
+    model: Model,
+    bundle: BundlePath,
+    text: Text = None,
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    windows: Annotated[int, typer.Option(help="Windows, spread evenly over the text.")] = 2,
+    window: Window = None,
+    json: Json = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Evaluate a bundle; the examples in the help text say the rest."""
+    loaded_bundle = Bundle.load(bundle)
+    check_writable(json)
+    source = evaluation_text(text)
+    KVCarCache(loaded_bundle, window)  # a bad window is told before the model is loaded
+    most = loaded_bundle.plan.geometry.max_positions
+    if context > most:
+        raise InputError(f"a context of {context} tokens is longer than the model's {most} positions")
+    fitted_on_this = source.sha256 == loaded_bundle.fit.text_sha256
+    if fitted_on_this:
+        errors.print("[yellow]note:[/] the bundle was fitted on this very text, so the figures flatter it")
+    with progress_bars() as tell:
+        loaded = load_model(model, dtype, device, tell)
+        ids = token_windows(loaded.tokenizer, source.text, context, windows)
+        done = 0
+
+        def on_chunk(count: int) -> None:
+            nonlocal done
+            done += count
+            tell("evaluate", done, ids.numel())
+
+        with attach(loaded.model, loaded_bundle, window):
+            result = measure_fidelity(
+                loaded.model, ids, {bundle.name: lambda: KVCarCache(loaded_bundle, window)}, on_chunk
+            )[bundle.name]
+    out.print(fidelity_table({bundle.name or str(bundle): result}))
+    _tell_worst(result)
+    if json is not None:
+        config = {
+            "model": model, "bundle": bundle.name, "text": source.name, "text_sha256": source.sha256, "dtype": str(loaded.model.dtype),
+            "window": loaded_bundle.plan.window if window is None else window, "fitted_on_this_text": fitted_on_this,
+            "fit": loaded_bundle.fit.model_dump(mode="json"),
+        }  # fmt: skip
+        Record("fidelity", fidelity_figures(result), config).write(json)
+
+
+def _tell_worst(result: Fidelity) -> None:
+    by_window = sorted(enumerate(result.window_kl_divergences), key=lambda pair: -pair[1])[:3]
+    worst = ", ".join(f"#{index} {value:.5f}" for index, value in by_window)
+    out.print(f"worst windows by KL divergence: {worst}; worst hundredth of tokens: above {result.kl_divergence_worst_1_percent:.4f}")

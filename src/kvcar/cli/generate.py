@@ -1,0 +1,118 @@
+"""``kvcar generate``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import TextStreamer
+
+from ..bundle import Bundle
+from ..errors import InputError
+from ..models.load import LoadedModel, load_model
+from ..record import Record
+from ..runtime.attach import attach
+from .app import app
+from .arguments import BundlePath, Device, Dtype, Json, Model, Window
+from .console import check_writable, errors, progress_bars
+
+_EXAMPLES = """Continue a prompt with MODEL over a compressed cache, printing as it goes.
+
+[bold]Examples[/]
+
+  kvcar generate demo --bundle demo-5x --prompt "The memory wall is"
+
+  kvcar generate demo --bundle demo-5x --chat --prompt "What is a KV cache?" --max-new-tokens 200
+
+  kvcar generate demo --bundle demo-5x --prompt-file book.txt --temperature 0.7 --seed 1
+"""
+
+
+@app.command(help=_EXAMPLES)
+def generate(
+    model: Model,
+    bundle: BundlePath,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="A UTF-8 file with what to continue.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    window: Window = None,
+    json: Json = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Generate; the examples in the help text say the rest."""
+    given = _prompt(prompt, prompt_file)
+    loaded_bundle = Bundle.load(bundle)
+    check_writable(json)
+    with progress_bars() as tell:
+        loaded = load_model(model, dtype, device, tell)
+    inputs = _encode(loaded, given, chat)
+    tokens = inputs["input_ids"].shape[1]
+    _check_length(tokens, max_new_tokens, loaded_bundle.plan.geometry.max_positions)
+    torch.manual_seed(seed)
+    with attach(loaded.model, loaded_bundle, window) as attachment:
+        cache = attachment.new_cache()
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        began = time.perf_counter()
+        result = loaded.model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=max_new_tokens,
+            streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True), **sampling,
+        )  # fmt: skip
+        seconds = time.perf_counter() - began
+        held, stored = cache.get_seq_length(), cache.stored_bytes()
+    full = loaded_bundle.plan.geometry.full_bytes(held)
+    new = result.shape[1] - tokens
+    errors.print(
+        f"{tokens} prompt + {new} new tokens in {seconds:.1f} s; cache of {held} tokens: {stored:,} bytes, "
+        f"{full / stored:.2f} times smaller than full (bfloat16)",
+        highlight=False,
+    )
+    if json is not None:
+        text = loaded.tokenizer.decode(result[0, tokens:], skip_special_tokens=True)
+        figures = {
+            "text": text, "prompt_tokens": tokens, "new_tokens": new, "seconds": seconds, "cache_tokens": held, "stored_bytes": stored,
+            "full_bytes": full, "times_smaller": full / stored,
+        }  # fmt: skip
+        Record("generation", figures, {"model": model, "bundle": bundle.name, "prompt": given, "seed": seed}).write(json)
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str:
+    if (prompt is None) == (file is None):
+        raise InputError("give either --prompt or --prompt-file")
+    if file is not None:
+        try:
+            prompt = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read the prompt {file}: {error}") from None
+    assert prompt is not None
+    if not prompt:
+        raise InputError("the prompt is empty, so there are no tokens to continue; give some text")
+    return prompt
+
+
+def _encode(loaded: LoadedModel, prompt: str, chat: bool) -> Any:
+    tokenizer = loaded.tokenizer
+    if chat:
+        if not tokenizer.chat_template:
+            raise InputError(f"{loaded.name} has no chat template; leave out --chat")
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    if not inputs["input_ids"].shape[1]:
+        raise InputError("the prompt has no tokens to continue; give some text")
+    return inputs.to(loaded.model.device)
+
+
+def _check_length(tokens: int, new: int, positions: int) -> None:
+    if tokens + new > positions:
+        raise InputError(
+            f"a prompt of {tokens} tokens and {new} new ones go beyond the model's {positions} positions; shorten the "
+            "prompt or ask for fewer new tokens"
+        )

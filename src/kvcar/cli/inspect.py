@@ -1,0 +1,97 @@
+"""``kvcar inspect``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ..bundle import Bundle
+from ..errors import InputError
+from ..evaluate.size import compressed_size
+from ..planner.summary import bits_by_layer, summarise_blocks
+from ..record import Record, write_text
+from ..report.plots import bits_per_layer
+from .app import app
+from .arguments import Json
+from .console import check_writable, out
+from .fit import bundle_element_bytes
+
+_BAR = 32
+_EXAMPLES = """Show what a bundle stores: its plan as a table and its bits by layer.
+
+[bold]Examples[/]
+
+  kvcar inspect demo-5x
+
+  kvcar inspect demo-5x --plot bits.svg --json plan.json
+"""
+
+
+@app.command(help=_EXAMPLES)
+def inspect(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that 'kvcar fit' wrote.")],
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the bits by layer as an SVG picture.")] = None,
+    json: Json = None,
+) -> None:
+    """Show a bundle; the examples in the help text say the rest."""
+    if plot is not None and plot.suffix != ".svg":
+        raise InputError(f"--plot writes SVG; name the file something.svg, not {plot.name}")
+    check_writable(plot)
+    check_writable(json)
+    loaded = Bundle.load(bundle)
+    _print_head(loaded)
+    _print_plan(loaded)
+    _print_bits(loaded)
+    layers = bits_by_layer(loaded.plan)
+    if plot is not None:
+        write_text(plot, bits_per_layer(layers, f"{loaded.model.name}: {bundle.name}"))
+    if json is not None:
+        figures = {
+            "blocks": [asdict(block) for block in summarise_blocks(loaded.plan)],
+            "bits_by_layer": [asdict(layer) for layer in layers],
+            "codec_bytes": loaded.codec_bytes,
+        }
+        Record("plan", figures, {"bundle": bundle.name}).write(json)
+
+
+def _print_head(bundle: Bundle) -> None:
+    plan, fit = bundle.plan, bundle.fit
+    tokens = min(4096, plan.geometry.max_positions)
+    stored = compressed_size(plan, bundle_element_bytes(bundle))(tokens, 1)
+    out.print(f"[bold]{bundle.model.name}[/] ({bundle.model.architecture}, weights {bundle.model.fingerprint[:12]}, {bundle.model.dtype})")
+    out.print(f"fitted {fit.date} on {fit.tokens:,} tokens of {fit.text} with kvcar {fit.kvcar_version}", highlight=False)
+    out.print(
+        f"{plan.geometry.full_bytes(tokens) / stored:.2f} times smaller at {tokens:,} tokens; sinks {plan.sinks}, window {plan.window}, "
+        f"pages of {plan.page_tokens} tokens; codecs {bundle.codec_bytes:,} bytes",
+        highlight=False,
+    )
+    if plan.geometry.sliding_layers:
+        out.print(f"sliding-window layers, kept exact: {len(plan.geometry.sliding_layers)} of {plan.geometry.layers}")
+
+
+def _print_plan(bundle: Bundle) -> None:
+    table = Table(title="plan", title_justify="left")
+    for heading in ("block", "codec", "kind", "layers", "heads", "width", "latents", "bits/element", "latents x bits"):
+        table.add_column(heading, justify="left" if heading in ("codec", "kind", "latents x bits") else "right")
+    for row in summarise_blocks(bundle.plan):
+        table.add_row(
+            str(row.index), row.codec, row.kind, row.layers, row.heads, str(row.width), str(row.latents),
+            f"{row.bits_per_element:.2f}", row.widths,
+        )  # fmt: skip
+    out.print(table)
+    for reuse in bundle.plan.reuses:
+        out.print(f"slot {reuse.slot} reuses {reuse.source}")
+
+
+def _print_bits(bundle: Bundle) -> None:
+    layers = bits_by_layer(bundle.plan)
+    most = max(max(layer.key, layer.value) for layer in layers)
+    out.print("bits per element by layer (keys, values)")
+    for layer in layers:
+        for label, bits, colour in ((f"{layer.layer:>4} K", layer.key, "blue"), ("     V", layer.value, "yellow")):
+            bar = "█" * max(1, round(_BAR * bits / most)) if bits else ""
+            out.print(f"{label} [{colour}]{bar}[/] {bits:.2f}", highlight=False)

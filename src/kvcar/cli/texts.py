@@ -1,0 +1,45 @@
+"""Which part of which text a command fits on and which it evaluates on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import InputError
+from ..fit.text import TextSource, read_text, split_text, token_windows
+
+HELD_OUT_FRACTION = 0.1
+
+
+def fit_and_check_text(path: Path | None, hold_back: bool) -> tuple[TextSource, TextSource | None]:
+    """What to fit on and, if asked, what to hold back to check on. The embedded text always keeps its last part for
+    evaluation, so that no bundle is ever fitted on what ``kvcar eval`` reads by default."""
+    source = read_text(path)
+    if path is not None and not hold_back:
+        return source, None
+    kept, held = split_text(source, HELD_OUT_FRACTION)
+    return TextSource(kept.name, kept.text, source.sha256), held
+
+
+def evaluation_text(path: Path | None) -> TextSource:
+    """The text to evaluate on: a file, or the held-out part of the embedded text."""
+    return read_text(path) if path is not None else split_text(read_text(None), HELD_OUT_FRACTION)[1]
+
+
+def up_to_windows(tokenizer: Any, text: str, context: int, most: int) -> Tensor:
+    """As many windows as the text has, at most ``most``, at least one; raises InputError if it has none."""
+    low, high = 1, most
+    try:
+        return token_windows(tokenizer, text, context, most)
+    except InputError:
+        first = token_windows(tokenizer, text, context, 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            first = token_windows(tokenizer, text, context, middle)
+            low = middle
+        except InputError:
+            high = middle - 1
+    return first

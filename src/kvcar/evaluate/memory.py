@@ -1,0 +1,97 @@
+"""Peak memory of a long run, measured in a process of its own.
+
+``measure_peak_growth`` starts a fresh interpreter that loads the model, runs a short warm-up so that libraries have
+taken their working memory, notes its resident size, then prefills and decodes, and reports how far the peak rose.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..errors import InputError
+from ..models.load import load_model
+from ..runtime.attach import PREFILL_CHUNK_TOKENS, attach
+from ..runtime.cache import KVCarCache
+
+_WARM_UP_TOKENS = 700
+
+
+@dataclass(frozen=True)
+class MemoryRun:
+    """Figures of one run.
+
+    Attributes:
+        tokens: tokens in the cache at the end.
+        peak_growth_bytes: peak resident size less the resident size before the run.
+        cache_bytes: bytes of the cache's tensors at the end.
+    """
+
+    tokens: int
+    peak_growth_bytes: int
+    cache_bytes: int
+
+
+def measure_peak_growth(model: str, bundle: Path | None, tokens: int, decode_tokens: int = 16, dtype: str = "auto") -> MemoryRun:
+    """Run ``tokens`` tokens through a cache in a child process; ``bundle`` None uses the model's own full cache.
+
+    Raises:
+        InputError: the child failed; its last lines are in the message.
+    """
+    given = {"model": model, "bundle": str(bundle) if bundle else None, "tokens": tokens, "decode": decode_tokens, "dtype": dtype}
+    command = [sys.executable, "-m", "kvcar.evaluate.memory", json.dumps(given)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        last = "\n".join(result.stderr.strip().splitlines()[-3:])
+        raise InputError(f"the memory measurement failed:\n{last}")
+    return MemoryRun(**json.loads(result.stdout.strip().splitlines()[-1]))
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, cache: Cache, tokens: int, decode_tokens: int) -> None:
+    """Prefill in chunks, then decode, on token ids that repeat no short pattern."""
+    ids = (torch.arange(tokens)[None] * 7919 + 13) % model.config.get_text_config().vocab_size
+    prefill = tokens - decode_tokens
+    for start in range(0, prefill, PREFILL_CHUNK_TOKENS):
+        stop = min(start + PREFILL_CHUNK_TOKENS, prefill)
+        model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    for index in range(prefill, tokens):
+        model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _child(given: dict[str, str | int | None]) -> MemoryRun:
+    loaded = load_model(str(given["model"]), dtype=str(given["dtype"]), device="cpu")
+    attachment = attach(loaded.model, str(given["bundle"])) if given["bundle"] else None
+
+    def new_cache() -> Cache:
+        return attachment.new_cache() if attachment else DynamicCache(config=loaded.model.config)
+
+    tokens, decode = int(given["tokens"] or 0), int(given["decode"] or 0)
+    _run(loaded.model, new_cache(), min(_WARM_UP_TOKENS, tokens), min(2, decode))
+    before = _resident_bytes()
+    cache = new_cache()
+    _run(loaded.model, cache, tokens, decode)
+    # ru_maxrss is in KiB on Linux; the peak is taken after the warm-up, whose own peak is far below.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held = cache.stored_bytes() if isinstance(cache, KVCarCache) else _dynamic_bytes(cache)
+    return MemoryRun(tokens, peak - before, held)
+
+
+def _dynamic_bytes(cache: Cache) -> int:
+    return sum(t.nbytes for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_child(json.loads(sys.argv[1])))))

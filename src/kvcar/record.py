@@ -1,0 +1,85 @@
+"""One measurement with where it comes from. What is printed, plotted or written into docs is read from records."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .version import __version__
+
+
+def provenance(command: list[str] | None = None) -> dict[str, Any]:
+    """Versions, machine and command of this process, as JSON-ready values.
+
+    Args:
+        command: the command line to record; the process' own by default, program name without its folder.
+    """
+    import torch
+    import transformers
+
+    own = ["kvcar" if not sys.argv[0] else Path(sys.argv[0]).name, *sys.argv[1:]]
+    return {
+        "command": " ".join(command or own),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "kvcar": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@dataclass(frozen=True)
+class Record:
+    """Figures, the configuration they were measured with, and their provenance.
+
+    Attributes:
+        kind: what was measured ("fidelity", "memory", ...).
+        figures: names with units, and numbers.
+        config: everything that was chosen.
+        provenance: see ``provenance``.
+    """
+
+    kind: str
+    figures: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=provenance)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Figures at the top level, the rest below names of their own."""
+        return {"kind": self.kind, **self.figures, "config": self.config, "provenance": self.provenance}
+
+    def write(self, path: Path) -> None:
+        """Write as JSON, whole or not at all; raises InputError where that cannot be done."""
+        write_json(path, self.as_dict())
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` as JSON through a temporary neighbour; raises InputError where that cannot be done."""
+    write_text(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file through a temporary neighbour; raises InputError where that cannot be done."""
+    staging = None
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.absolute().parent, prefix=".kvcar-", delete=False) as out:
+            staging = Path(out.name)
+            out.write(text)
+        staging.chmod(0o644)
+        staging.replace(path)
+    except OSError as error:
+        if staging is not None:
+            staging.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that exists and that you may write to") from None

@@ -1,0 +1,70 @@
+"""Plots as SVG text, for pages and files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..planner.summary import LayerBits
+
+_KEY_COLOUR, _VALUE_COLOUR = "#2f6f9f", "#d08a2e"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A cache in the plane of size and quality."""
+
+    name: str
+    times_smaller: float
+    kl_divergence: float
+    kl_stderr: float
+
+
+def quality_against_size(points: Sequence[Point]) -> str:
+    """KL divergence (log scale) against times smaller, with error bars."""
+    figure, axes = _figure(6.4, 3.8)
+    for point in points:
+        axes.errorbar(point.times_smaller, point.kl_divergence, yerr=point.kl_stderr, marker="o", capsize=3, color=_KEY_COLOUR)
+        axes.annotate(point.name, (point.times_smaller, point.kl_divergence), xytext=(7, 5), textcoords="offset points", fontsize=9)
+    if any(point.kl_divergence > 0 for point in points):
+        axes.set_yscale("log")
+    axes.margins(x=0.25, y=0.2)
+    axes.set_xlabel("times smaller than the full bfloat16 cache, all bytes counted")
+    axes.set_ylabel("KL divergence from the full cache\n(nats per token)")
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def bits_per_layer(layers: Sequence[LayerBits], title: str) -> str:
+    """Average stored bits per element of every layer, keys and values side by side."""
+    figure, axes = _figure(6.4, 2.8)
+    places = [layer.layer for layer in layers]
+    axes.bar([p - 0.2 for p in places], [layer.key for layer in layers], width=0.4, label="keys", color=_KEY_COLOUR)
+    axes.bar([p + 0.2 for p in places], [layer.value for layer in layers], width=0.4, label="values", color=_VALUE_COLOUR)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("stored bits per element")
+    axes.set_title(title, fontsize=10)
+    axes.legend(frameon=False, fontsize=9)
+    axes.grid(axis="y", alpha=0.3)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    # The object interface: no global state, no display needed.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Any) -> str:
+    """The figure as an ``<svg>`` element without XML prologue."""
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "kvcar", "svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
