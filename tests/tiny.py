@@ -33,14 +33,14 @@ _COMMON: dict[str, Any] = {
     # Wide enough for attention to prefer some tokens, as a trained model does.
     "initializer_range": 0.2,
     "bos_token_id": 1,
-    "eos_token_id": 2,
+    "eos_token_id": None,
     "pad_token_id": 0,
 }
 
 
 def _gpt2(**overrides: Any) -> PreTrainedConfig:
     own = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": POSITIONS, "vocab_size": VOCABULARY}
-    own |= {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    own |= {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     return GPT2Config(**(own | overrides))
 
 
@@ -77,7 +77,9 @@ FAMILIES: dict[str, Callable[..., PreTrainedConfig]] = {
 }
 
 
-def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+def tiny_model(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
     """A random model of a family, in eval mode."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(FAMILIES[family](**overrides), attn_implementation="sdpa")

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .codecs import CODECS, Codec, Quantizer
 from .errors import BundleError, ModelMismatchError, PlanError
@@ -104,7 +105,7 @@ class Bundle:
         """Bytes of the codecs' own parameters: like weights, shared by all sequences and not part of the cache."""
         return sum(tensor.nbytes for block in self.blocks for tensor in block.tensors().values())
 
-    def check_model(self, model: nn.Module) -> None:
+    def check_model(self, model: PreTrainedModel) -> None:
         """Refuse a model that the bundle was not fitted for.
 
         Raises:
@@ -174,7 +175,9 @@ class Bundle:
             model = ModelIdentity.model_validate(manifest.get("model"))
             fit = FitProvenance.model_validate(manifest.get("fit"))
         except ValidationError as error:
-            raise BundleError(f"{folder / PLAN_FILE} is damaged: {error.errors()[0]['msg']}; fit the bundle again") from None
+            raise BundleError(
+                f"{folder / PLAN_FILE} is damaged: {error.errors()[0]['msg']}; fit the bundle again"
+            ) from None
         tensors = _read_codecs(folder, manifest.get("codecs_sha256"))
         values = tensors.pop("fingerprint.values", None)
         if values is None:

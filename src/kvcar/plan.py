@@ -80,7 +80,7 @@ class Block(StrictModel):
     @property
     def kind(self) -> Kind | None:
         """The kind that all slots share, or None for a block that mixes keys with values."""
-        kinds = {slot.kind for slot in self.slots}
+        kinds: set[Kind] = {slot.kind for slot in self.slots}
         return kinds.pop() if len(kinds) == 1 else None
 
     @model_validator(mode="after")

@@ -74,7 +74,9 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file through a temporary neighbour; raises InputError where that cannot be done."""
     staging = None
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.absolute().parent, prefix=".kvcar-", delete=False) as out:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.absolute().parent, prefix=".kvcar-", delete=False
+        ) as out:
             staging = Path(out.name)
             out.write(text)
         staging.chmod(0o644)
@@ -82,4 +84,6 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         if staging is not None:
             staging.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that exists and that you may write to") from None
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; choose a folder that exists and that you may write to"
+        ) from None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from .errors import InputError
 
 T = TypeVar("T")
+Entry = TypeVar("Entry")
 
 
 class Registry(Generic[T]):
@@ -17,13 +18,13 @@ class Registry(Generic[T]):
         self._sort = sort
         self._entries: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[Entry], Entry]:
         """Return a decorator that files its argument under ``name``."""
 
-        def file_under_name(entry: T) -> T:
+        def file_under_name(entry: Entry) -> Entry:
             if name in self._entries:
                 raise ValueError(f"{self._sort} {name!r} is registered twice")
-            self._entries[name] = entry
+            self._entries[name] = cast(T, entry)
             return entry
 
         return file_under_name

@@ -7,16 +7,30 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="'demo', a local folder, a .gguf file, or a hub id (id@revision).")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="'demo', a local folder, a .gguf file, or a hub id (id@revision).")
+]
 BundlePath = Annotated[Path, typer.Option("--bundle", "-b", metavar="BUNDLE", help="Folder that 'kvcar fit' wrote.")]
 Text = Annotated[
     Path | None,
-    typer.Option("--text", metavar="FILE", help="A .txt file, or a .jsonl file with a field 'text'. Default: English text that ships with Python."),
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="A .txt file, or a .jsonl file with a field 'text'. Default: English text that ships with Python.",
+    ),
 ]
 Window = Annotated[
     int | None,
-    typer.Option("--window", metavar="TOKENS", help="Recent tokens kept exact, a multiple of the page size; 0 codes every past token. Default: the bundle's."),
+    typer.Option(
+        "--window",
+        metavar="TOKENS",
+        help="Recent tokens kept exact, a multiple of the page size; 0 codes every past token. Default: the bundle's.",
+    ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures, with their provenance, as JSON.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on a CPU, the checkpoint's own on a GPU.")]
+Json = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures, with their provenance, as JSON.")
+]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16 or float16; auto is float32 on a CPU, the checkpoint's own on a GPU.")
+]
 Device = Annotated[str, typer.Option(help="Where to run, as torch names it; auto takes a GPU where there is one.")]

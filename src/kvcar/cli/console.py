@@ -7,10 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ..errors import InputError
-from ..fit.progress import OnProgress
+from ..progress import OnProgress
 
 out = Console()
 errors = Console(stderr=True)
@@ -19,7 +27,13 @@ errors = Console(stderr=True)
 @contextmanager
 def progress_bars() -> Iterator[OnProgress]:
     """Bars on stderr, one for each thing that is told of; without a terminal, a line for each as it ends."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=errors, disable=not errors.is_terminal) as bars:
 
@@ -46,4 +60,6 @@ def check_writable(path: Path | None) -> None:
         if not existed:
             path.unlink()
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; choose a folder that exists and that you may write to") from None
+        raise InputError(
+            f"cannot write {path}: {error.strerror}; choose a folder that exists and that you may write to"
+        ) from None

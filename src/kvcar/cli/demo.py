@@ -15,13 +15,14 @@ from transformers import Cache, DynamicCache
 from ..bundle import Bundle
 from ..errors import InputError
 from ..evaluate.fidelity import Fidelity, measure_fidelity
+from ..evaluate.full_cache import bfloat16_bytes
 from ..fit.fit import fit_bundles
 from ..fit.options import FitOptions
-from ..fit.progress import OnProgress
 from ..fit.text import TextSource, token_windows
 from ..models.demo import ALIAS
 from ..models.load import LoadedModel, load_model
 from ..planner.summary import bits_by_layer
+from ..progress import OnProgress
 from ..record import Record, provenance, write_text
 from ..report.card import model_card
 from ..report.page import GeneratedText, PageRow, render_page
@@ -68,7 +69,9 @@ class _Generated:
 
 @app.command(help=_EXAMPLES)
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the page, the figures and the bundles go.")] = Path("kvcar-demo"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the page, the figures and the bundles go.")
+    ] = Path("kvcar-demo"),
 ) -> None:
     """Run the demo; the help text says what it does."""
     _prepare(output)
@@ -78,7 +81,13 @@ def demo(
     with progress_bars() as tell:
         loaded = load_model(ALIAS, dtype="float32", on_step=tell)
         fit_ids = token_windows(loaded.tokenizer, source.text, _FIT_CONTEXT, _FIT_WINDOWS)
-        bundles = dict(zip(_SETTINGS, fit_bundles(loaded.model, ALIAS, fit_ids, source, list(_SETTINGS.values()), tell), strict=True))
+        bundles = dict(
+            zip(
+                _SETTINGS,
+                fit_bundles(loaded.model, ALIAS, fit_ids, source, list(_SETTINGS.values()), tell),
+                strict=True,
+            )
+        )
         results = _evaluate(loaded, bundles, held, tell)
         prompt, texts = _generate(loaded, bundles, held, tell)
     for name, bundle in bundles.items():
@@ -105,7 +114,9 @@ def _prepare(output: Path) -> None:
         raise InputError(f"cannot write to {output}: {error.strerror}; choose another folder with --output") from None
 
 
-def _evaluate(loaded: LoadedModel, bundles: Mapping[str, Bundle], held: TextSource, tell: OnProgress) -> dict[str, Fidelity]:
+def _evaluate(
+    loaded: LoadedModel, bundles: Mapping[str, Bundle], held: TextSource, tell: OnProgress
+) -> dict[str, Fidelity]:
     """All bundles against the full cache on held-out text, side by side."""
     ids = token_windows(loaded.tokenizer, held.text, _EVAL_CONTEXT, _EVAL_WINDOWS)
     done = 0
@@ -127,7 +138,9 @@ def _generate(
     excerpt = loaded.tokenizer.decode(token_windows(loaded.tokenizer, held.text, 400, 2)[1]).strip()
     prompt = f"{excerpt}\n\n{_QUESTION}"
     messages = [{"role": "user", "content": prompt}]
-    inputs = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = loaded.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     texts = {}
     with attach(loaded.model, bundles["5x"]):
         makers: dict[str, Any] = {"full": lambda: DynamicCache(config=loaded.model.config)}
@@ -142,12 +155,9 @@ def _generate(
 def _continue(loaded: LoadedModel, inputs: Any, cache: Cache) -> _Generated:
     began = time.perf_counter()
     with torch.no_grad():
-        ids = loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=_NEW_TOKENS, do_sample=False)
+        ids: Any = loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=_NEW_TOKENS, do_sample=False)
     new = ids[0, inputs["input_ids"].shape[1] :]
-    if isinstance(cache, KVCarCache):
-        stored = cache.stored_bytes()
-    else:
-        stored = 2 * sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)  # in bfloat16
+    stored = cache.stored_bytes() if isinstance(cache, KVCarCache) else bfloat16_bytes(cache)
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
     return _Generated(text, len(new), time.perf_counter() - began, stored)
 
@@ -160,7 +170,12 @@ def _write_records(
         setting = {**config, "cache": name, "fit": _SETTINGS[name].as_dict()}
         Record("fidelity", fidelity_figures(result), setting).write(output / f"fidelity-{name}.json")
     for name, text in texts.items():
-        figures = {"text": text.text, "new_tokens": text.tokens, "seconds": text.seconds, "cache_bytes": text.cache_bytes}
+        figures = {
+            "text": text.text,
+            "new_tokens": text.tokens,
+            "seconds": text.seconds,
+            "cache_bytes": text.cache_bytes,
+        }
         Record("generation", figures, {**config, "cache": name}).write(output / f"generation-{name}.json")
 
 
@@ -184,13 +199,20 @@ def _page(
     }
     rows = [_full_row(first), *(_row(name, result) for name, result in results.items())]
     compressed = [name for name in results if name != _IDENTITY]
-    points = [Point(n, results[n].times_smaller, results[n].kl_divergence.value, results[n].kl_divergence.stderr) for n in compressed]
+    points = [
+        Point(n, results[n].times_smaller, results[n].kl_divergence.value, results[n].kl_divergence.stderr)
+        for n in compressed
+    ]
     plots = {"Quality against size": quality_against_size(points)}
     for name in compressed:
         layers = bits_by_layer(bundles[name].plan)
-        plots[f"Bits per layer, {name}"] = bits_per_layer(layers, "average stored bits per key or value element (full: 16)")
+        plots[f"Bits per layer, {name}"] = bits_per_layer(
+            layers, "average stored bits per key or value element (full: 16)"
+        )
     shown_texts = [
-        GeneratedText(name, text.text.strip(), f"{text.cache_bytes:,} bytes of cache, {text.tokens} tokens, {text.seconds:.1f} s")
+        GeneratedText(
+            name, text.text.strip(), f"{text.cache_bytes:,} bytes of cache, {text.tokens} tokens, {text.seconds:.1f} s"
+        )
         for name, text in texts.items()
     ]
     return render_page("A smaller KV cache, and what it costs", shown, rows, plots, prompt, shown_texts, _NOTES)
@@ -208,7 +230,15 @@ _NOTES = (
 
 def _full_row(any_result: Fidelity) -> PageRow:
     full = any_result.perplexity_full
-    return PageRow("full, bfloat16 bytes", "1.00", f"{any_result.full_bytes_per_token:,.0f}", f"{full.value:.3f} ± {full.stderr:.3f}", "1", "0", "100 %")
+    return PageRow(
+        "full, bfloat16 bytes",
+        "1.00",
+        f"{any_result.full_bytes_per_token:,.0f}",
+        f"{full.value:.3f} ± {full.stderr:.3f}",
+        "1",
+        "0",
+        "100 %",
+    )
 
 
 def _row(name: str, f: Fidelity) -> PageRow:

@@ -83,4 +83,6 @@ def evaluate(
 def _tell_worst(result: Fidelity) -> None:
     by_window = sorted(enumerate(result.window_kl_divergences), key=lambda pair: -pair[1])[:3]
     worst = ", ".join(f"#{index} {value:.5f}" for index, value in by_window)
-    out.print(f"worst windows by KL divergence: {worst}; worst hundredth of tokens: above {result.kl_divergence_worst_1_percent:.4f}")
+    out.print(
+        f"worst windows by KL divergence: {worst}; worst hundredth of tokens: above {result.kl_divergence_worst_1_percent:.4f}"
+    )

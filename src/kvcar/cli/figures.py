@@ -39,12 +39,22 @@ def fidelity_figures(f: Fidelity) -> dict[str, Any]:
 def fidelity_table(results: Mapping[str, Fidelity]) -> Table:
     """A row for each cache."""
     first = next(iter(results.values()))
-    table = Table(title=f"stepped through the cache, {first.windows} windows of {first.context:,} tokens", title_justify="left")
+    table = Table(
+        title=f"stepped through the cache, {first.windows} windows of {first.context:,} tokens", title_justify="left"
+    )
     table.add_column("cache")
     for heading in ("times smaller", "bytes/token", "perplexity", "ratio to full", "KL divergence", "same top-1"):
         table.add_column(heading, justify="right")
     full = first.perplexity_full
-    table.add_row("full (bfloat16 bytes)", "1.00", f"{first.full_bytes_per_token:,.0f}", f"{full.value:.3f} ± {full.stderr:.3f}", "1", "0", "100 %")
+    table.add_row(
+        "full (bfloat16 bytes)",
+        "1.00",
+        f"{first.full_bytes_per_token:,.0f}",
+        f"{full.value:.3f} ± {full.stderr:.3f}",
+        "1",
+        "0",
+        "100 %",
+    )
     for name, f in results.items():
         table.add_row(
             name,

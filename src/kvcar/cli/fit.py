@@ -48,15 +48,21 @@ def fit(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder to write; must not exist.")],
     text: Text = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help=f"Tokens to fit on. Default: {DEFAULT_TOKENS}, or what the text has.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help=f"Tokens to fit on. Default: {DEFAULT_TOKENS}, or what the text has.")
+    ] = None,
     codec: Annotated[str, typer.Option(help="linear, autoencoder or identity.")] = "linear",
     bits: Annotated[float | None, typer.Option(help="Average stored bits per key or value element.")] = None,
     times_smaller: Annotated[
         float | None,
-        typer.Option(help="Times smaller than the full bfloat16 cache at 4,096 tokens, all bytes counted. Default: 5 (identity: lossless)."),
+        typer.Option(
+            help="Times smaller than the full bfloat16 cache at 4,096 tokens, all bytes counted. Default: 5 (identity: lossless)."
+        ),
     ] = None,
     layers_per_block: Annotated[int, typer.Option(min=1, help="Adjacent layers coded together.")] = 1,
-    heads_per_block: Annotated[int | None, typer.Option(min=1, help="KV heads coded together. Default: all of a layer.")] = None,
+    heads_per_block: Annotated[
+        int | None, typer.Option(min=1, help="KV heads coded together. Default: all of a layer.")
+    ] = None,
     latent_bits: Annotated[int, typer.Option(help="Bits of each latent of an autoencoder: 1 to 8, or 16.")] = 8,
     steps: Annotated[int, typer.Option(min=0, help="Training steps of each autoencoder.")] = 200,
     window: Annotated[int, typer.Option(min=0, help="Recent tokens kept exact, a multiple of 64.")] = 64,
@@ -84,11 +90,14 @@ def fit(
     _tell(bundle, output, measured)
     if json is not None:
         figures = fidelity_figures(measured) if measured else {}
-        figures |= {"stored_bytes_at_4096_tokens": compressed_size(bundle.plan, 2)(4096, 1), "codec_bytes": bundle.codec_bytes}
+        figures |= {
+            "stored_bytes_at_4096_tokens": compressed_size(bundle.plan, 2)(4096, 1),
+            "codec_bytes": bundle.codec_bytes,
+        }
         Record("fit", figures, config={"model": model, **options.as_dict()}).write(json)
 
 
-def _fit_windows(loaded: LoadedModel, source: TextSource, tokens: int | None):  # noqa: ANN202
+def _fit_windows(loaded: LoadedModel, source: TextSource, tokens: int | None):
     context = min(_CONTEXT, loaded.model.config.get_text_config().max_position_embeddings)
     if tokens is None:
         return up_to_windows(loaded.tokenizer, source.text, context, DEFAULT_TOKENS // context)
@@ -98,7 +107,7 @@ def _fit_windows(loaded: LoadedModel, source: TextSource, tokens: int | None):  
     return token_windows(loaded.tokenizer, source.text, context, tokens // context)
 
 
-def _check(loaded: LoadedModel, bundle: Bundle, held: TextSource, tell) -> Fidelity | None:  # noqa: ANN001
+def _check(loaded: LoadedModel, bundle: Bundle, held: TextSource, tell) -> Fidelity | None:
     context = min(_CONTEXT, bundle.plan.geometry.max_positions)
     try:
         windows = up_to_windows(loaded.tokenizer, held.text, context, _CHECK_WINDOWS)

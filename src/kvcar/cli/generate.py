@@ -36,7 +36,9 @@ def generate(
     model: Model,
     bundle: BundlePath,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="A UTF-8 file with what to continue.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A UTF-8 file with what to continue.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
@@ -58,7 +60,9 @@ def generate(
     torch.manual_seed(seed)
     with attach(loaded.model, loaded_bundle, window) as attachment:
         cache = attachment.new_cache()
-        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        sampling: dict[str, Any] = (
+            {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        )
         began = time.perf_counter()
         result = loaded.model.generate(
             **inputs, past_key_values=cache, max_new_tokens=max_new_tokens,
@@ -79,7 +83,9 @@ def generate(
             "text": text, "prompt_tokens": tokens, "new_tokens": new, "seconds": seconds, "cache_tokens": held, "stored_bytes": stored,
             "full_bytes": full, "times_smaller": full / stored,
         }  # fmt: skip
-        Record("generation", figures, {"model": model, "bundle": bundle.name, "prompt": given, "seed": seed}).write(json)
+        Record("generation", figures, {"model": model, "bundle": bundle.name, "prompt": given, "seed": seed}).write(
+            json
+        )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:
@@ -102,7 +108,9 @@ def _encode(loaded: LoadedModel, prompt: str, chat: bool) -> Any:
         if not tokenizer.chat_template:
             raise InputError(f"{loaded.name} has no chat template; leave out --chat")
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     if not inputs["input_ids"].shape[1]:

@@ -34,7 +34,9 @@ _EXAMPLES = """Show what a bundle stores: its plan as a table and its bits by la
 @app.command(help=_EXAMPLES)
 def inspect(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that 'kvcar fit' wrote.")],
-    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the bits by layer as an SVG picture.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the bits by layer as an SVG picture.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Show a bundle; the examples in the help text say the rest."""
@@ -62,8 +64,12 @@ def _print_head(bundle: Bundle) -> None:
     plan, fit = bundle.plan, bundle.fit
     tokens = min(4096, plan.geometry.max_positions)
     stored = compressed_size(plan, bundle_element_bytes(bundle))(tokens, 1)
-    out.print(f"[bold]{bundle.model.name}[/] ({bundle.model.architecture}, weights {bundle.model.fingerprint[:12]}, {bundle.model.dtype})")
-    out.print(f"fitted {fit.date} on {fit.tokens:,} tokens of {fit.text} with kvcar {fit.kvcar_version}", highlight=False)
+    out.print(
+        f"[bold]{bundle.model.name}[/] ({bundle.model.architecture}, weights {bundle.model.fingerprint[:12]}, {bundle.model.dtype})"
+    )
+    out.print(
+        f"fitted {fit.date} on {fit.tokens:,} tokens of {fit.text} with kvcar {fit.kvcar_version}", highlight=False
+    )
     out.print(
         f"{plan.geometry.full_bytes(tokens) / stored:.2f} times smaller at {tokens:,} tokens; sinks {plan.sinks}, window {plan.window}, "
         f"pages of {plan.page_tokens} tokens; codecs {bundle.codec_bytes:,} bytes",

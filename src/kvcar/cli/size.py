@@ -31,7 +31,9 @@ _EXAMPLES = """Say how much fits into memory with MODEL's own cache and with a c
 @app.command(help=_EXAMPLES)
 def size(
     model: Model,
-    bundle: Annotated[Path | None, typer.Option("--bundle", "-b", metavar="BUNDLE", help="Folder that 'kvcar fit' wrote.")] = None,
+    bundle: Annotated[
+        Path | None, typer.Option("--bundle", "-b", metavar="BUNDLE", help="Folder that 'kvcar fit' wrote.")
+    ] = None,
     memory: Annotated[str, typer.Option(help="Memory for the cache alone, weights left out.")] = "24GiB",
     batch: Annotated[int, typer.Option(min=1, help="Sequences, for the longest length.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the largest batch.")] = 4096,
@@ -48,7 +50,9 @@ def size(
     sizes: dict[str, SizeOf] = {"full (bfloat16)": full_size(geometry)}
     if loaded is not None:
         if loaded.plan.geometry != geometry:
-            raise ModelMismatchError(f"this bundle was fitted for {loaded.model.name}, whose cache has another shape than {model}'s")
+            raise ModelMismatchError(
+                f"this bundle was fitted for {loaded.model.name}, whose cache has another shape than {model}'s"
+            )
         sizes[str(bundle)] = compressed_size(loaded.plan, model_bytes=2)
     fits = {name: what_fits(of, budget, batch, tokens, geometry.max_positions) for name, of in sizes.items()}
     out.print(_table(sizes, fits, memory, batch, tokens))
@@ -67,10 +71,17 @@ def size(
 def _table(sizes: dict[str, SizeOf], fits: dict[str, Fits], memory: str, batch: int, tokens: int) -> Table:
     table = Table(title=f"in {memory}, weights left out", title_justify="left")
     table.add_column("cache")
-    for heading in (f"bytes/token at {tokens:,}", f"bytes of batch {batch} x {tokens:,}", f"longest at batch {batch}", f"largest batch at {tokens:,}"):
+    for heading in (
+        f"bytes/token at {tokens:,}",
+        f"bytes of batch {batch} x {tokens:,}",
+        f"longest at batch {batch}",
+        f"largest batch at {tokens:,}",
+    ):
         table.add_column(heading, justify="right")
     for name, of in sizes.items():
         fit = fits[name]
         longest = f"{fit.longest_tokens:,}" + (" (all positions)" if fit.cut_by_positions else "")
-        table.add_row(name, f"{of(tokens, 1) / tokens:,.0f}", f"{of(tokens, batch):,}", longest, f"{fit.largest_batch:,}")
+        table.add_row(
+            name, f"{of(tokens, 1) / tokens:,.0f}", f"{of(tokens, batch):,}", longest, f"{fit.largest_batch:,}"
+        )
     return table

@@ -15,7 +15,8 @@ HELD_OUT_FRACTION = 0.1
 
 def fit_and_check_text(path: Path | None, hold_back: bool) -> tuple[TextSource, TextSource | None]:
     """What to fit on and, if asked, what to hold back to check on. The embedded text always keeps its last part for
-    evaluation, so that no bundle is ever fitted on what ``kvcar eval`` reads by default."""
+    evaluation, so that no bundle is ever fitted on what ``kvcar eval`` reads by default.
+    """
     source = read_text(path)
     if path is not None and not hold_back:
         return source, None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..registry import Registry
 
-CODECS: Registry[type["Codec"]] = Registry("codec")
+CODECS: Registry[type[Codec]] = Registry("codec")
 
 
 class Codec(ABC):

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import InputError
 from ..runtime.cache import KVCarCache
+from .full_cache import bfloat16_bytes
 from .statistics import Estimate, mean_of, ratio_of
 
 CHUNK_TOKENS = 64
@@ -113,7 +114,9 @@ def measure_fidelity(
         InputError: windows of fewer than 2 tokens.
     """
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
-        raise InputError(f"evaluation needs windows of at least 2 tokens, got token ids of shape {tuple(windows.shape)}")
+        raise InputError(
+            f"evaluation needs windows of at least 2 tokens, got token ids of shape {tuple(windows.shape)}"
+        )
     scores = {name: TokenScores() for name in caches}
     stored = dict.fromkeys(caches, 0.0)
     full_bytes = 0.0
@@ -128,7 +131,7 @@ def measure_fidelity(
                     scores[name].add(logits, reference, targets)
             if on_chunk is not None:
                 on_chunk(len(ids))
-        full_bytes += _bfloat16_bytes(full) / len(windows)
+        full_bytes += bfloat16_bytes(full) / len(windows)
         for name, cache in stepped.items():
             stored[name] += cache.stored_bytes() / len(windows)
     return {name: _summarise(scores[name], windows, stored[name], full_bytes) for name in caches}
@@ -142,15 +145,6 @@ def _chunks(window: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     return model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
-
-
-def _bfloat16_bytes(cache: DynamicCache) -> int:
-    """Bytes that the full cache's tensors would take in bfloat16."""
-    elements = 0
-    for layer in cache.layers:
-        for side in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            elements += 0 if side is None else side.numel()
-    return 2 * elements
 
 
 def _summarise(scores: TokenScores, windows: Tensor, stored_bytes: float, full_bytes: float) -> Fidelity:

@@ -20,6 +20,7 @@ from ..errors import InputError
 from ..models.load import load_model
 from ..runtime.attach import PREFILL_CHUNK_TOKENS, attach
 from ..runtime.cache import KVCarCache
+from .full_cache import held_elements
 
 _WARM_UP_TOKENS = 700
 
@@ -39,13 +40,21 @@ class MemoryRun:
     cache_bytes: int
 
 
-def measure_peak_growth(model: str, bundle: Path | None, tokens: int, decode_tokens: int = 16, dtype: str = "auto") -> MemoryRun:
+def measure_peak_growth(
+    model: str, bundle: Path | None, tokens: int, decode_tokens: int = 16, dtype: str = "auto"
+) -> MemoryRun:
     """Run ``tokens`` tokens through a cache in a child process; ``bundle`` None uses the model's own full cache.
 
     Raises:
         InputError: the child failed; its last lines are in the message.
     """
-    given = {"model": model, "bundle": str(bundle) if bundle else None, "tokens": tokens, "decode": decode_tokens, "dtype": dtype}
+    given = {
+        "model": model,
+        "bundle": str(bundle) if bundle else None,
+        "tokens": tokens,
+        "decode": decode_tokens,
+        "dtype": dtype,
+    }
     command = [sys.executable, "-m", "kvcar.evaluate.memory", json.dumps(given)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
@@ -85,12 +94,8 @@ def _child(given: dict[str, str | int | None]) -> MemoryRun:
     _run(loaded.model, cache, tokens, decode)
     # ru_maxrss is in KiB on Linux; the peak is taken after the warm-up, whose own peak is far below.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    held = cache.stored_bytes() if isinstance(cache, KVCarCache) else _dynamic_bytes(cache)
+    held = cache.stored_bytes() if isinstance(cache, KVCarCache) else held_elements(cache) * loaded.model.dtype.itemsize
     return MemoryRun(tokens, peak - before, held)
-
-
-def _dynamic_bytes(cache: Cache) -> int:
-    return sum(t.nbytes for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if t is not None)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,12 @@ def warm_start(basis: Basis, latents: int) -> AutoencoderModule:
     undo = torch.cat([torch.eye(latents), -torch.eye(latents)]) / (1 + LEAKY_SLOPE)
     # Latents are scaled to unit variance, so that all of them quantise alike.
     _set_half(module.encoder, both, spread, (undo / spread).T)
-    _set_half(module.decoder, torch.cat([torch.eye(latents), -torch.eye(latents)]), torch.ones(latents), directions * spread @ undo.T)
+    _set_half(
+        module.decoder,
+        torch.cat([torch.eye(latents), -torch.eye(latents)]),
+        torch.ones(latents),
+        directions * spread @ undo.T,
+    )
     return module
 
 

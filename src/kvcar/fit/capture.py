@@ -97,7 +97,9 @@ class _WatchingLayer(DynamicLayer):
         super().__init__()
         self._layer, self._gather = layer, gather
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         del args, kwargs
         self._gather.take(self._layer, key_states, value_states)
         return key_states, value_states
@@ -105,7 +107,7 @@ class _WatchingLayer(DynamicLayer):
 
 def _watching_cache(geometry: KVGeometry, gather: _BlockGatherer) -> Cache:
     """A cache with a watching layer where the plan may code, and layers that keep nothing special elsewhere."""
-    layers = [
+    layers: list[Any] = [
         _WatchingLayer(layer, gather) if layer in geometry.codable_layers else DynamicLayer()
         for layer in range(geometry.layers)
     ]

@@ -19,13 +19,13 @@ from ..plan import BitGroup, Block, Plan
 from ..planner.bits import allocate_bits
 from ..planner.blocks import regular_blocks
 from ..planner.budget import bits_for
+from ..progress import OnProgress, silent
 from ..shapes import KVGeometry, Slot
 from ..version import __version__
 from .autoencoder import train_autoencoder
 from .capture import capture
 from .moments import Moments
 from .options import DEFAULT_TIMES_SMALLER, FitOptions
-from .progress import OnProgress, silent
 from .quantize import fit_quantizer
 from .solve import Basis, groups_of, linear_codec, principal_basis
 from .text import TextSource

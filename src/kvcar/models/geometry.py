@@ -25,7 +25,9 @@ def read_geometry(config: PreTrainedConfig) -> KVGeometry:
         raise UnsupportedModelError(f"{kind} is an encoder-decoder; kvcar compresses the cache of decoder-only models")
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None) is not None:
-        raise UnsupportedModelError(f"{kind} keeps latents instead of keys and values (MLA); its cache is small already")
+        raise UnsupportedModelError(
+            f"{kind} keeps latents instead of keys and values (MLA); its cache is small already"
+        )
     sliding, window = _sliding_layers(text)
     layers = _single(text, "num_hidden_layers")
     query_heads = _single(text, "num_attention_heads")
@@ -74,7 +76,7 @@ def _is_rotary(config: PreTrainedConfig) -> bool:
         return False
     # Either one set of parameters, or one for each kind of layer.
     each = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
-    unstable = {part.get("rope_type") for part in each} & set(_UNSTABLE_ROPE)
+    unstable = {str(part.get("rope_type")) for part in each} & set(_UNSTABLE_ROPE)
     if unstable:
         raise UnsupportedModelError(
             f"{type(config).__name__} uses rotary positions of type {', '.join(sorted(unstable))}, whose angles change "

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import InputError
 from .quiet import quiet_transformers
 
 
-def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Model and tokenizer of a GGUF file.
 
     Raises:
@@ -25,8 +25,6 @@ def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[PreTraine
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"transformers cannot load {path} as GGUF: {error}") from None
     # The weights are plain now; leftovers of the quantiser would make transformers refuse to save them.
-    if hasattr(model, "hf_quantizer"):
-        model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    model.__dict__.pop("hf_quantizer", None)
+    model.config.__dict__.pop("quantization_config", None)
     return model, tokenizer

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ..errors import InputError
-from .demo import ALIAS, OnStep, demo_folder
+from ..progress import OnProgress, silent
+from .demo import ALIAS, demo_folder
 from .gguf import load_gguf
 from .quiet import quiet_transformers
+
+if TYPE_CHECKING:
+
+    class CausalLM(PreTrainedModel, GenerationMixin):
+        """What the auto class gives; the two always come together, which transformers' annotations do not say."""
+
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -22,7 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LoadedModel:
     """A model ready to run, its tokenizer, and the name it was asked for by."""
 
-    model: PreTrainedModel
+    model: CausalLM
     tokenizer: Any
     name: str
 
@@ -31,7 +45,7 @@ def load_model(
     name: str,
     dtype: str = "auto",
     device: str = "auto",
-    on_step: OnStep = lambda what, done, total: None,
+    on_step: OnProgress = silent,
 ) -> LoadedModel:
     """Load a model for inference.
 
@@ -56,7 +70,9 @@ def load_model(
         model, tokenizer = load_gguf(Path(name), wanted or torch.float16)
     else:
         model, tokenizer = _from_folder_or_hub(name, wanted)
-    return LoadedModel(model.to(where).eval(), tokenizer, name)
+    # `nn.Module.to`, whose types transformers' override hides.
+    torch.nn.Module.to(model, where)
+    return LoadedModel(model.eval(), tokenizer, name)
 
 
 def _device(device: str) -> torch.device:
@@ -70,7 +86,7 @@ def _device(device: str) -> torch.device:
     return where
 
 
-def _from_folder_or_hub(name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
+def _from_folder_or_hub(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -82,7 +98,7 @@ def _from_folder_or_hub(name: str, dtype: torch.dtype | None) -> tuple[PreTraine
     return _from_transformers(repository, revision or None, dtype)
 
 
-def _from_transformers(name: str, revision: str | None, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
+def _from_transformers(name: str, revision: str | None, dtype: torch.dtype | None) -> tuple[Any, Any]:
     options: dict[str, Any] = {"revision": revision} if revision else {}
     try:
         with quiet_transformers():
@@ -93,7 +109,7 @@ def _from_transformers(name: str, revision: str | None, dtype: torch.dtype | Non
     return model, tokenizer
 
 
-def load_config(name: str, on_step: OnStep = lambda what, done, total: None) -> PreTrainedConfig:
+def load_config(name: str, on_step: OnProgress = silent) -> PreTrainedConfig:
     """A model's config without its weights; raises as ``load_model`` does."""
     if name == ALIAS:
         name = str(demo_folder(on_step))

@@ -65,7 +65,10 @@ def _quality(bundle: Bundle, check: Fidelity | None) -> str:
 
 
 def _plan(bundle: Bundle) -> str:
-    rows = ["| block | codec | kind | layers | heads | width | latents | bits per element |", "|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| block | codec | kind | layers | heads | width | latents | bits per element |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     rows += [
         f"| {b.index} | {b.codec} | {b.kind} | {b.layers} | {b.heads} | {b.width} | {b.latents} | {b.bits_per_element:.2f} |"
         for b in summarise_blocks(bundle.plan)

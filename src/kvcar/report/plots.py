@@ -26,8 +26,16 @@ def quality_against_size(points: Sequence[Point]) -> str:
     """KL divergence (log scale) against times smaller, with error bars."""
     figure, axes = _figure(6.4, 3.8)
     for point in points:
-        axes.errorbar(point.times_smaller, point.kl_divergence, yerr=point.kl_stderr, marker="o", capsize=3, color=_KEY_COLOUR)
-        axes.annotate(point.name, (point.times_smaller, point.kl_divergence), xytext=(7, 5), textcoords="offset points", fontsize=9)
+        axes.errorbar(
+            point.times_smaller, point.kl_divergence, yerr=point.kl_stderr, marker="o", capsize=3, color=_KEY_COLOUR
+        )
+        axes.annotate(
+            point.name,
+            (point.times_smaller, point.kl_divergence),
+            xytext=(7, 5),
+            textcoords="offset points",
+            fontsize=9,
+        )
     if any(point.kl_divergence > 0 for point in points):
         axes.set_yscale("log")
     axes.margins(x=0.25, y=0.2)
@@ -42,7 +50,9 @@ def bits_per_layer(layers: Sequence[LayerBits], title: str) -> str:
     figure, axes = _figure(6.4, 2.8)
     places = [layer.layer for layer in layers]
     axes.bar([p - 0.2 for p in places], [layer.key for layer in layers], width=0.4, label="keys", color=_KEY_COLOUR)
-    axes.bar([p + 0.2 for p in places], [layer.value for layer in layers], width=0.4, label="values", color=_VALUE_COLOUR)
+    axes.bar(
+        [p + 0.2 for p in places], [layer.value for layer in layers], width=0.4, label="values", color=_VALUE_COLOUR
+    )
     axes.set_xlabel("layer")
     axes.set_ylabel("stored bits per element")
     axes.set_title(title, fontsize=10)

@@ -30,7 +30,7 @@ from .structure import find_decoder
 PREFILL_CHUNK_TOKENS = 512
 _PREPARE = "_prepare_cache_for_generation"
 
-_attached: WeakKeyDictionary[nn.Module, "Attachment"] = WeakKeyDictionary()
+_attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
 
 
 class Attachment:
@@ -49,7 +49,7 @@ class Attachment:
         self._tables: dict[int, RotaryTable] = {}
         self._parts = find_decoder(model, bundle.plan.geometry.layers)
         self.new_cache()  # a bad window is told now, not in the first generate
-        self._base = model.config.get_text_config()._attn_implementation
+        self._base = str(model.config.get_text_config()._attn_implementation)
         stand_in = stand_in_for(self._base)
         self._probe = RotaryProbe(self._parts.decoder)
         self._handles = [*self._probe.handles, *self._hook_decoder(), *map(self._hook_attention, self._parts.attention)]
@@ -115,7 +115,9 @@ class Attachment:
         if cache is None:
             return
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()) and module.training:
-            raise UnsupportedModelError("a compressed cache is for inference; call model.eval() and use torch.no_grad()")
+            raise UnsupportedModelError(
+                "a compressed cache is for inference; call model.eval() and use torch.no_grad()"
+            )
         inputs = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
         inputs = args[0] if inputs is None else inputs
         mask = kwargs.get("attention_mask")
@@ -201,7 +203,9 @@ def _given_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KVCarCache
     return given if isinstance(given, KVCarCache) else None
 
 
-def _prepare_cache(attachment: Attachment, original: Any, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any) -> None:
+def _prepare_cache(
+    attachment: Attachment, original: Any, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
+) -> None:
     """``generate``'s cache preparation: a compressed cache by default, and chunked prefill with one."""
     wants_own = generation_config.cache_implementation is not None or generation_config.use_cache is False
     if model_kwargs.get("past_key_values") is None and not wants_own:

@@ -75,8 +75,7 @@ def _attention(
     softcap = kwargs.pop("softcap", None)
     _refuse_unknown(dropout, kwargs)
     exact, paged = cache.past(layer)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = attend(query, exact, paged, scaling, softcap)
+    output = attend(query, exact, paged, scaling or float(query.shape[-1]) ** -0.5, softcap)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -92,7 +91,9 @@ def _refuse_unknown(dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise UnsupportedModelError("a compressed cache is for inference; call model.eval() first (dropout is on)")
     if kwargs.get("output_attentions"):
-        raise UnsupportedModelError("attention weights are never formed with a compressed cache; leave output_attentions off")
+        raise UnsupportedModelError(
+            "attention weights are never formed with a compressed cache; leave output_attentions off"
+        )
     unknown = [name for name, given in kwargs.items() if given is not None and name not in _IGNORED]
     if unknown:
         raise UnsupportedModelError(

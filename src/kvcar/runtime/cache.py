@@ -143,7 +143,7 @@ class KVCarCache(Cache):
         """Pick sequences ``beam_idx`` int64 ``[B]`` for beam search."""
         self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
         for layer in self._plain_layers():
-            layer.reorder_cache(beam_idx)
+            layer.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]  # annotated as a legacy LongTensor
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times."""
@@ -261,7 +261,9 @@ class KVCarCache(Cache):
             if extra == 0:
                 continue
             if extra < 0 or isinstance(layer, DynamicSlidingWindowLayer):
-                raise CacheStateError("an earlier pass was interrupted and a sliding layer cannot go back; reset the cache")
+                raise CacheStateError(
+                    "an earlier pass was interrupted and a sliding layer cannot go back; reset the cache"
+                )
             layer.crop(-extra)
 
     def _check_positions(self, tokens: int, state: SequenceState) -> None:
@@ -383,7 +385,5 @@ def _with_window(plan: Plan, window: int | None) -> Plan:
     if window is None or window == plan.window:
         return plan
     if window < 0 or window % plan.page_tokens:
-        raise InputError(
-            f"window must be 0 or a multiple of the page size, {plan.page_tokens} tokens; got {window}"
-        )
+        raise InputError(f"window must be 0 or a multiple of the page size, {plan.page_tokens} tokens; got {window}")
     return plan.model_copy(update={"window": window})

@@ -63,7 +63,9 @@ class RotaryProbe:
             )
         call = self._calls.get(id(position_embeddings[0]))
         if call is None:
-            raise UnsupportedModelError("attention's (cos, sin) came from no rotary module, so keys cannot be rotated back")
+            raise UnsupportedModelError(
+                "attention's (cos, sin) came from no rotary module, so keys cannot be rotated back"
+            )
         _, module, extra, named = call
         key = (id(module), repr((extra, named)))
         if key not in self._tables:
@@ -74,7 +76,9 @@ class RotaryProbe:
 def _identify(module: nn.Module, extra: tuple[Any, ...], named: Mapping[str, Any]) -> RotaryTable:
     buffers = {n: b for n, b in module.named_buffers() if "inv_freq" in n and "original" not in n}
     if not buffers:
-        raise UnsupportedModelError(f"{type(module).__name__} has no inverse frequencies, so keys cannot be rotated back")
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no inverse frequencies, so keys cannot be rotated back"
+        )
     device = next(iter(buffers.values())).device
     positions = torch.tensor([_PROBE_POSITIONS], device=device)
     # `forward` itself, so that the probing call does not come back through the hook.

@@ -56,7 +56,9 @@ class SequenceState:
         if not torch.equal(mask, index >= padding[:, None]):
             raise InputError("the attention mask has zeros after the first one; kvcar supports left padding only")
         if not torch.equal(padding.clamp_max(seen), self.padding.clamp_max(seen)):
-            raise InputError("the attention mask pads tokens differently than in an earlier pass; reset the cache first")
+            raise InputError(
+                "the attention mask pads tokens differently than in an earlier pass; reset the cache first"
+            )
         return padding
 
     def _read_positions(self, seen: int, count: int, positions: Tensor | None, padding: Tensor) -> Tensor:
@@ -70,7 +72,9 @@ class SequenceState:
         # The last token of a left-padded pass is real unless the whole pass is padding.
         offset = torch.where(real[:, -1], index[-1] - positions[:, -1], self.offset)
         if not torch.equal(torch.where(real, index - offset[:, None], 0), torch.where(real, positions, 0)):
-            raise CacheStateError("position_ids must rise by one from token to token; kvcar cannot rotate such keys back")
+            raise CacheStateError(
+                "position_ids must rise by one from token to token; kvcar cannot rotate such keys back"
+            )
         known = (padding < seen) & (offset != self.offset)
         if known.any():
             raise CacheStateError("position_ids go on elsewhere than the cached tokens stopped; reset the cache first")

@@ -31,22 +31,32 @@ def find_decoder(model: nn.Module, layers: int) -> DecoderParts:
         UnsupportedModelError: no one-to-one match of layers and attention modules, or they lie on several devices.
     """
     named = {name: m for name, m in model.named_modules() if _is_attention(m)}
-    by_layer = {m.layer_idx: m for m in named.values()}
+    by_layer = {_layer_index(m): m for m in named.values()}
     if len(named) != layers or sorted(by_layer) != list(range(layers)):
         raise UnsupportedModelError(
             f"{type(model).__name__} has {len(named)} attention modules with a layer_idx, but its config has {layers} layers"
         )
     devices = {p.device for m in named.values() for p in m.parameters()}
     if len(devices) != 1:
-        raise UnsupportedModelError(f"attention layers lie on several devices ({sorted(map(str, devices))}); kvcar needs one")
+        raise UnsupportedModelError(
+            f"attention layers lie on several devices ({sorted(map(str, devices))}); kvcar needs one"
+        )
     if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(f"{type(model).__name__} does not take named attention functions (AttentionInterface)")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not take named attention functions (AttentionInterface)"
+        )
     attention = tuple(by_layer[layer] for layer in range(layers))
     return DecoderParts(_innermost_with_cache(model, list(named)), attention)
 
 
+def _layer_index(module: nn.Module) -> int:
+    """The layer a module says it belongs to, -1 if it says none."""
+    index = getattr(module, "layer_idx", None)
+    return index if isinstance(index, int) else -1
+
+
 def _is_attention(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower() and isinstance(getattr(module, "layer_idx", None), int)
+    return "attention" in type(module).__name__.lower() and _layer_index(module) >= 0
 
 
 def _innermost_with_cache(model: nn.Module, names: list[str]) -> nn.Module:

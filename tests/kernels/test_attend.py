@@ -1,0 +1,121 @@
+"""Tiled attention against the specification, over every structure a plan can have."""
+
+import math
+
+import pytest
+import torch
+from bundles import by_hand, fitted
+from tiny import tiny_model
+
+from kvcar.kernels.attend import ExactPast, PagedPast, attend, naive, tiled
+from kvcar.kernels.rotary import RotaryTable
+from kvcar.plan import Reuse
+from kvcar.runtime.coder import PageCoder
+from kvcar.runtime.pages import PageStore
+from kvcar.shapes import Slot
+
+
+def slots(layers, kind, heads=(0, 1)):
+    return tuple(Slot(layer, head, kind) for layer in layers for head in heads)
+
+
+MODEL = tiny_model("llama")
+STRUCTURES = {
+    "a block for each layer": lambda: by_hand(MODEL, [slots([i], k) for i in range(4) for k in ("key", "value")]),
+    "blocks over layers": lambda: by_hand(MODEL, [slots(range(4), "key"), slots(range(4), "value")], bits=[7, 5, 3, 2]),
+    "heads apart": lambda: by_hand(MODEL, [slots([i], k, [h]) for i in range(4) for k in ("key", "value") for h in (1, 0)]),
+    "keys with values": lambda: by_hand(MODEL, [slots([i], "key") + slots([i], "value") for i in range(4)], bits=8),
+    "raw latents": lambda: by_hand(MODEL, [slots(range(4), "key"), slots(range(4), "value")], bits=[16, 4]),
+    "values exact": lambda: by_hand(MODEL, [slots(range(4), "key")]),
+    "one key head exact": lambda: by_hand(MODEL, [slots(range(4), "key", [0]), slots(range(4), "value")]),
+    "reuse": lambda: by_hand(
+        MODEL,
+        [slots([0, 2], "key"), slots([0, 2], "value")],
+        reuses=tuple(Reuse(slot=Slot(i + 1, h, k), source=Slot(i, 1 - h, k)) for i in (0, 2) for h in (0, 1) for k in ("key", "value")),
+    ),
+    "autoencoder": lambda: fitted(MODEL, codec="autoencoder", times_smaller=3, steps=5),
+    "lossless": lambda: fitted(MODEL, codec="identity"),
+    "plain quantiser": lambda: fitted(MODEL, codec="identity", bits=4.5),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=STRUCTURES, ids=str)
+def coder(request):
+    return PageCoder(STRUCTURES[request.param](), torch.device("cpu"), torch.float32)
+
+
+def paged_past(coder, layer, tokens, batch, rotary, padding):
+    generator = torch.Generator().manual_seed(tokens)
+    store = PageStore(coder.units, coder.layout.page_bytes, 32)
+
+    def fetch(slot, before_rope):
+        del slot, before_rope
+        return torch.randn(batch, tokens, 16, generator=generator)
+
+    store.append([unit.stored(fetch) for unit in coder.units])
+    first = torch.tensor(padding) + 4
+    return PagedPast(
+        store.arenas, tokens, first, int(first.max()), torch.tensor(padding),
+        coder.readers(layer, "key"), coder.readers(layer, "value"), rotary,
+    )  # fmt: skip
+
+
+def rotary():
+    return RotaryTable(1.0 / 10000 ** (torch.arange(8, dtype=torch.float64) / 8), 1.0, "half")
+
+
+@pytest.mark.parametrize("with_rotary", [True, False], ids=["rotary", "no positions"])
+@pytest.mark.parametrize(("tokens", "count"), [(1, 1), (33, 1), (63, 7), (1000, 1), (1000, 40)])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_tiled_is_the_specification(coder, layer, tokens, count, with_rotary):
+    paged = paged_past(coder, layer, tokens, 2, rotary() if with_rotary else None, [0, min(9, tokens - 1)])
+    query = torch.randn(2, 4, count, 16)
+    mask = torch.ones(count, 5 + count, dtype=torch.bool).tril(5)[None, None].expand(2, -1, -1, -1)
+    exact = ExactPast(torch.randn(2, 2, 5 + count, 16), torch.randn(2, 2, 5 + count, 16), mask)
+    for softcap in (None, 5.0):
+        expected = naive.attend(query, exact, paged, 0.25, softcap)
+        torch.testing.assert_close(attend(query, exact, paged, 0.25, softcap), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_without_pages_it_is_ordinary_attention(dtype):
+    query, keys, values = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16)
+    query, keys, values = (x.to(dtype) for x in (query, keys, values))
+    mask = torch.ones(3, 9, dtype=torch.bool).tril(6)[None, None]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), keys.double(), values.double(), attn_mask=mask, enable_gqa=True
+    )
+    plain = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=True)
+    got = attend(query, ExactPast(keys, values, mask), None, 1 / math.sqrt(16))
+    assert got.dtype == dtype
+    assert (got - expected).abs().max() <= 2 * (plain - expected).abs().max() + 1e-7
+
+
+def test_a_query_that_sees_nothing_gives_zeros_not_nan():
+    keys = torch.randn(1, 2, 3, 16)
+    nothing = ExactPast(keys, keys, torch.zeros(1, 1, 2, 3, dtype=torch.bool))
+    for implementation in (naive.attend, attend):
+        assert torch.equal(implementation(torch.randn(1, 4, 2, 16), nothing, None, 1.0), torch.zeros(1, 4, 2, 16))
+
+
+def test_unfilled_room_is_never_read(coder):
+    paged = paged_past(coder, 0, 40, 1, rotary(), [0])
+    query = torch.randn(1, 4, 1, 16)
+    exact = ExactPast(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), None)
+    before = attend(query, exact, paged, 0.25)
+    for arena in paged.tiles:
+        arena[:, 2:] = 255  # 40 tokens fill one page and part of the second
+    assert torch.equal(attend(query, exact, paged, 0.25), before)
+
+
+@pytest.mark.parametrize("rows", [1, 100, 5000])
+def test_tiles_cover_every_token_once(coder, rows):
+    for tokens in (1, 32, 513, 5000):
+        paged = paged_past(coder, 0, tokens, 1, None, [0])
+        starts, counts = [], []
+        for start, pages, count in tiled._tiles(paged, rows):
+            assert sum(p.shape[1] for p in pages) * 32 >= count > 0
+            starts.append(start)
+            counts.append(count)
+        assert starts == [sum(counts[:i]) for i in range(len(counts))]
+        assert sum(counts) == tokens
