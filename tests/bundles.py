@@ -7,10 +7,10 @@ from tiny import POSITIONS, token_ids
 from transformers import PreTrainedModel
 
 from kvcar.bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity
+from kvcar.fit.capture import capture
 from kvcar.fit.fit import fit_bundle
 from kvcar.fit.moments import Moments
 from kvcar.fit.options import FitOptions
-from kvcar.fit.capture import capture
 from kvcar.fit.solve import groups_of, linear_codec, principal_basis
 from kvcar.fit.text import TextSource
 from kvcar.models.fingerprint import fingerprint

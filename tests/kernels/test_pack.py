@@ -11,7 +11,9 @@ from kvcar.kernels.pack import naive, pack, unpack
 from kvcar.plan import BitGroup
 
 GROUPS = st.lists(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 16]), min_size=1, max_size=9, unique=True).flatmap(
-    lambda bits: st.tuples(*[st.builds(BitGroup, bits=st.just(b), count=st.integers(1, 5)) for b in sorted(bits, reverse=True)])
+    lambda bits: st.tuples(
+        *[st.builds(BitGroup, bits=st.just(b), count=st.integers(1, 5)) for b in sorted(bits, reverse=True)]
+    )
 )
 
 

@@ -6,7 +6,7 @@ from tiny import tiny_model
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvcar.kernels.rotary import RotaryTable
-from kvcar.runtime.rotary_probe import RotaryProbe
+from kvcar.models.rotary_probe import RotaryProbe
 
 
 def llama_table(**overrides):

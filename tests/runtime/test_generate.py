@@ -95,7 +95,9 @@ def test_left_padding_changes_nothing(family, window):
         batch = model.generate(padded, attention_mask=mask, max_new_tokens=40, do_sample=False, output_logits=True,
                                return_dict_in_generate=True)  # fmt: skip
         for index, row in enumerate(rows):
-            alone = model.generate(row, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True)
+            alone = model.generate(
+                row, max_new_tokens=40, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
             # Pages fill at other tokens when there is padding, so the window differs by less than a page; where
             # nothing is coded yet, or everything is, the logits must agree.
             if window == 0 or lengths[index] + 40 <= window:

@@ -46,7 +46,9 @@ def test_exact_slots_give_the_same_bits(family, implementation):
     assert torch.equal(got_tokens, tokens)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_identity_pages_err_no_more_than_twice_what_plain_attention_errs(family, dtype):
     """Sinks, pages and window really are used; only the order of sums differs from the model's own attention."""

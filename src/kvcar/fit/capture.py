@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicLayer
 
 from ..errors import FitError
 from ..kernels.rotary import RotaryTable
-from ..runtime.rotary_probe import RotaryProbe
-from ..runtime.structure import find_decoder
+from ..models.rotary_probe import RotaryProbe
+from ..models.structure import find_decoder
 from ..shapes import KVGeometry, Slot
 
 OnBlock = Callable[[int, Tensor], None]

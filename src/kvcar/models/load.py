@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,9 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationMixin,
     PreTrainedConfig,
-    PreTrainedModel,
 )
 
 from ..errors import InputError
@@ -23,12 +21,6 @@ from .demo import ALIAS, demo_folder
 from .gguf import load_gguf
 from .quiet import quiet_transformers
 
-if TYPE_CHECKING:
-
-    class CausalLM(PreTrainedModel, GenerationMixin):
-        """What the auto class gives; the two always come together, which transformers' annotations do not say."""
-
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -36,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class LoadedModel:
     """A model ready to run, its tokenizer, and the name it was asked for by."""
 
-    model: CausalLM
+    model: Any  # a PreTrainedModel that generates; transformers' annotations do not admit the two at once
     tokenizer: Any
     name: str
 

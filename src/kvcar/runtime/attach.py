@@ -21,11 +21,11 @@ from transformers import PreTrainedModel
 from ..bundle import Bundle
 from ..errors import AttachError, UnsupportedModelError
 from ..kernels.rotary import RotaryTable
+from ..models.rotary_probe import RotaryProbe
+from ..models.structure import find_decoder
 from .attention import set_current, stand_in_for
 from .cache import KVCarCache
 from .coder import PageCoder
-from .rotary_probe import RotaryProbe
-from .structure import find_decoder
 
 PREFILL_CHUNK_TOKENS = 512
 _PREPARE = "_prepare_cache_for_generation"

@@ -1,0 +1,209 @@
+"""Bundles on disk: whole or not at all, checked on the way in, tied to their model."""
+
+import hashlib
+import json
+import os
+
+import pytest
+import torch
+from bundles import by_hand, fitted
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model, token_ids
+
+import kvcar
+from kvcar.bundle import CODECS_FILE, PLAN_FILE, Bundle
+from kvcar.codecs import CODECS
+from kvcar.errors import BundleError, ModelMismatchError, PlanError
+from kvcar.fit.options import FitOptions
+from kvcar.shapes import Slot
+
+MODEL = tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def bundle():
+    return fitted(MODEL, times_smaller=4, layers_per_block=2)
+
+
+@pytest.fixture
+def folder(bundle, tmp_path):
+    return bundle.save(tmp_path / "bundle", "a card")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_codec_comes_back_as_it_was(codec, tmp_path):
+    options = {"identity": {"bits": 4.5}, "autoencoder": {"bits": 4, "steps": 3}}.get(codec, {"bits": 3})
+    made = fitted(MODEL, codec=codec, **options)
+    again = Bundle.load(made.save(tmp_path / "b", "card"))
+    assert (again.plan, again.model, again.fit) == (made.plan, made.model, made.fit)
+    for a, b in zip(again.blocks, made.blocks, strict=True):
+        x = torch.randn(5, 32)
+        assert torch.equal(a.codec.decode(a.quantizer.latents(a.quantizer.codes(a.codec.encode(x)))),
+                           b.codec.decode(b.quantizer.latents(b.quantizer.codes(b.codec.encode(x)))))  # fmt: skip
+
+
+def test_a_loaded_bundle_generates_the_same(bundle, folder):
+    with kvcar.attach(MODEL, bundle):
+        expected = MODEL.generate(token_ids(90), max_new_tokens=20, do_sample=False)
+    with kvcar.attach(MODEL, folder):
+        assert torch.equal(MODEL.generate(token_ids(90), max_new_tokens=20, do_sample=False), expected)
+
+
+def test_saving_is_deterministic(bundle, tmp_path):
+    first, second = (bundle.save(tmp_path / name, "card") for name in "ab")
+    for name in (PLAN_FILE, CODECS_FILE):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def edit_manifest(folder, change):
+    path = folder / PLAN_FILE
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def edit_codecs(folder, change):
+    """Change tensors and fix the checksum, so that only the checks behind it can notice."""
+    tensors = load_file(folder / CODECS_FILE)
+    change(tensors)
+    save_file(tensors, folder / CODECS_FILE)
+    digest = hashlib.sha256((folder / CODECS_FILE).read_bytes()).hexdigest()
+    edit_manifest(folder, lambda d: d.update(codecs_sha256=digest))
+
+
+def test_truncated_and_tampered_codecs_are_refused(folder):
+    path = folder / CODECS_FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(BundleError, match="truncated or was changed"):
+        Bundle.load(folder)
+    changed = bytearray(whole)
+    changed[-5] ^= 1
+    path.write_bytes(bytes(changed))
+    with pytest.raises(BundleError, match="truncated or was changed"):
+        Bundle.load(folder)
+    path.write_bytes(b"not safetensors")
+    edit_manifest(folder, lambda d: d.update(codecs_sha256=hashlib.sha256(b"not safetensors").hexdigest()))
+    with pytest.raises(BundleError, match="not a readable safetensors file"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("blocks.0.encoder"), "lacks its tensor 'encoder'"),
+        (lambda t: t.update({"blocks.1.mean": torch.zeros(3)}), r"shape \(3,\)"),
+        (lambda t: t.update({"blocks.0.decoder": t["blocks.0.decoder"].half()}), "float16, but the format has float32"),
+        (lambda t: t["blocks.0.encoder"].fill_(torch.nan), "NaN or infinity"),
+        (lambda t: t["blocks.0.quantizer.scale"].zero_(), "not positive"),
+        (lambda t: t.pop("fingerprint.values"), "lacks the model's fingerprint"),
+    ],
+)
+def test_codecs_that_do_not_fit_the_plan_are_refused(folder, change, message):
+    edit_codecs(folder, change)
+    with pytest.raises(BundleError, match=message):
+        Bundle.load(folder)
+
+
+def test_a_raw_latent_must_not_be_scaled(tmp_path):
+    slots = tuple(Slot(0, h, "key") for h in (0, 1))
+    folder = by_hand(MODEL, [slots], bits=[16, 4]).save(tmp_path / "b", "card")
+    edit_codecs(folder, lambda t: t["blocks.0.quantizer.scale"].fill_(2.0))
+    with pytest.raises(BundleError, match="raw latent"):
+        Bundle.load(folder)
+
+
+def test_unknown_versions_and_codecs_are_refused(folder):
+    edit_manifest(folder, lambda d: d["plan"]["blocks"][0].update(codec="magic"))
+    with pytest.raises(PlanError, match="uses codec 'magic'"):
+        Bundle.load(folder)
+    edit_manifest(folder, lambda d: d.update(format_version=99))
+    with pytest.raises(PlanError, match=r"version 99.*reads version 1"):
+        Bundle.load(folder)
+    edit_manifest(folder, lambda d: (d.update(format_version=1), d["plan"].update(format_version=7)))
+    with pytest.raises(PlanError, match="version 7"):
+        Bundle.load(folder)
+
+
+def test_folders_that_are_no_bundles(tmp_path):
+    with pytest.raises(BundleError, match="no bundle at"):
+        Bundle.load(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="has no plan.json"):
+        Bundle.load(tmp_path)
+    (tmp_path / PLAN_FILE).write_text("{")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Bundle.load(tmp_path)
+
+
+def test_a_pickle_is_never_opened(folder):
+    torch.save({"blocks.0.encoder": torch.zeros(1)}, folder / CODECS_FILE)
+    digest = hashlib.sha256((folder / CODECS_FILE).read_bytes()).hexdigest()
+    edit_manifest(folder, lambda d: d.update(codecs_sha256=digest))
+    with pytest.raises(BundleError, match="not a readable safetensors file"):
+        Bundle.load(folder)
+
+
+def test_the_wrong_model_is_refused_and_says_what_differs(bundle):
+    with pytest.raises(ModelMismatchError, match="layers: 6 instead of 4"):
+        kvcar.attach(tiny_model("llama", num_hidden_layers=6), bundle)
+    with pytest.raises(ModelMismatchError, match="sampled weights differ"):
+        kvcar.attach(tiny_model("llama", seed=1), bundle)
+    light = tiny_model("llama")
+    with torch.no_grad():
+        for parameter in light.parameters():
+            parameter += 1e-4
+    with pytest.raises(ModelMismatchError, match="sampled weights differ"):
+        kvcar.attach(light, bundle)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_same_weights_in_another_dtype_are_welcome(bundle, dtype):
+    model = tiny_model("llama", dtype=dtype)
+    with kvcar.attach(model, bundle):
+        assert model.generate(token_ids(100), max_new_tokens=5, do_sample=False).shape == (1, 105)
+
+
+def test_what_is_there_is_not_overwritten_unasked(bundle, folder, tmp_path):
+    before = (folder / PLAN_FILE).read_bytes()
+    with pytest.raises(BundleError, match="already holds a bundle"):
+        bundle.save(folder, "card")
+    assert (folder / PLAN_FILE).read_bytes() == before
+    bundle.save(folder, "another card", overwrite=True)
+    assert (folder / "README.md").read_text() == "another card"
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "monday.txt").write_text("dear diary")
+    with pytest.raises(BundleError, match="not a bundle"):
+        bundle.save(tmp_path / "diary", "card", overwrite=True)
+    assert (tmp_path / "diary" / "monday.txt").exists()
+
+
+def test_an_interrupted_save_leaves_nothing(bundle, tmp_path, monkeypatch):
+    def interrupted(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.save(tmp_path / "bundle", "card")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place_is_told(bundle, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BundleError, match="cannot write to"):
+        bundle.save(tmp_path / "file" / "bundle", "card")
+
+
+def test_options_that_make_no_sense_are_refused():
+    from kvcar.errors import InputError
+
+    for wrong, message in [
+        ({"codec": "zip"}, "unknown codec 'zip'"),
+        ({"bits": 3.0, "times_smaller": 4.0}, "not both"),
+        ({"bits": 0.0}, "above 0"),
+        ({"bits": 17.0}, "at most 16"),
+        ({"times_smaller": -1.0}, "above 0"),
+        ({"latent_bits": 12}, "1 to 8, or 16"),
+        ({"steps": -1}, "negative"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            FitOptions(**wrong)
