@@ -30,7 +30,7 @@ def folder(bundle, tmp_path):
     return bundle.save(tmp_path / "bundle", "a card")
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", list(CODECS))
 def test_every_codec_comes_back_as_it_was(codec, tmp_path):
     options = {"identity": {"bits": 4.5}, "autoencoder": {"bits": 4, "steps": 3}}.get(codec, {"bits": 3})
     made = fitted(MODEL, codec=codec, **options)
@@ -128,7 +128,7 @@ def test_unknown_versions_and_codecs_are_refused(folder):
 def test_folders_that_are_no_bundles(tmp_path):
     with pytest.raises(BundleError, match="no bundle at"):
         Bundle.load(tmp_path / "nowhere")
-    with pytest.raises(BundleError, match="has no plan.json"):
+    with pytest.raises(BundleError, match=r"has no plan\.json"):
         Bundle.load(tmp_path)
     (tmp_path / PLAN_FILE).write_text("{")
     with pytest.raises(BundleError, match="cannot be read"):

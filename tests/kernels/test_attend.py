@@ -39,7 +39,7 @@ STRUCTURES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=STRUCTURES, ids=str)
+@pytest.fixture(scope="module", params=list(STRUCTURES), ids=str)
 def coder(request):
     return PageCoder(STRUCTURES[request.param](), torch.device("cpu"), torch.float32)
 

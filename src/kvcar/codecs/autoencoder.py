@@ -114,7 +114,7 @@ class AutoencoderModule(nn.Module):
         decoder = FoldedHalf(
             first=decoder.first,
             first_bias=decoder.first_bias,
-            second=(decoder.second * self.std).contiguous(),
+            second=decoder.second * self.std,
             second_bias=decoder.second_bias * self.std + self.mean,
         )
         return AutoencoderCodec(encoder, decoder)
@@ -140,6 +140,7 @@ def _fold_batch_norm(half: nn.Sequential) -> FoldedHalf:
     return FoldedHalf(
         first=(first.weight * gain[:, None]).T.contiguous(),
         first_bias=(first.bias - norm.running_mean) * gain + norm.bias,
-        second=second.weight.T.contiguous(),
+        # Copies, never views: training goes on while the best state so far is kept.
+        second=second.weight.T.clone(memory_format=torch.contiguous_format),
         second_bias=second.bias.clone(),
     )

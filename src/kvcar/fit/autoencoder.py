@@ -16,7 +16,7 @@ from .quantize import fit_quantizer
 from .solve import Basis
 
 _BATCH = 512
-_LEARNING_RATE = 3e-4
+_LEARNING_RATE = 1e-3
 _HELD_OUT = 0.15
 
 

@@ -52,10 +52,10 @@ def table_bytes(plan: Plan, tokens: int, batch: int) -> int:
 
     Angles are counted for one kind of rotation of the whole head; rotating less of it takes less.
     """
-    state = 2 * 8 * batch
-    if not plan.geometry.rotary or coded_tokens(tokens, plan.window, plan.page_tokens) == 0:
+    state, coded = 2 * 8 * batch, coded_tokens(tokens, plan.window, plan.page_tokens)
+    if not plan.geometry.rotary or coded == 0:
         return state
-    return state + (FINE_POSITIONS + rotary_table_entries(tokens)) * plan.geometry.head_dim * 4
+    return state + (FINE_POSITIONS + rotary_table_entries(coded)) * plan.geometry.head_dim * 4
 
 
 def stored_bytes(plan: Plan, tokens: int, model_bytes: int, batch: int = 1) -> int:
