@@ -22,7 +22,11 @@ def imported_parts(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
-            base = list(here[: len(here) - node.level]) if path.name != "__init__.py" else list(here[:-1][: len(here) - node.level])
+            base = (
+                list(here[: len(here) - node.level])
+                if path.name != "__init__.py"
+                else list(here[:-1][: len(here) - node.level])
+            )
             target = base + (node.module or "").split(".")
             found.update([target[0]] if target[0] else [alias.name for alias in node.names])
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvcar."):
@@ -49,7 +53,9 @@ def test_fit_planner_and_runtime_meet_only_in_a_bundle():
 
 
 def test_importing_kvcar_brings_in_nothing_heavy():
-    code = "import sys, kvcar; print([m for m in ('torch', 'transformers', 'triton', 'matplotlib') if m in sys.modules])"
+    code = (
+        "import sys, kvcar; print([m for m in ('torch', 'transformers', 'triton', 'matplotlib') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

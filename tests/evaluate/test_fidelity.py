@@ -85,7 +85,12 @@ def _all_tensor_bytes(cache):
     """Bytes of every tensor reachable from the cache's own state, found without asking its accounting."""
     found = {}
     tables = [cache._host.rotary(layer) for layer in cache.plan.coded_layers] if cache._pages.tokens else []
-    holders = [cache._pages.arenas, [vars(layer) for layer in cache.layers], vars(cache._state), [vars(t) for t in tables if t]]
+    holders = [
+        cache._pages.arenas,
+        [vars(layer) for layer in cache.layers],
+        vars(cache._state),
+        [vars(t) for t in tables if t],
+    ]
 
     def walk(x):
         if isinstance(x, torch.Tensor):
@@ -135,7 +140,11 @@ def test_standard_errors():
 
 def test_windows_that_cannot_be_scored():
     model = tiny_model("llama")
-    for ids in (torch.zeros(0, 5, dtype=torch.int64), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)):
+    for ids in (
+        torch.zeros(0, 5, dtype=torch.int64),
+        torch.zeros(2, 1, dtype=torch.int64),
+        torch.zeros(5, dtype=torch.int64),
+    ):
         with pytest.raises(InputError, match="at least 2 tokens"):
             measure_fidelity(model, ids, {})
 

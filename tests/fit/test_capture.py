@@ -47,7 +47,9 @@ def test_values_and_keys_are_the_models_own(family):
 def test_keys_come_before_rope_where_the_projection_is_all_there_is():
     model = tiny_model("llama")
     projected = []
-    handle = model.model.layers[2].self_attn.k_proj.register_forward_hook(lambda m, a, out: projected.append(out[0, 4:]))
+    handle = model.model.layers[2].self_attn.k_proj.register_forward_hook(
+        lambda m, a, out: projected.append(out[0, 4:])
+    )
     (keys, _), _ = collect(model, regular_blocks(read_geometry(model.config), 4, None), token_ids(60))
     handle.remove()
     torch.testing.assert_close(keys[:, 64:96], projected[0], atol=1e-5, rtol=1e-5)
@@ -82,7 +84,11 @@ def test_too_little_text_is_refused():
 def test_fits_repeat_and_share_a_pass_without_mixing():
     model = tiny_model("llama")
     windows = token_ids(256, batch=4)
-    options = [FitOptions(bits=3, layers_per_block=2), FitOptions(codec="autoencoder", bits=4, steps=3), FitOptions(codec="identity")]
+    options = [
+        FitOptions(bits=3, layers_per_block=2),
+        FitOptions(codec="autoencoder", bits=4, steps=3),
+        FitOptions(codec="identity"),
+    ]
     together = fit_bundles(model, "tiny", windows, SOURCE, options)
     for bundle, option in zip(together[:2], options, strict=False):
         alone = fit_bundle(model, "tiny", windows, SOURCE, option)
@@ -99,7 +105,9 @@ def test_fits_repeat_and_share_a_pass_without_mixing():
 def test_bits_are_an_average_per_element():
     model = tiny_model("llama")
     for bits in (1.0, 2.5, 6.0):
-        plan = fit_bundle(model, "tiny", token_ids(256, batch=4), SOURCE, FitOptions(bits=bits, layers_per_block=4)).plan
+        plan = fit_bundle(
+            model, "tiny", token_ids(256, batch=4), SOURCE, FitOptions(bits=bits, layers_per_block=4)
+        ).plan
         spent = sum(block.bits_per_token for block in plan.blocks)
         assert spent == int(bits * 4 * 2 * 2 * 16)
 

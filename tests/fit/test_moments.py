@@ -17,7 +17,9 @@ def test_pieces_give_the_same_as_the_whole(sizes, stride, seed):
         moments.add(piece)
     whole = torch.cat(pieces)
     torch.testing.assert_close(moments.mean, whole.double().mean(0))
-    torch.testing.assert_close(moments.covariance, torch.cov(whole.double().T, correction=0).reshape(6, 6), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(
+        moments.covariance, torch.cov(whole.double().T, correction=0).reshape(6, 6), atol=1e-9, rtol=1e-9
+    )
     assert torch.equal(moments.sample, whole[::stride])
 
 

@@ -88,7 +88,12 @@ def test_windows_do_not_overlap_and_stay_in_order(context, windows, extra, bos):
 
 @pytest.mark.parametrize(
     ("context", "windows", "message"),
-    [(101, 1, "context of at most 100"), (50, 3, "at most 2 windows"), (1, 1, "at least 2 tokens"), (10, 0, "at least 1 window")],
+    [
+        (101, 1, "context of at most 100"),
+        (50, 3, "at most 2 windows"),
+        (1, 1, "at least 2 tokens"),
+        (10, 0, "at least 1 window"),
+    ],
 )
 def test_texts_shorter_than_their_windows_say_what_would_fit(context, windows, message):
     with pytest.raises(InputError, match=message):

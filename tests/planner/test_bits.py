@@ -46,7 +46,9 @@ def planned(bits_total, layers_per_block, **plan):
     blocks = regular_blocks(GEOMETRY, layers_per_block, None)
     widths = [len(b) * 64 for b in blocks]
     share = [max(1, bits_total * w // sum(widths) // 4) for w in widths]
-    made = tuple(Block(codec="linear", slots=b, groups=(BitGroup(bits=4, count=n),)) for b, n in zip(blocks, share, strict=True))
+    made = tuple(
+        Block(codec="linear", slots=b, groups=(BitGroup(bits=4, count=n),)) for b, n in zip(blocks, share, strict=True)
+    )
     return Plan(geometry=GEOMETRY, blocks=made, **plan)
 
 

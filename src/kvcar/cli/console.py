@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,11 @@ from rich.progress import (
 from ..errors import InputError
 from ..progress import OnProgress
 
-out = Console()
-errors = Console(stderr=True)
+# A pipe or a log file has no width of its own; 80 columns would fold every table.
+_PIPE_COLUMNS = 120
+
+out = Console(width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
+errors = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_COLUMNS)
 
 
 @contextmanager

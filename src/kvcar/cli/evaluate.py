@@ -20,6 +20,7 @@ from .console import check_writable, errors, out, progress_bars
 from .figures import fidelity_figures, fidelity_table
 from .texts import evaluation_text
 
+_CONTEXT = 2048
 _EXAMPLES = """Measure a bundle against MODEL's own full cache, stepped through both.
 
 [bold]Examples[/]
@@ -37,7 +38,9 @@ def evaluate(
     model: Model,
     bundle: BundlePath,
     text: Text = None,
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model has.")
+    ] = None,
     windows: Annotated[int, typer.Option(help="Windows, spread evenly over the text.")] = 2,
     window: Window = None,
     json: Json = None,
@@ -50,6 +53,7 @@ def evaluate(
     source = evaluation_text(text)
     KVCarCache(loaded_bundle, window)  # a bad window is told before the model is loaded
     most = loaded_bundle.plan.geometry.max_positions
+    context = min(_CONTEXT, most) if context is None else context
     if context > most:
         raise InputError(f"a context of {context} tokens is longer than the model's {most} positions")
     fitted_on_this = source.sha256 == loaded_bundle.fit.text_sha256
