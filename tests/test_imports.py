@@ -9,9 +9,25 @@ import pytest
 
 import kvcar
 
-ORDER = (
-    "errors registry shapes plan progress version record kernels codecs models bundle planner fit runtime evaluate report cli"
-).split()
+ORDER = [
+    "errors",
+    "registry",
+    "shapes",
+    "plan",
+    "progress",
+    "version",
+    "record",
+    "kernels",
+    "codecs",
+    "models",
+    "bundle",
+    "planner",
+    "fit",
+    "runtime",
+    "evaluate",
+    "report",
+    "cli",
+]
 PACKAGE = Path(kvcar.__file__).parent
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__main__.py",) and p != PACKAGE / "__init__.py")
 

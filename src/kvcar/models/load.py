@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ def load_config(name: str, on_step: OnProgress = silent) -> PreTrainedConfig:
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, struct.error) as error:
         raise _cannot_load(name, error) from None
 
 
