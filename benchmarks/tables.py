@@ -1,0 +1,86 @@
+"""Turn the records in ``results/`` into the tables in ``docs/results/``.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs" / "results"
+
+
+def records(kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """Name and content of every record of a kind, by name."""
+    found = []
+    for path in sorted((HERE / "results").glob("*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["kind"] == kind:
+            found.append((path.stem, data))
+    return found
+
+
+def fidelity_page() -> str:
+    """Quality against size."""
+    lines = [
+        "# Quality and bytes, stepped through the cache",
+        "",
+        "Generated from the records in `benchmarks/results/` by `benchmarks/tables.py`. Demo model (SmolLM2-135M-Instruct,",
+        "float32, CPU). Bytes are those of tensors that exist, sinks, window and unfilled room counted, against the model's",
+        "own cache in bfloat16 at the same length. KL divergence in nats per token; ± is one standard error.",
+        "",
+        "| record | codec | layers per block | fitted on | tested on | context x windows | times smaller | KL divergence "
+        "| same top-1 | perplexity full -> this | ratio |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in records("fidelity"):
+        fit = r["config"]["fit"]
+        lines.append(
+            f"| `{name}` | {fit['options']['codec']} | {fit['options']['layers_per_block']} | {fit['text']}, "
+            f"{fit['tokens']:,} tokens | {r['config']['text']} | {r['context']:,} x {r['windows']} | {r['times_smaller']:.2f} "
+            f"| {r['kl_divergence']:.4f} ± {r['kl_divergence_stderr']:.4f} | {100 * r['same_top']:.1f} % "
+            f"| {r['perplexity_full']:.3f} -> {r['perplexity']:.3f} "
+            f"| {r['perplexity_ratio']:.4f} ± {r['perplexity_ratio_stderr']:.4f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def memory_page() -> str:
+    """Peak memory."""
+    lines = [
+        "# Peak memory of a long run",
+        "",
+        "Generated from the records in `benchmarks/results/` by `benchmarks/tables.py`. Growth of the resident size from",
+        "after a warm-up to the peak of prefill (in chunks of 512) and decode, each run in a process of its own, in turn;",
+        "medians. Weights and codecs are loaded before and left out. The model runs in float32, so its full cache takes 4",
+        "bytes per element.",
+        "",
+        "| record | tokens | runs each | full cache: peak growth (bytes) | compressed: peak growth (bytes) | ratio "
+        "| full cache's tensors | compressed cache's tensors |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, r in records("memory"):
+        full, small = (r["runs"][k][0]["cache_bytes"] for k in ("full", "compressed"))
+        lines.append(
+            f"| `{name}` | {r['config']['tokens']:,} | {r['config']['repeats']} | {r['full_peak_growth_bytes']:,} "
+            f"| {r['compressed_peak_growth_bytes']:,} | {r['ratio']:.2f} | {full:,} | {small:,} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"fidelity.md": fidelity_page, "memory.md": memory_page}
+
+
+def main() -> None:
+    """Write all pages."""
+    DOCS.mkdir(parents=True, exist_ok=True)
+    for name, make in PAGES.items():
+        (DOCS / name).write_text(make(), encoding="utf-8")
+        print(DOCS / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What can drift is checked: generated tables, the README's figures' records, documented commands."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from kvcar.cli import app
+
+ROOT = Path(__file__).parent.parent
+
+
+def load_tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["fidelity.md", "memory.md"])
+def test_tables_are_what_the_records_say(name):
+    page = (ROOT / "docs" / "results" / name).read_text(encoding="utf-8")
+    assert page == load_tables().PAGES[name](), "run: python benchmarks/tables.py"
+    assert page.count("\n|") > 2, "there is at least one record"
+
+
+def test_every_record_names_its_command_and_versions():
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    assert paths
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        for field in ('"command"', '"torch"', '"transformers"', '"date"', '"config"'):
+            assert field in text, path
+
+
+def test_the_readme_mentions_every_command():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for command in app.registered_commands:
+        name = command.name or command.callback.__name__
+        assert re.search(rf"kvcar {name}\b", readme), name
+
+
+def test_links_between_documents_lead_somewhere():
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
