@@ -4,5 +4,18 @@ from __future__ import annotations
 
 import os
 
+import pytest
+import torch
+
 # Loading by a hub id must fail at once in tests, not after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@pytest.fixture(autouse=True)
+def one_thread_for_tiny_models(request):
+    """Tiny tensors gain nothing from threads and lose much where another process is busy; the demo model keeps all."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if request.node.get_closest_marker("demo_model") else 1)
+    yield
+    torch.set_num_threads(threads)

@@ -353,3 +353,42 @@ def test_partly_coded_layers_and_layers_left_alone():
         expected = fill(model, DynamicCache(config=model.config), token_ids(200))
     assert (got - expected).abs().mean() < 0.05 * expected.abs().mean()
     assert cache.stored_bytes_by_part()["plain"] == 2 * 2 * 2 * 200 * 16 * 4
+
+
+def test_a_checkpoints_own_cache_preference_does_not_switch_compression_off(llama):
+    model, bundle = llama
+    model.generation_config.cache_implementation = "static"
+    try:
+        with kvcar.attach(model, bundle):
+            out = model.generate(token_ids(40), max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+            assert isinstance(out.past_key_values, KVCarCache)
+    finally:
+        model.generation_config.cache_implementation = None
+    with kvcar.attach(model, bundle):
+        asked = model.generate(
+            token_ids(40),
+            max_new_tokens=3,
+            do_sample=False,
+            return_dict_in_generate=True,
+            cache_implementation="static",
+        )
+        assert not isinstance(asked.past_key_values, KVCarCache)
+
+
+def test_embeddings_instead_of_ids(llama):
+    model, bundle = llama
+    ids = token_ids(150)
+    with kvcar.attach(model, bundle, prefill_chunk=1024):
+        expected = model.generate(ids, max_new_tokens=6, do_sample=False)[:, 150:]
+        got = model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=6, do_sample=False)
+    assert torch.equal(got, expected)
+
+
+def test_outside_no_grad_nothing_of_the_graph_is_kept(llama):
+    model, bundle = llama
+    with kvcar.attach(model, bundle):
+        cache = KVCarCache(bundle)
+        for part in token_ids(140).split(70, dim=1):
+            model(part, past_key_values=cache)
+        tensors = [*cache._pages.arenas, *(b for layer in cache.layers for b in layer.buffers)]
+        assert not any(t.requires_grad for t in tensors)

@@ -135,7 +135,7 @@ def _generate(
     loaded: LoadedModel, bundles: Mapping[str, Bundle], held: TextSource, tell: OnProgress
 ) -> tuple[str, dict[str, _Generated]]:
     """The same prompt, long enough to fill pages, continued with the full cache and with the compressed ones."""
-    excerpt = loaded.tokenizer.decode(token_windows(loaded.tokenizer, held.text, 400, 2)[1]).strip()
+    excerpt = loaded.tokenizer.decode(token_windows(loaded.tokenizer, held.text, 600, 3)[1]).strip()
     prompt = f"{excerpt}\n\n{_QUESTION}"
     messages = [{"role": "user", "content": prompt}]
     inputs = loaded.tokenizer.apply_chat_template(
@@ -211,7 +211,9 @@ def _page(
         )
     shown_texts = [
         GeneratedText(
-            name, text.text.strip(), f"{text.cache_bytes:,} bytes of cache, {text.tokens} tokens, {text.seconds:.1f} s"
+            name,
+            text.text.strip(),
+            f"{text.cache_bytes:,} bytes of cache{' (in bfloat16)' if name == 'full' else ''}, {text.tokens} tokens, {text.seconds:.1f} s",
         )
         for name, text in texts.items()
     ]

@@ -33,8 +33,7 @@ class IdentityCodec(Codec):
     def affine_decoder(self) -> tuple[Tensor, Tensor]:
         """The permutation as a matrix."""
         width = len(self._order)
-        matrix = torch.zeros(width, width, device=self._order.device)
-        matrix[torch.arange(width), self._order] = 1.0
+        matrix = torch.eye(width, device=self._order.device)[self._order]
         return matrix, torch.zeros(width, device=self._order.device)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -49,6 +48,6 @@ class IdentityCodec(Codec):
         order = tensors.get("order")
         if latents != width or order is None or order.shape != (width,):
             raise BundleError(f"an identity block of width {width} needs that many latents and an order, got {latents}")
-        if not torch.equal(order.long().sort().values, torch.arange(width)):
+        if not torch.equal(order.long().sort().values.cpu(), torch.arange(width)):
             raise BundleError(f"the order of an identity block must be a permutation of {width} elements")
         return cls(order.long())

@@ -55,8 +55,8 @@ def bits_per_layer(layers: Sequence[LayerBits], title: str) -> str:
     )
     axes.set_xlabel("layer")
     axes.set_ylabel("stored bits per element")
-    axes.set_title(title, fontsize=10)
-    axes.legend(frameon=False, fontsize=9)
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="upper right", bbox_to_anchor=(1, 1.16))
     axes.grid(axis="y", alpha=0.3)
     return _svg(figure)
 

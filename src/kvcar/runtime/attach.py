@@ -53,7 +53,7 @@ class Attachment:
         stand_in = stand_in_for(self._base)
         self._probe = RotaryProbe(self._parts.decoder)
         self._handles = [*self._probe.handles, *self._hook_decoder(), *map(self._hook_attention, self._parts.attention)]
-        model.set_attn_implementation(stand_in)
+        self._set_attention(stand_in)
         self._take_over_generate()
 
     def new_cache(self) -> KVCarCache:
@@ -68,7 +68,7 @@ class Attachment:
             handle.remove()
         for module in self._parts.attention:
             set_current(module, None)
-        self.model.set_attn_implementation(self._base)
+        self._set_attention(self._base)
         self.model.__dict__.pop(_PREPARE, None)
         del _attached[self.model]
 
@@ -141,6 +141,11 @@ class Attachment:
         if cache is not None:
             cache.end_pass()
 
+    def _set_attention(self, implementation: str) -> None:
+        """Of the decoder only: a vision tower beside it keeps its own."""
+        decoder = self._parts.decoder
+        (decoder if isinstance(decoder, PreTrainedModel) else self.model).set_attn_implementation(implementation)
+
     def _take_over_generate(self) -> None:
         """Give ``generate`` a compressed cache by default, through an attribute of this instance only."""
         original = getattr(type(self.model), _PREPARE, None)
@@ -156,7 +161,7 @@ class Attachment:
         """Undo a half-made attachment."""
         for handle in self._handles:
             handle.remove()
-        self.model.set_attn_implementation(self._base)
+        self._set_attention(self._base)
 
 
 def attach(
@@ -207,9 +212,14 @@ def _prepare_cache(
     attachment: Attachment, original: Any, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
 ) -> None:
     """``generate``'s cache preparation: a compressed cache by default, and chunked prefill with one."""
+    if generation_config.cache_implementation == attachment.model.generation_config.cache_implementation:
+        # The checkpoint's own preference, not the caller's: attaching outweighs it.
+        generation_config.cache_implementation = None
     wants_own = generation_config.cache_implementation is not None or generation_config.use_cache is False
     if model_kwargs.get("past_key_values") is None and not wants_own:
         model_kwargs["past_key_values"] = attachment.new_cache()
-    if isinstance(model_kwargs.get("past_key_values"), KVCarCache) and generation_config.prefill_chunk_size is None:
+    compressed = isinstance(model_kwargs.get("past_key_values"), KVCarCache)
+    # transformers cuts token ids into chunks, not embeddings.
+    if compressed and generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
         generation_config.prefill_chunk_size = attachment._prefill_chunk
     original(generation_config, model_kwargs, *rest)

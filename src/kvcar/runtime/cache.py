@@ -93,6 +93,7 @@ class KVCarCache(Cache):
         for layer in self._coded.values():
             layer.open = True
 
+    @torch.no_grad()
     def end_pass(self) -> None:
         """Store the tokens of the pass; full pages leave the window for all layers at once."""
         if self._next_state is None:
