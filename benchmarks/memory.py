@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -16,7 +17,9 @@ from kvcar.record import Record
 RESULTS = Path(__file__).parent / "results"
 
 
-def main(bundle: Path, name: str, model: str = "demo", tokens: int = 7000, repeats: int = 3) -> None:
+def main(
+    bundle: Path, name: Annotated[str, typer.Option()], model: str = "demo", tokens: int = 7000, repeats: int = 3
+) -> None:
     """Measure ``repeats`` times in turn; the record holds every run and the medians' ratio."""
     runs = {"full": [], "compressed": []}
     for _ in range(repeats):

@@ -22,7 +22,7 @@ from ..fit.text import TextSource, token_windows
 from ..models.demo import ALIAS
 from ..models.load import LoadedModel, load_model
 from ..planner.summary import bits_by_layer
-from ..progress import OnProgress
+from ..progress import OnProgress, counter
 from ..record import Record, provenance, write_text
 from ..report.card import model_card
 from ..report.page import GeneratedText, PageRow, render_page
@@ -119,13 +119,7 @@ def _evaluate(
 ) -> dict[str, Fidelity]:
     """All bundles against the full cache on held-out text, side by side."""
     ids = token_windows(loaded.tokenizer, held.text, _EVAL_CONTEXT, _EVAL_WINDOWS)
-    done = 0
-
-    def on_chunk(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("evaluate on held-out text", done, ids.numel())
-
+    on_chunk = counter(tell, "evaluate on held-out text", ids.numel())
     with attach(loaded.model, bundles["5x"]):
         caches = {name: (lambda bundle=bundle: KVCarCache(bundle)) for name, bundle in bundles.items()}
         return measure_fidelity(loaded.model, ids, caches, on_chunk)

@@ -11,6 +11,7 @@ from ..errors import InputError
 from ..evaluate.fidelity import Fidelity, measure_fidelity
 from ..fit.text import token_windows
 from ..models.load import load_model
+from ..progress import counter
 from ..record import Record
 from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
@@ -62,13 +63,7 @@ def evaluate(
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
         ids = token_windows(loaded.tokenizer, source.text, context, windows)
-        done = 0
-
-        def on_chunk(count: int) -> None:
-            nonlocal done
-            done += count
-            tell("evaluate", done, ids.numel())
-
+        on_chunk = counter(tell, "evaluate", ids.numel())
         with attach(loaded.model, loaded_bundle, window):
             result = measure_fidelity(
                 loaded.model, ids, {bundle.name: lambda: KVCarCache(loaded_bundle, window)}, on_chunk

@@ -15,6 +15,7 @@ from ..fit.fit import fit_bundle
 from ..fit.options import FitOptions
 from ..fit.text import TextSource, token_windows
 from ..models.load import LoadedModel, load_model
+from ..progress import counter
 from ..record import Record
 from ..report.card import model_card
 from ..runtime.attach import attach
@@ -113,13 +114,7 @@ def _check(loaded: LoadedModel, bundle: Bundle, held: TextSource, tell) -> Fidel
         windows = up_to_windows(loaded.tokenizer, held.text, context, _CHECK_WINDOWS)
     except InputError:
         return None  # the held-back tenth of a short text is shorter than a window; the card says "not measured"
-    done = 0
-
-    def on_chunk(count: int) -> None:
-        nonlocal done
-        done += count
-        tell("check on held-back text", done, windows.numel())
-
+    on_chunk = counter(tell, "check on held-back text", windows.numel())
     with attach(loaded.model, bundle):
         return measure_fidelity(loaded.model, windows, {"check": lambda: KVCarCache(bundle)}, on_chunk)["check"]
 

@@ -11,29 +11,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity, coded_blocks
-from ..codecs import Codec, IdentityCodec, Quantizer
 from ..errors import FitError, InputError
 from ..models.fingerprint import fingerprint
 from ..models.geometry import read_geometry
-from ..plan import BitGroup, Block, Plan
-from ..planner.bits import allocate_bits
+from ..plan import Block, Plan
 from ..planner.blocks import regular_blocks
 from ..planner.budget import bits_for
 from ..progress import OnProgress, silent
 from ..shapes import KVGeometry, Slot
 from ..version import __version__
-from .autoencoder import train_autoencoder
 from .capture import capture
 from .moments import Moments
 from .options import DEFAULT_TIMES_SMALLER, FitOptions
-from .quantize import fit_quantizer
-from .solve import Basis, groups_of, linear_codec, principal_basis
+from .solvers import SOLVERS
 from .text import TextSource
 
 _SAMPLE_TOKENS = 2048
 _TRAINING_TOKENS = 8192
-
-Fitted = tuple[list[Block], list[tuple[Codec, Quantizer] | None]]
 
 
 def fit_bundle(
@@ -162,8 +156,11 @@ def _solve(
     if lossless:
         return empty, coded_blocks([None] * len(blocks))
     budget = _budget(empty, options, model_bytes)
-    solve = {"linear": _solve_linear, "autoencoder": _solve_autoencoder, "identity": _solve_identity}[options.codec]
-    planned, pairs = solve(blocks, stats, budget, options, on_progress)
+    planned, pairs = [], []
+    for index, fitted in enumerate(SOLVERS[options.codec](blocks, stats, budget, options)):
+        planned.append(fitted.block)
+        pairs.append((fitted.codec, fitted.quantizer))
+        on_progress(f"fit {options.codec} codecs", index + 1, len(blocks))
     return empty.model_copy(update={"blocks": tuple(planned)}), coded_blocks(pairs)
 
 
@@ -173,89 +170,6 @@ def _budget(plan: Plan, options: FitOptions, model_bytes: int) -> int:
         elements = sum(len(block.slots) for block in plan.blocks) * plan.geometry.head_dim
         return int(options.bits * elements)
     return bits_for(plan, options.times_smaller or DEFAULT_TIMES_SMALLER, model_bytes)
-
-
-def _solve_linear(
-    blocks: Sequence[tuple[Slot, ...]],
-    stats: dict[tuple[Slot, ...], Moments],
-    budget: int,
-    options: FitOptions,
-    on_progress: OnProgress,
-) -> Fitted:
-    bases = _bases(blocks, stats, on_progress)
-    bits = allocate_bits([basis.variances for basis in bases], budget)
-    planned, pairs = [], []
-    for index, (block, basis, own) in enumerate(zip(blocks, bases, bits, strict=True)):
-        if not int(own.sum()):
-            # A block that gets no bits at all still needs one latent to be a block.
-            own = torch.zeros_like(own)
-            own[0] = 1
-        pairs.append(linear_codec(basis, own, stats[block].sample))
-        planned.append(Block(codec=options.codec, slots=block, groups=groups_of(own)))
-        on_progress("fit quantisers", index + 1, len(blocks))
-    return planned, pairs
-
-
-def _solve_autoencoder(
-    blocks: Sequence[tuple[Slot, ...]],
-    stats: dict[tuple[Slot, ...], Moments],
-    budget: int,
-    options: FitOptions,
-    on_progress: OnProgress,
-) -> Fitted:
-    bases = _bases(blocks, stats, on_progress)
-    widths = [len(basis.mean) for basis in bases]
-    planned, pairs = [], []
-    for index, (block, basis) in enumerate(zip(blocks, bases, strict=True)):
-        share = budget * widths[index] / sum(widths)
-        latents = min(int(share / options.latent_bits), widths[index])
-        if latents < 1:
-            raise FitError(
-                f"{share:.0f} bits per token for a block of {widths[index]} elements leave no latent of "
-                f"{options.latent_bits} bits; ask for a larger cache or fewer latent bits"
-            )
-        sample = stats[block].sample
-        pairs.append(train_autoencoder(basis, latents, options.latent_bits, sample, options.steps, options.seed))
-        groups = (BitGroup(bits=options.latent_bits, count=latents),)
-        planned.append(Block(codec=options.codec, slots=block, groups=groups))
-        on_progress("train autoencoders", index + 1, len(blocks))
-    return planned, pairs
-
-
-def _solve_identity(
-    blocks: Sequence[tuple[Slot, ...]],
-    stats: dict[tuple[Slot, ...], Moments],
-    budget: int,
-    options: FitOptions,
-    on_progress: OnProgress,
-) -> Fitted:
-    """Quantise elements as they are: every element of all blocks gets the same bits, or one more."""
-    total = sum(len(stats[block].mean) for block in blocks)
-    planned, pairs = [], []
-    for index, block in enumerate(blocks):
-        width = len(stats[block].mean)
-        low, extra = divmod(int(budget * width / total), width)
-        if low < 1:
-            raise FitError("the identity codec needs at least 1 bit per element; ask for a larger cache")
-        bits = torch.full((width,), min(low, 8))
-        if low < 8:
-            bits[:extra] += 1
-        codec = IdentityCodec(torch.argsort(bits, descending=True, stable=True))
-        groups = groups_of(bits)
-        pairs.append((codec, fit_quantizer(groups, codec.encode(stats[block].sample))))
-        planned.append(Block(codec=options.codec, slots=block, groups=groups))
-        on_progress("fit quantisers", index + 1, len(blocks))
-    return planned, pairs
-
-
-def _bases(
-    blocks: Sequence[tuple[Slot, ...]], stats: dict[tuple[Slot, ...], Moments], on_progress: OnProgress
-) -> list[Basis]:
-    bases = []
-    for index, block in enumerate(blocks):
-        bases.append(principal_basis(stats[block]))
-        on_progress("solve bases", index + 1, len(blocks))
-    return bases
 
 
 def _provenance(windows: Tensor, source: TextSource, options: FitOptions) -> FitProvenance:

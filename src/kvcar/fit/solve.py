@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +59,3 @@ def linear_codec(basis: Basis, bits: Tensor, sample: Tensor) -> tuple[LinearCode
     decoder = (directions.T * basis.metric).float().contiguous()
     codec = LinearCodec(basis.mean.float(), encoder, decoder)
     return codec, fit_quantizer(groups_of(bits), codec.encode(sample))
-
-
-def spread_bits(bits: Sequence[Tensor]) -> list[int]:
-    """Bits per token of each group, for reports."""
-    return [int(b.sum()) for b in bits]

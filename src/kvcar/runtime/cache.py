@@ -17,9 +17,10 @@ from ..kernels.allocation import coded_tokens
 from ..kernels.attend import ExactPast, PagedPast
 from ..kernels.rotary import RotaryTable
 from ..plan import Plan
-from ..shapes import KINDS, Slot
 from .coder import PageCoder
+from .encode import encode_oldest
 from .layer import CodedLayer
+from .masks import exact_mask, sink_places
 from .pages import PageStore
 from .sequence import SequenceState
 
@@ -89,7 +90,7 @@ class KVCarCache(Cache):
         self._check_positions(tokens, state)
         self._next_state = state
         self._pass_tokens = tokens
-        self._mask_memo = None
+        self._mask, self._mask_known = None, False
         for layer in self._coded.values():
             layer.open = True
 
@@ -104,7 +105,7 @@ class KVCarCache(Cache):
         self._seen += self._pass_tokens
         for layer in self._coded.values():
             layer.open = False
-        self._mask_memo = None
+        self._mask, self._mask_known = None, False
         self._broken = False
 
     def codes(self, layer: int) -> bool:
@@ -116,7 +117,7 @@ class KVCarCache(Cache):
         assert self._host is not None
         assert self._next_state is not None
         keys, values = self._coded[layer].exact()
-        exact = ExactPast(keys, values, self._exact_mask(keys.shape[2], keys.device))
+        exact = ExactPast(keys, values, self._exact_mask())
         assert self._pages is not None
         if self._pages.tokens == 0:
             return exact, None
@@ -193,10 +194,7 @@ class KVCarCache(Cache):
 
     def stored_bytes(self) -> int:
         """Bytes of all tensors that hold this cache, unfilled room and position tables included."""
-        pages = 0 if self._pages is None else self._pages.nbytes
-        exact = sum(layer.nbytes for layer in self._coded.values())
-        state = 0 if self._state is None else self._state.nbytes
-        return pages + exact + state + self._plain_bytes() + self._table_bytes()
+        return sum(self.stored_bytes_by_part().values())
 
     def stored_bytes_by_part(self) -> dict[str, int]:
         """``stored_bytes`` in parts: pages, exact (sinks and window), plain (layers not coded), tables."""
@@ -244,7 +242,8 @@ class KVCarCache(Cache):
         self._state: SequenceState | None = None
         self._next_state: SequenceState | None = None
         self._pages: PageStore | None = None
-        self._mask_memo: tuple[int, Tensor | None] | None = None
+        self._mask: Tensor | None = None
+        self._mask_known = False
         self._broken = False
 
     def _refuse_if_broken(self) -> None:
@@ -278,6 +277,7 @@ class KVCarCache(Cache):
             )
 
     def _store_pass(self) -> None:
+        assert self._host is not None
         assert self._pages is not None
         assert self._state is not None
         if not self._coded:
@@ -285,88 +285,21 @@ class KVCarCache(Cache):
         target = coded_tokens(self._seen + self._pass_tokens, self.plan.window, self.plan.page_tokens)
         start = self._pages.tokens
         leave = max(0, target - start)
-        if leave:
-            self._encode(start, leave)
-        source = self._sink_source(start, leave)
-        assert self._host is not None
-        dtype = self._host.coder(self.bundle).dtype
-        for coded in self._coded.values():
-            coded.store(leave, source, dtype)
-
-    def _encode(self, start: int, leave: int) -> None:
-        """Encode the oldest ``leave`` tokens into pages, a few pages at a time so that little exists at once."""
-        assert self._host is not None
-        assert self._pages is not None
         coder = self._host.coder(self.bundle)
-        self._refuse_non_finite(leave)
-        step = 4 * self.plan.page_tokens
-        for first in range(0, leave, step):
-            fetch = self._fetcher(start, first, min(step, leave - first))
-            self._pages.append([unit.stored(fetch) for unit in coder.units])
+        if leave:
+            encode_oldest(self._coded, self._pages, coder, self._state, self._host.rotary, leave)
+        places = sink_places(self._state, start, leave, self.plan.sinks)
+        for coded in self._coded.values():
+            coded.store(leave, places, coder.dtype)
 
-    def _refuse_non_finite(self, leave: int) -> None:
-        """Codes cannot hold NaN or infinity; looked for before the first page is written."""
-        for layer, coded in self._coded.items():
-            for kind, side in zip(KINDS, coded.oldest(0, leave), strict=True):
-                if not torch.isfinite(side).all():
-                    raise CacheStateError(
-                        f"the {kind}s of layer {layer} hold NaN or infinity, so they cannot be stored as codes; check "
-                        "the model's weights and dtype"
-                    )
-
-    def _fetcher(self, start: int, first: int, count: int) -> Callable[[Slot, bool], Tensor]:
-        """Access to the vectors ``[B, count, D]`` of leaving tokens ``first`` on, keys before or after RoPE."""
-        host, state = self._host, self._state
-        assert host is not None
-        assert state is not None
-        index = torch.arange(start + first, start + first + count, device=state.offset.device)
-        positions = index - state.offset[:, None]
-        memo: dict[tuple[int, str, bool], Tensor] = {}
-
-        def fetch(slot: Slot, before_rope: bool) -> Tensor:
-            key = (slot.layer, slot.kind, before_rope)
-            if key not in memo:
-                side = self._coded[slot.layer].oldest(first, count)[slot.kind == "value"]
-                rotary = host.rotary(slot.layer)
-                if slot.kind == "key" and before_rope and rotary is not None:
-                    side = rotary.unrotate(side, positions)
-                memo[key] = side
-            return memo[key][:, slot.head]
-
-        return fetch
-
-    def _sink_source(self, start: int, leave: int) -> Tensor | None:
-        """Place of every sink among the leaving tokens, int64 ``[B, sinks]``, -1 where not; None if none leaves."""
-        assert self._state is not None
-        if leave == 0 or start >= self._state.padding_most + self.plan.sinks or self.plan.sinks == 0:
-            return None
-        wanted = self._state.padding[:, None] + torch.arange(self.plan.sinks, device=self._state.padding.device)
-        place = wanted - start
-        return torch.where((place >= 0) & (place < leave), place, -1)
-
-    def _exact_mask(self, size: int, device: torch.device) -> Tensor | None:
-        """Mask ``[B or 1, 1, T, S]`` over sinks, window and this pass; the same for all layers of a pass."""
-        if self._mask_memo is None:
-            self._mask_memo = (size, self._build_exact_mask(device))
-        assert self._mask_memo[0] == size
-        return self._mask_memo[1]
-
-    def _build_exact_mask(self, device: torch.device) -> Tensor | None:
+    def _exact_mask(self) -> Tensor | None:
+        """Mask over what attention sees exactly; the same for all layers of a pass, so built once."""
         assert self._next_state is not None
         assert self._pages is not None
-        state, paged, tokens = self._next_state, self._pages.tokens, self._pass_tokens
-        settled = state.padding_most + self.plan.sinks
-        if tokens == 1 and (paged >= settled or (paged == 0 and state.padding_most == 0)):
-            return None
-        total = self._seen + tokens
-        index = torch.arange(paged, total, device=device)
-        query = torch.arange(self._seen, total, device=device)
-        visible = (index[None, :] <= query[:, None]) & (index >= state.padding[:, None])[:, None, :]
-        if paged:
-            sink = state.padding[:, None] + torch.arange(self.plan.sinks, device=device)
-            reached = (sink < paged)[:, None, :].expand(-1, tokens, -1)
-            visible = torch.cat([reached, visible.expand(len(sink), -1, -1)], dim=-1)
-        return visible[:, None]
+        if not self._mask_known:
+            given = (self._seen, self._pages.tokens, self._pass_tokens, self.plan.sinks)
+            self._mask, self._mask_known = exact_mask(self._next_state, *given), True
+        return self._mask
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._refuse_if_broken()

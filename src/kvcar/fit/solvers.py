@@ -1,0 +1,91 @@
+"""How each codec is fitted, given statistics of all blocks and bits to share among them. Adding a codec: one here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..codecs import Codec, IdentityCodec, Quantizer
+from ..errors import FitError
+from ..plan import BitGroup, Block
+from ..planner.bits import allocate_bits
+from ..registry import Registry
+from ..shapes import Slot
+from .autoencoder import train_autoencoder
+from .moments import Moments
+from .options import FitOptions
+from .quantize import fit_quantizer
+from .solve import groups_of, linear_codec, principal_basis
+
+
+@dataclass(frozen=True)
+class FittedBlock:
+    """A block of the plan and what codes it."""
+
+    block: Block
+    codec: Codec
+    quantizer: Quantizer
+
+
+Slots = tuple[Slot, ...]
+Solver = Callable[[Sequence[Slots], Mapping[Slots, Moments], int, FitOptions], Iterator[FittedBlock]]
+"""(blocks, their moments, bits per token for all of them, options) -> a fitted block for each, in order."""
+
+SOLVERS: Registry[Solver] = Registry("codec with a fit")
+
+
+@SOLVERS.register("linear")
+def solve_linear(
+    blocks: Sequence[Slots], stats: Mapping[Slots, Moments], budget: int, options: FitOptions
+) -> Iterator[FittedBlock]:
+    """PCA of every block, bits pooled over all of them."""
+    bases = [principal_basis(stats[block]) for block in blocks]
+    bits = allocate_bits([basis.variances for basis in bases], budget)
+    for block, basis, own in zip(blocks, bases, bits, strict=True):
+        if not int(own.sum()):
+            # A block that gets no bits at all still needs one latent to be a block.
+            own[0] = 1
+        codec, quantizer = linear_codec(basis, own, stats[block].sample)
+        yield FittedBlock(Block(codec=options.codec, slots=block, groups=groups_of(own)), codec, quantizer)
+
+
+@SOLVERS.register("autoencoder")
+def solve_autoencoder(
+    blocks: Sequence[Slots], stats: Mapping[Slots, Moments], budget: int, options: FitOptions
+) -> Iterator[FittedBlock]:
+    """The paper's autoencoder for every block, bits shared by width."""
+    widths = [len(stats[block].mean) for block in blocks]
+    for block, width in zip(blocks, widths, strict=True):
+        share = budget * width / sum(widths)
+        latents = min(int(share / options.latent_bits), width)
+        if latents < 1:
+            raise FitError(
+                f"{share:.0f} bits per token for a block of {width} elements leave no latent of "
+                f"{options.latent_bits} bits; ask for a larger cache or fewer latent bits"
+            )
+        basis, sample = principal_basis(stats[block]), stats[block].sample
+        codec, quantizer = train_autoencoder(basis, latents, options.latent_bits, sample, options.steps, options.seed)
+        groups = (BitGroup(bits=options.latent_bits, count=latents),)
+        yield FittedBlock(Block(codec=options.codec, slots=block, groups=groups), codec, quantizer)
+
+
+@SOLVERS.register("identity")
+def solve_identity(
+    blocks: Sequence[Slots], stats: Mapping[Slots, Moments], budget: int, options: FitOptions
+) -> Iterator[FittedBlock]:
+    """Elements quantised as they are: every element of a block gets the same bits, or one more."""
+    total = sum(len(stats[block].mean) for block in blocks)
+    for block in blocks:
+        width = len(stats[block].mean)
+        low, extra = divmod(int(budget * width / total), width)
+        if low < 1:
+            raise FitError("the identity codec needs at least 1 bit per element; ask for a larger cache")
+        bits = torch.full((width,), min(low, 8))
+        if low < 8:
+            bits[:extra] += 1
+        codec = IdentityCodec(torch.argsort(bits, descending=True, stable=True))
+        groups = groups_of(bits)
+        quantizer = fit_quantizer(groups, codec.encode(stats[block].sample))
+        yield FittedBlock(Block(codec=options.codec, slots=block, groups=groups), codec, quantizer)
