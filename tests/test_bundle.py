@@ -187,6 +187,22 @@ def test_an_interrupted_save_leaves_nothing(bundle, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_interrupted_overwrite_keeps_what_was_there(bundle, folder, tmp_path, monkeypatch):
+    real, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", second_fails)
+    with pytest.raises(KeyboardInterrupt):
+        bundle.save(folder, "new card", overwrite=True)
+    assert (folder / "README.md").read_text() == "a card"
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
 def test_an_unwritable_place_is_told(bundle, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="cannot write to"):
@@ -204,6 +220,9 @@ def test_options_that_make_no_sense_are_refused():
         ({"times_smaller": -1.0}, "above 0"),
         ({"latent_bits": 12}, "1 to 8, or 16"),
         ({"steps": -1}, "negative"),
+        ({"window": 33}, "multiple of the page size, 64"),
+        ({"page_tokens": 48}, "multiple of 32"),
+        ({"sinks": 65}, "sinks must be 0 to 64"),
     ]:
         with pytest.raises(InputError, match=message):
             FitOptions(**wrong)

@@ -220,7 +220,11 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         if folder.exists():
             old = Path(tempfile.mkdtemp(dir=parent, prefix=".kvcar-"))
             os.replace(folder, old)
-            os.replace(staging, folder)
+            try:
+                os.replace(staging, folder)
+            except BaseException:
+                os.replace(old, folder)
+                raise
             shutil.rmtree(old)
         else:
             os.replace(staging, folder)

@@ -124,6 +124,9 @@ def _tell(bundle: Bundle, output: Path, measured: Fidelity | None) -> None:
     stored = compressed_size(bundle.plan, bundle_element_bytes(bundle))(tokens, 1)
     full = bundle.plan.geometry.full_bytes(tokens)
     out.print(f"wrote [bold]{output}[/]: {full / stored:.2f} times smaller at {tokens:,} tokens, all bytes counted")
+    sliding = bundle.plan.geometry.sliding_layers
+    if sliding:
+        out.print(f"{len(sliding)} of {bundle.plan.geometry.layers} layers attend to a sliding window and stay exact")
     if measured is not None:
         out.print(fidelity_table({"held-back text": measured}))
 

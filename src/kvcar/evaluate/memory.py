@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -75,9 +76,10 @@ def _run(model: PreTrainedModel, cache: Cache, tokens: int, decode_tokens: int) 
         model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _resident_bytes() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+def _peak_bytes() -> int:
+    """Largest resident size of this process so far; the system tells KiB on Linux, bytes on macOS."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _child(given: dict[str, str | int | None]) -> MemoryRun:
@@ -89,11 +91,11 @@ def _child(given: dict[str, str | int | None]) -> MemoryRun:
 
     tokens, decode = int(given["tokens"] or 0), int(given["decode"] or 0)
     _run(loaded.model, new_cache(), min(_WARM_UP_TOKENS, tokens), min(2, decode))
-    before = _resident_bytes()
+    before = psutil.Process().memory_info().rss
     cache = new_cache()
     _run(loaded.model, cache, tokens, decode)
-    # ru_maxrss is in KiB on Linux; the peak is taken after the warm-up, whose own peak is far below.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # The peak of the whole process; that of loading and warming up, should it be higher, only makes us look worse.
+    peak = _peak_bytes()
     held = cache.stored_bytes() if isinstance(cache, KVCarCache) else held_elements(cache) * loaded.model.dtype.itemsize
     return MemoryRun(tokens, peak - before, held)
 

@@ -49,6 +49,12 @@ class FitOptions:
             raise InputError(f"times_smaller must be above 0, got {self.times_smaller:g}")
         if self.latent_bits not in (*PACKED_BITS, RAW_BITS):
             raise InputError(f"latent bits must be 1 to 8, or 16, got {self.latent_bits}")
+        if self.page_tokens < 32 or self.page_tokens % 32:
+            raise InputError(f"a page must hold a multiple of 32 tokens, got {self.page_tokens}")
+        if self.window < 0 or self.window % self.page_tokens:
+            raise InputError(f"window must be 0 or a multiple of the page size, {self.page_tokens}; got {self.window}")
+        if not 0 <= self.sinks <= min(self.page_tokens, 64):
+            raise InputError(f"sinks must be 0 to {min(self.page_tokens, 64)}, got {self.sinks}")
         if self.steps < 0:
             raise InputError(f"training steps must not be negative, got {self.steps}")
 
