@@ -7,13 +7,11 @@ taken their working memory, notes its resident size, then prefills and decodes, 
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -76,10 +74,20 @@ def _run(model: PreTrainedModel, cache: Cache, tokens: int, decode_tokens: int) 
         model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _peak_bytes() -> int:
-    """Largest resident size of this process so far; the system tells KiB on Linux, bytes on macOS."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def _status_bytes(field: str) -> int:
+    """A size from the kernel's account of this process, such as VmRSS (resident now) or VmHWM (its peak)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise InputError(f"this system does not tell {field}; peak memory is measured on Linux only")
+
+
+def _forget_peak() -> None:
+    """Set the kernel's peak to the present size, so that loading the model does not count."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise InputError(f"this system cannot reset a process' peak memory ({error.strerror}); Linux can") from None
 
 
 def _child(given: dict[str, str | int | None]) -> MemoryRun:
@@ -91,11 +99,11 @@ def _child(given: dict[str, str | int | None]) -> MemoryRun:
 
     tokens, decode = int(given["tokens"] or 0), int(given["decode"] or 0)
     _run(loaded.model, new_cache(), min(_WARM_UP_TOKENS, tokens), min(2, decode))
-    before = psutil.Process().memory_info().rss
+    _forget_peak()
+    before = _status_bytes("VmRSS")
     cache = new_cache()
     _run(loaded.model, cache, tokens, decode)
-    # The peak of the whole process; that of loading and warming up, should it be higher, only makes us look worse.
-    peak = _peak_bytes()
+    peak = _status_bytes("VmHWM")
     held = cache.stored_bytes() if isinstance(cache, KVCarCache) else held_elements(cache) * loaded.model.dtype.itemsize
     return MemoryRun(tokens, peak - before, held)
 
