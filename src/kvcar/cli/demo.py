@@ -35,7 +35,7 @@ from .figures import fidelity_figures, fidelity_table
 from .texts import fit_and_check_text
 
 _FIT_CONTEXT, _FIT_WINDOWS = 1024, 24
-_EVAL_CONTEXT, _EVAL_WINDOWS = 2048, 2
+_EVAL_CONTEXT, _EVAL_WINDOWS = 2048, 1
 _NEW_TOKENS = 48
 _IDENTITY = "identity"
 _SETTINGS = {

