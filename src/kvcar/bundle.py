@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,8 +273,3 @@ def _read_codecs(folder: Path, expected_sha256: object) -> dict[str, Tensor]:
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def coded_blocks(pairs: Sequence[tuple[Codec, Quantizer] | None]) -> tuple[CodedBlock, ...]:
-    """Codec and quantiser per block, None for lossless ones, as a bundle holds them."""
-    return tuple(CodedBlock(None, None) if pair is None else CodedBlock(*pair) for pair in pairs)

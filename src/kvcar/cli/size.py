@@ -60,10 +60,9 @@ def size(
         figures = {
             name: {
                 "bytes": of(tokens, batch), "bytes_per_token": of(tokens, 1) / tokens,
-                "longest_tokens": fits[name].longest_tokens, "largest_batch": fits[name].largest_batch,
+                "longest_tokens": fit.longest_tokens, "largest_batch": fit.largest_batch,
             }
-            for name, of in zip(("full", "compressed"), sizes.values(), strict=False)
-            for fits in [{name: what_fits(of, budget, batch, tokens, geometry.max_positions)}]
+            for name, of, fit in zip(("full", "compressed"), sizes.values(), fits.values(), strict=False)
         }  # fmt: skip
         Record("size", figures, {"model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens}).write(json)
 

@@ -10,14 +10,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity, coded_blocks
+from ..bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity
 from ..errors import FitError, InputError
 from ..models.fingerprint import fingerprint
 from ..models.geometry import read_geometry
 from ..plan import Block, Plan
 from ..planner.blocks import regular_blocks
 from ..planner.budget import bits_for
-from ..progress import OnProgress, silent
+from ..progress import OnProgress, counter, silent
 from ..shapes import KVGeometry, Slot
 from ..version import __version__
 from .capture import capture
@@ -127,11 +127,10 @@ def _collect(
     total = windows.shape[0] * (windows.shape[1] - sinks)
     stride = max(1, total // (_TRAINING_TOKENS if training else _SAMPLE_TOKENS))
     moments = [Moments(len(block) * geometry.head_dim, stride) for block in blocks]
-    done = 0
-    on_progress("capture keys and values", 0, total)
+    count = counter(on_progress, "capture keys and values", total)
+    count(0)
     for tokens in capture(model, geometry, windows, blocks, sinks, lambda index, x: moments[index].add(x)):
-        done += tokens
-        on_progress("capture keys and values", done, total)
+        count(tokens)
     return dict(zip(blocks, moments, strict=True))
 
 
@@ -154,14 +153,14 @@ def _solve(
         exact_dtype="model" if lossless else "bfloat16",
     )
     if lossless:
-        return empty, coded_blocks([None] * len(blocks))
+        return empty, (CodedBlock(None, None),) * len(blocks)
     budget = _budget(empty, options, model_bytes)
-    planned, pairs = [], []
+    planned, coded = [], []
     for index, fitted in enumerate(SOLVERS[options.codec](blocks, stats, budget, options)):
         planned.append(fitted.block)
-        pairs.append((fitted.codec, fitted.quantizer))
+        coded.append(CodedBlock(fitted.codec, fitted.quantizer))
         on_progress(f"fit {options.codec} codecs", index + 1, len(blocks))
-    return empty.model_copy(update={"blocks": tuple(planned)}), coded_blocks(pairs)
+    return empty.model_copy(update={"blocks": tuple(planned)}), tuple(coded)
 
 
 def _budget(plan: Plan, options: FitOptions, model_bytes: int) -> int:

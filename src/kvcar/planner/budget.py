@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import FitError
 from ..kernels.allocation import stored_bytes
-from ..plan import Plan
+from ..plan import BitGroup, Plan
 
 REFERENCE_TOKENS = 4096
 """Context length at which ``times_smaller`` is promised."""
@@ -46,8 +46,6 @@ def bits_for(plan: Plan, target: float, model_bytes: int) -> int:
 
 def _with_bits(plan: Plan, bits: int) -> Plan:
     """The plan with every element of its blocks at ``bits`` bits (0: as good as none)."""
-    from ..plan import BitGroup
-
     blocks = []
     for block in plan.blocks:
         width = len(block.slots) * plan.geometry.head_dim

@@ -42,6 +42,12 @@ class Attachment:
 
     def __init__(self, model: PreTrainedModel, bundle: Bundle, window: int | None, prefill_chunk: int) -> None:
         bundle.check_model(model)
+        prepare = getattr(type(model), _PREPARE, None)
+        if prepare is None:
+            raise UnsupportedModelError(
+                f"this version of transformers prepares caches in a way kvcar does not know ({_PREPARE} is gone); "
+                "install a version that kvcar's requirements name"
+            )
         self.model, self.bundle = model, bundle
         self._window, self._prefill_chunk = window, prefill_chunk
         self._checked = {id(bundle): bundle}
@@ -54,7 +60,8 @@ class Attachment:
         self._probe = RotaryProbe(self._parts.decoder)
         self._handles = [*self._probe.handles, *self._hook_decoder(), *map(self._hook_attention, self._parts.attention)]
         self._set_attention(stand_in)
-        self._take_over_generate()
+        # Only this instance: `generate` asks it for a cache, and gets a compressed one by default.
+        model.__dict__[_PREPARE] = partial(_prepare_cache, self, partial(prepare, model))
 
     def new_cache(self) -> KVCarCache:
         """An empty cache for this model, with the window given to ``attach``."""
@@ -145,23 +152,6 @@ class Attachment:
         """Of the decoder only: a vision tower beside it keeps its own."""
         decoder = self._parts.decoder
         (decoder if isinstance(decoder, PreTrainedModel) else self.model).set_attn_implementation(implementation)
-
-    def _take_over_generate(self) -> None:
-        """Give ``generate`` a compressed cache by default, through an attribute of this instance only."""
-        original = getattr(type(self.model), _PREPARE, None)
-        if original is None:
-            self.detach_hooks_only()
-            raise UnsupportedModelError(
-                f"this version of transformers prepares caches in a way kvcar does not know ({_PREPARE} is gone); "
-                "install a version that kvcar's requirements name"
-            )
-        self.model.__dict__[_PREPARE] = partial(_prepare_cache, self, partial(original, self.model))
-
-    def detach_hooks_only(self) -> None:
-        """Undo a half-made attachment."""
-        for handle in self._handles:
-            handle.remove()
-        self._set_attention(self._base)
 
 
 def attach(
