@@ -23,6 +23,7 @@ ORDER = [
     "bundle",
     "planner",
     "fit",
+    "train",
     "runtime",
     "evaluate",
     "report",

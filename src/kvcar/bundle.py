@@ -23,7 +23,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .codecs import CODECS, Codec, Quantizer
+from .codecs import CODECS, Codec, Quantizer, read_quantizer
 from .errors import BundleError, ModelMismatchError, PlanError
 from .models.fingerprint import Fingerprint, fingerprint, mismatch
 from .models.geometry import read_geometry
@@ -79,7 +79,7 @@ class CodedBlock:
         own = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
         scales = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         codec = CODECS[block.codec].from_tensors(own, len(block.slots) * head_dim, block.latents)
-        return cls(codec, Quantizer.from_tensors(scales, block.groups))
+        return cls(codec, read_quantizer(scales, block))
 
 
 @dataclass(frozen=True)

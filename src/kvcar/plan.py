@@ -19,7 +19,10 @@ FORMAT_VERSION = 1
 RAW_BITS = 16
 PACKED_BITS = tuple(range(1, 9))
 
+DYNAMIC_SCALE_LATENTS = 2
+
 ExactDtype = Literal["model", "bfloat16", "float16"]
+Scales = Literal["static", "dynamic"]
 
 
 def _read_slot(value: Any) -> Slot:
@@ -56,11 +59,15 @@ class Block(StrictModel):
 
     ``groups`` lists the latents' widths in strictly falling order of bits. No group at all means that the codec
     stores its input losslessly, in the exact dtype (the identity codec).
+
+    ``scales`` says where the steps of packed latents come from: "static" ones are in the bundle, one per latent;
+    "dynamic" ones are computed for every token over all latents (the paper's int8) and stored with it, two float16.
     """
 
     codec: str
     slots: tuple[SlotField, ...] = Field(min_length=1, strict=False)
     groups: tuple[BitGroup, ...] = Field(default=(), strict=False)
+    scales: Scales = "static"
 
     @property
     def latents(self) -> int:
@@ -75,7 +82,12 @@ class Block(StrictModel):
     @property
     def bits_per_token(self) -> int:
         """Bits that the packed latents of one token take; lossless blocks are counted by their dtype instead."""
-        return sum(group.bits * group.count for group in self.groups)
+        return sum(group.bits * group.count for group in self.groups) + RAW_BITS * self.scale_latents
+
+    @property
+    def scale_latents(self) -> int:
+        """float16 numbers stored for each token besides its latents."""
+        return DYNAMIC_SCALE_LATENTS if self.scales == "dynamic" else 0
 
     @property
     def kind(self) -> Kind | None:
@@ -88,6 +100,8 @@ class Block(StrictModel):
         bits = [group.bits for group in self.groups]
         if bits != sorted(set(bits), reverse=True):
             raise ValueError(f"groups must fall strictly in bits, got {bits}")
+        if self.scales == "dynamic" and (len(bits) != 1 or bits[0] not in PACKED_BITS):
+            raise ValueError(f"dynamic scales need latents that all have the same 1 to 8 bits, got {bits}")
         if len(set(self.slots)) != len(self.slots):
             raise ValueError("a block lists a slot twice")
         return self

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvcar.codecs import IdentityCodec, Quantizer
+from kvcar.codecs import IdentityCodec, StaticQuantizer
 from kvcar.codecs.autoencoder import AutoencoderModule
 from kvcar.fit.autoencoder import train_autoencoder, warm_start
 from kvcar.fit.moments import Moments
@@ -65,7 +65,7 @@ def test_quantiser_is_no_worse_than_the_best_for_a_normal(bits):
 
 def test_codes_are_whole_numbers_in_range_however_far_the_latent():
     groups = (BitGroup(bits=16, count=1), BitGroup(bits=3, count=2))
-    quantizer = Quantizer(groups, torch.tensor([1.0, 0.5, 0.5]), torch.tensor([0.0, -1.75, -1.75]))
+    quantizer = StaticQuantizer(groups, torch.tensor([1.0, 0.5, 0.5]), torch.tensor([0.0, -1.75, -1.75]))
     codes = quantizer.codes(torch.tensor([[1e9, 1e9, -1e9], [0.1, 0.0, 0.3]]))
     assert codes[0].tolist() == [65504.0, 7.0, 0.0]
     assert codes[1, 0] == torch.tensor(0.1).half().float()

@@ -4,6 +4,18 @@ from .autoencoder import AutoencoderCodec
 from .base import CODECS, Codec
 from .identity import IdentityCodec
 from .linear import LinearCodec
-from .quantizer import Quantizer
+from .quantizer import DynamicQuantizer, Quantizer, StaticQuantizer, read_quantizer
+from .trainable import TrainableCodec
 
-__all__ = ["CODECS", "AutoencoderCodec", "Codec", "IdentityCodec", "LinearCodec", "Quantizer"]
+__all__ = [
+    "CODECS",
+    "AutoencoderCodec",
+    "Codec",
+    "DynamicQuantizer",
+    "IdentityCodec",
+    "LinearCodec",
+    "Quantizer",
+    "StaticQuantizer",
+    "TrainableCodec",
+    "read_quantizer",
+]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .base import CODECS, Codec
 from .checks import take
+from .trainable import TrainableCodec
 
 LEAKY_SLOPE = 0.01
 
@@ -79,8 +80,47 @@ class AutoencoderCodec(Codec):
             decoder=FoldedHalf.take(tensors, "decoder", latents, width),
         )
 
+    def trainable(self) -> TrainableCodec:
+        """See ``Codec``; BatchNorm stays folded, so batches need not be large."""
+        return TrainableFolded(self._encoder, self._decoder)
 
-class AutoencoderModule(nn.Module):
+
+class TrainableFolded(TrainableCodec):
+    """The autoencoder in training with its BatchNorm folded into the linear maps."""
+
+    def __init__(self, encoder: FoldedHalf, decoder: FoldedHalf) -> None:
+        super().__init__()
+        self.encoder = _as_parameters(encoder)
+        self.decoder = _as_parameters(decoder)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See ``TrainableCodec``."""
+        return FoldedHalf(**dict(self.encoder.items()))(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """See ``TrainableCodec``."""
+        return FoldedHalf(**dict(self.decoder.items()))(z)
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """Both maps of the encoder."""
+        return list(self.encoder.parameters())
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """Both maps of the decoder."""
+        return list(self.decoder.parameters())
+
+    @torch.no_grad()
+    def freeze(self) -> AutoencoderCodec:
+        """See ``TrainableCodec``."""
+        halves = ({name: p.detach().clone() for name, p in half.items()} for half in (self.encoder, self.decoder))
+        return AutoencoderCodec(*(FoldedHalf(**half) for half in halves))
+
+
+def _as_parameters(half: FoldedHalf) -> nn.ParameterDict:
+    return nn.ParameterDict({name: nn.Parameter(getattr(half, name).detach().clone()) for name in half.__dataclass_fields__})
+
+
+class AutoencoderModule(TrainableCodec):
     """The trainable autoencoder of one block.
 
     Args:
@@ -98,8 +138,28 @@ class AutoencoderModule(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Latents ``[N, d]`` and reconstruction ``[N, W]`` of ``x`` ``[N, W]``."""
-        z = self.encoder((x - self.mean) / self.std)
-        return z, self.decoder(z) * self.std + self.mean
+        z = self.encode(x)
+        return z, self.decode(z)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """See ``TrainableCodec``; BatchNorm wants ``[N, W]``."""
+        return self.encoder((x - self.mean) / self.std)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """See ``TrainableCodec``."""
+        return self.decoder(z) * self.std + self.mean
+
+    def encoder_parameters(self) -> list[nn.Parameter]:
+        """The encoder's, BatchNorm included."""
+        return list(self.encoder.parameters())
+
+    def decoder_parameters(self) -> list[nn.Parameter]:
+        """The decoder's, BatchNorm included."""
+        return list(self.decoder.parameters())
+
+    def freeze(self) -> AutoencoderCodec:
+        """See ``TrainableCodec``."""
+        return self.fold()
 
     @torch.no_grad()
     def fold(self) -> AutoencoderCodec:

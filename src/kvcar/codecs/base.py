@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from torch import Tensor
 
+from ..errors import InputError
 from ..registry import Registry
+
+if TYPE_CHECKING:
+    from .trainable import TrainableCodec
 
 CODECS: Registry[type[Codec]] = Registry("codec")
 
@@ -42,3 +46,11 @@ class Codec(ABC):
     def affine_decoder(self) -> tuple[Tensor, Tensor] | None:
         """Matrix ``[R, W]`` and bias ``[W]`` when decoding is affine; attention then sums values in latent space."""
         return None
+
+    def trainable(self) -> TrainableCodec:
+        """A module that starts as this codec and can be trained.
+
+        Raises:
+            InputError: there is nothing in this codec to train.
+        """
+        raise InputError(f"the {self.name} codec has nothing to train; fit a linear or autoencoder bundle")

@@ -1,21 +1,24 @@
-"""The static quantiser of a block's latents: ``z ~ scale * u + zero``, one scale and zero per latent.
+"""Quantisers of a block's latents: what pages store for each token, and the latents that this stands for.
 
-``u`` is an integer of 0 to ``2**bits - 1`` for packed latents and ``z`` itself, rounded to float16, for raw ones
-(scale 1, zero 0). Static scales cost no bytes per token and fold into an affine decoder.
+The static one has a step per latent, ``z ~ scale * u + zero``: it costs no bytes per token and folds into an affine
+decoder. The dynamic one (the paper's) has a step per token, stored with it.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import BundleError
-from ..plan import RAW_BITS, BitGroup
+from ..plan import DYNAMIC_SCALE_LATENTS, RAW_BITS, BitGroup, Block
 from .checks import take
 
 FLOAT16_MAX = 65504.0
+# The smallest normal float16, so that a step keeps its precision.
+_SMALLEST_STEP, _LARGEST_STEP = 2.0**-14, FLOAT16_MAX
 
 
 def latent_bits(groups: Sequence[BitGroup]) -> Tensor:
@@ -23,8 +26,32 @@ def latent_bits(groups: Sequence[BitGroup]) -> Tensor:
     return torch.tensor([group.bits for group in groups for _ in range(group.count)], dtype=torch.int64)
 
 
-class Quantizer:
-    """Rounds latents to what pages store.
+class Quantizer(ABC):
+    """Rounds latents ``[..., R]`` to stored values ``[..., S]``, ``S`` of the block's segment, and back."""
+
+    @abstractmethod
+    def codes(self, z: Tensor) -> Tensor:
+        """Stored values float32 of latents: whole numbers where they are packed, rounded to float16 where not."""
+
+    @abstractmethod
+    def latents(self, u: Tensor) -> Tensor:
+        """Latents that stored values stand for."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """What a bundle stores."""
+
+    def folded(self, matrix: Tensor, bias: Tensor) -> tuple[Tensor, Tensor] | None:
+        """``latents`` followed by ``z @ matrix + bias`` as one affine map of stored values; None if it is not affine."""
+        del matrix, bias
+        return None
+
+
+class StaticQuantizer(Quantizer):
+    """A step for each latent.
+
+    ``u`` is an integer of 0 to ``2**bits - 1`` for packed latents and ``z`` itself, rounded to float16, for raw ones
+    (scale 1, zero 0).
 
     Args:
         groups: the block's groups of latents.
@@ -42,21 +69,25 @@ class Quantizer:
         self._highest = torch.where(self._raw, FLOAT16_MAX, levels)
 
     def codes(self, z: Tensor) -> Tensor:
-        """Stored values ``u`` ``[..., R]`` float32 of latents ``z``: whole numbers, or float16-rounded when raw."""
+        """See ``Quantizer``."""
         u = (z - self.zero) / self.scale
         rounded = torch.where(self._raw, u.to(torch.float16).float(), u.round()) if self._raw.any() else u.round()
         return rounded.clamp(self._lowest, self._highest)
 
     def latents(self, u: Tensor) -> Tensor:
-        """Latents ``[..., R]`` that stored values stand for."""
+        """See ``Quantizer``."""
         return u * self.scale + self.zero
 
+    def folded(self, matrix: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Quantizer``."""
+        return self.scale[:, None] * matrix, self.zero @ matrix + bias
+
     def tensors(self) -> dict[str, Tensor]:
-        """What a bundle stores."""
+        """See ``Quantizer``."""
         return {"scale": self.scale, "zero": self.zero}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], groups: Sequence[BitGroup]) -> Quantizer:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], groups: Sequence[BitGroup]) -> StaticQuantizer:
         """Rebuild and check.
 
         Raises:
@@ -70,3 +101,42 @@ class Quantizer:
         if not ((scale[raw] == 1).all() and (zero[raw] == 0).all()):
             raise BundleError("a raw latent must have scale 1 and zero 0; the bundle is damaged, fit it again")
         return cls(groups, scale, zero)
+
+
+class DynamicQuantizer(Quantizer):
+    """A step and a zero point for each token, over all its latents.
+
+    Source: KV-CAR (arXiv 2512.06727), part 3: ``scale = 255 / (max - min)``, ``zp = -round(scale * min) - 128``,
+    ``q = round(scale * x + zp)``, ``x ~ (q - zp) / scale``. Stored are ``1 / scale`` and ``zp + 128`` as float16, then
+    ``q + 128``. The range is widened to hold 0, so that the zero point is a code and exact in float16.
+
+    Args:
+        bits: of each latent; 8 in the paper.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self._levels = 2**bits - 1
+
+    def codes(self, z: Tensor) -> Tensor:
+        """See ``Quantizer``."""
+        low = z.amin(-1, keepdim=True).clamp_max(0)
+        high = z.amax(-1, keepdim=True).clamp_min(0)
+        step = ((high - low) / self._levels).clamp(_SMALLEST_STEP, _LARGEST_STEP).to(torch.float16).float()
+        zero_point = (-low / step).round().clamp(0, self._levels)
+        q = (z / step + zero_point).round().clamp(0, self._levels)
+        return torch.cat([step, zero_point, q], dim=-1)
+
+    def latents(self, u: Tensor) -> Tensor:
+        """See ``Quantizer``."""
+        return (u[..., DYNAMIC_SCALE_LATENTS:] - u[..., 1:2]) * u[..., :1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Nothing: all is computed from the token."""
+        return {}
+
+
+def read_quantizer(tensors: Mapping[str, Tensor], block: Block) -> Quantizer:
+    """The quantiser of a block from a bundle's tensors; raises BundleError as ``from_tensors`` does."""
+    if block.scales == "dynamic":
+        return DynamicQuantizer(block.groups[0].bits)
+    return StaticQuantizer.from_tensors(tensors, block.groups)

@@ -14,8 +14,8 @@ from ..bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity
 from ..errors import FitError, InputError
 from ..models.fingerprint import fingerprint
 from ..models.geometry import read_geometry
-from ..plan import Block, Plan
-from ..planner.blocks import regular_blocks
+from ..plan import BitGroup, Block, Plan
+from ..planner.blocks import regular_blocks, without
 from ..planner.budget import bits_for
 from ..progress import OnProgress, counter, silent
 from ..shapes import KVGeometry, Slot
@@ -23,7 +23,7 @@ from ..version import __version__
 from .capture import capture
 from .moments import Moments
 from .options import DEFAULT_TIMES_SMALLER, FitOptions
-from .solvers import SOLVERS
+from .solvers import SOLVERS, Budget
 from .text import TextSource
 
 _SAMPLE_TOKENS = 2048
@@ -68,7 +68,7 @@ def fit_bundles(
     Options that partition the slots alike share their statistics.
     """
     geometry = read_geometry(model.config)
-    blocks = [regular_blocks(geometry, o.layers_per_block, o.heads_per_block) for o in options]
+    blocks = [_partition(geometry, o) for o in options]
     sinks = max(o.sinks for o in options)
     _check_text(windows, sinks, blocks, options, geometry)
     needs = [b for b, o in zip(blocks, options, strict=True) if not _is_lossless(o)]
@@ -87,7 +87,20 @@ def fit_bundles(
     return bundles
 
 
+def _partition(geometry: KVGeometry, options: FitOptions) -> list[tuple[Slot, ...]]:
+    """Blocks of the slots that the options want coded."""
+    blocks = regular_blocks(geometry, options.layers_per_block, options.heads_per_block)
+    wanted = geometry.codable_layers if options.layers is None else options.layers
+    unknown = sorted(set(wanted) - set(geometry.codable_layers))
+    if unknown or not wanted and not options.reuses:
+        raise InputError(f"layers to compress must be among {list(geometry.codable_layers)}, got {list(wanted)}")
+    left_out = {reuse.slot for reuse in options.reuses}
+    left_out |= {slot for slot in geometry.slots() if slot.layer not in wanted}
+    return without(blocks, left_out)
+
+
 def _is_lossless(options: FitOptions) -> bool:
+    """Whether blocks keep what they are given; the default of the identity codec."""
     return options.codec == "identity" and options.bits is None and options.times_smaller is None
 
 
@@ -106,7 +119,7 @@ def _check_text(
         )
     usable = windows.shape[0] * max(0, windows.shape[1] - sinks)
     for each, option in zip(blocks, options, strict=True):
-        width = max(len(block) for block in each) * geometry.head_dim
+        width = max((len(block) for block in each), default=0) * geometry.head_dim
         if not _is_lossless(option) and usable < 2 * width:
             raise FitError(
                 f"{usable} tokens are too few to fit blocks of {width} elements (needed: at least {2 * width}); give "
@@ -146,6 +159,7 @@ def _solve(
     empty = Plan(
         geometry=geometry,
         blocks=tuple(Block(codec=options.codec, slots=block) for block in blocks),
+        reuses=options.reuses,
         sinks=options.sinks,
         window=options.window,
         page_tokens=options.page_tokens,
@@ -154,6 +168,8 @@ def _solve(
     )
     if lossless:
         return empty, (CodedBlock(None, None),) * len(blocks)
+    if not blocks:
+        return empty, ()
     budget = _budget(empty, options, model_bytes)
     planned, coded = [], []
     for index, fitted in enumerate(SOLVERS[options.codec](blocks, stats, budget, options)):
@@ -163,12 +179,29 @@ def _solve(
     return empty.model_copy(update={"blocks": tuple(planned)}), tuple(coded)
 
 
-def _budget(plan: Plan, options: FitOptions, model_bytes: int) -> int:
-    """Bits per token for all blocks together."""
+def _budget(plan: Plan, options: FitOptions, model_bytes: int) -> Budget:
+    """What all blocks together may spend."""
+    if options.key_latents is not None and options.value_latents is not None:
+        return Budget(0, tuple(_latents(block, plan.geometry, options) for block in plan.blocks))
     if options.bits is not None:
         elements = sum(len(block.slots) for block in plan.blocks) * plan.geometry.head_dim
-        return int(options.bits * elements)
-    return bits_for(plan, options.times_smaller or DEFAULT_TIMES_SMALLER, model_bytes)
+        return Budget(int(options.bits * elements))
+    if options.scales == "dynamic":
+        # The scales' bytes are part of what is fixed, not of what latents may spend.
+        scaled = BitGroup(bits=options.latent_bits, count=1)
+        blocks = tuple(b.model_copy(update={"groups": (scaled,), "scales": "dynamic"}) for b in plan.blocks)
+        plan = plan.model_copy(update={"blocks": blocks})
+    return Budget(bits_for(plan, options.times_smaller or DEFAULT_TIMES_SMALLER, model_bytes))
+
+
+def _latents(block: Block, geometry: KVGeometry, options: FitOptions) -> int:
+    """A block's share of the latents asked for a whole layer."""
+    per_kind = {"key": options.key_latents, "value": options.value_latents}
+    latents = sum(per_kind[slot.kind] or 0 for slot in block.slots) / geometry.kv_heads
+    width = len(block.slots) * geometry.head_dim
+    if latents > width:
+        raise InputError(f"{latents:g} latents are more than the {width} elements of a block; ask for fewer")
+    return max(1, round(latents))
 
 
 def _provenance(windows: Tensor, source: TextSource, options: FitOptions) -> FitProvenance:

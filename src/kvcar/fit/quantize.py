@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..codecs import Quantizer
+from ..codecs import StaticQuantizer
 from ..codecs.quantizer import latent_bits
 from ..plan import RAW_BITS, BitGroup
 
@@ -17,7 +17,7 @@ _NORMAL_STEP = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.03
 _FACTORS = torch.linspace(0.7, 2.6, 39)
 
 
-def fit_quantizer(groups: Sequence[BitGroup], z: Tensor) -> Quantizer:
+def fit_quantizer(groups: Sequence[BitGroup], z: Tensor) -> StaticQuantizer:
     """Uniform quantiser about the sample's mean, with the step of least squared error for each latent.
 
     Args:
@@ -34,7 +34,7 @@ def fit_quantizer(groups: Sequence[BitGroup], z: Tensor) -> Quantizer:
         own = bits == width
         scale[own] = _best_step((z[:, own] - mean[own]) / spread[own], width) * spread[own]
         zero[own] = mean[own] - scale[own] * (2**width - 1) / 2
-    return Quantizer(groups, scale, zero)
+    return StaticQuantizer(groups, scale, zero)
 
 
 def _best_step(unit: Tensor, bits: int) -> Tensor:

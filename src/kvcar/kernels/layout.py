@@ -44,7 +44,7 @@ class SegmentLayout:
         offset: bytes from the start of the page.
         size: bytes, padding to the next segment not counted.
         page_tokens: tokens of a page.
-        latents: ``R``, or the width ``W`` of a lossless segment.
+        latents: values stored per token: ``R`` and any dynamic scales, or the width ``W`` of a lossless segment.
         raw: leading latents stored as float16, token by token.
         planes: planes of the packed latents.
         lossless: whether the segment holds ``[page_tokens, W]`` elements of the exact dtype instead.
@@ -64,16 +64,18 @@ class SegmentLayout:
         return self.offset + self.size
 
 
-def coded_segment(groups: Sequence[BitGroup], page_tokens: int, offset: int) -> SegmentLayout:
-    """Layout of a block with packed or raw latents."""
-    raw = sum(group.count for group in groups if group.bits == RAW_BITS)
+def coded_segment(
+    groups: Sequence[BitGroup], page_tokens: int, offset: int, scale_latents: int = 0
+) -> SegmentLayout:
+    """Layout of a block with packed or raw latents; dynamic scales come first, as raw latents."""
+    raw = scale_latents + sum(group.count for group in groups if group.bits == RAW_BITS)
     size = raw * page_tokens * 2
     planes: list[Plane] = []
     for bits, shift, start, stop in _merge_ranges(groups, raw):
         plane = Plane(bits, shift, start, stop, size, page_tokens * bits // 8)
         planes.append(plane)
         size += plane.size
-    latents = sum(group.count for group in groups)
+    latents = scale_latents + sum(group.count for group in groups)
     return SegmentLayout(offset, size, page_tokens, latents, raw, tuple(planes))
 
 
@@ -151,4 +153,4 @@ def _block_segment(plan: Plan, block: Block, exact_bytes: int, offset: int) -> S
     if block.lossless:
         width = len(block.slots) * plan.geometry.head_dim
         return lossless_segment(width, exact_bytes, plan.page_tokens, offset)
-    return coded_segment(block.groups, plan.page_tokens, offset)
+    return coded_segment(block.groups, plan.page_tokens, offset, block.scale_latents)

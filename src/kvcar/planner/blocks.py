@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
+
 from ..errors import InputError
 from ..shapes import KINDS, KVGeometry, Slot
 
@@ -34,3 +36,9 @@ def regular_blocks(geometry: KVGeometry, layers_per_block: int, heads_per_block:
                     tuple(Slot(layer, h, kind) for layer in layers[first : first + layers_per_block] for h in members)
                 )
     return blocks
+
+
+def without(blocks: Iterable[tuple[Slot, ...]], left_out: Container[Slot]) -> list[tuple[Slot, ...]]:
+    """The blocks less some slots; blocks of which nothing is left are gone."""
+    kept = [tuple(slot for slot in block if slot not in left_out) for block in blocks]
+    return [block for block in kept if block]

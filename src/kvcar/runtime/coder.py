@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..bundle import Bundle, CodedBlock
+from ..codecs import Codec
 from ..kernels.attend import Reader
 from ..kernels.layout import PageUnit, page_layout
 from ..kernels.pack import pack
 from ..shapes import Kind, Slot
 
+Restore = Callable[[Tensor], Tensor]
 Fetch = Callable[[Slot, bool], Tensor]
 """(slot, before RoPE) -> that slot's vectors of the tokens to encode, ``[B, N, D]``."""
 
@@ -52,27 +54,28 @@ class UnitCoder:
         """Reader that gives ``heads`` of a layer from ``slots`` of this unit."""
         places = [self.unit.slots.index(slot) for slot in slots]
         columns = torch.cat([torch.arange(p * head_dim, (p + 1) * head_dim) for p in places])
-        affine, decode = None, partial(_select, columns=_as_slice(columns))
-        if self.coded.codec is not None and self.coded.quantizer is not None:
-            affine = self._affine_of(_as_slice(columns))
-            decode = partial(_affine, affine) if affine else partial(_decode, self.coded, _as_slice(columns))
+        restore, affine, decode = None, None, partial(_select, columns=_as_slice(columns))
+        if self.coded.codec is not None:
+            restore, affine = self._affine_of(_as_slice(columns))
+            decode = partial(_affine, affine) if affine else partial(_decode, self.coded.codec, _as_slice(columns))
         lossless = self.coded.codec is None
-        return Reader(self.unit.segment, heads, decode, affine, rotated=lossless, exact_dtype=self.exact_dtype)
+        return Reader(self.unit.segment, heads, restore, decode, affine, lossless, self.exact_dtype)
 
     @cached_property
-    def _folded(self) -> tuple[Tensor, Tensor] | None:
-        """Affine decoder with the quantiser's scale and zero folded in: ``u @ matrix + bias``."""
+    def _restore_and_affine(self) -> tuple[Restore | None, tuple[Tensor, Tensor] | None]:
+        """What turns stored values into decodable ones, and the decoder after it where it is affine.
+
+        A static quantiser folds into an affine decoder, so that nothing is left to restore.
+        """
         assert self.coded.codec is not None
         assert self.coded.quantizer is not None
         affine = self.coded.codec.affine_decoder()
-        if affine is None:
-            return None
-        matrix, bias = affine
-        return self.coded.quantizer.scale[:, None] * matrix, self.coded.quantizer.zero @ matrix + bias
+        folded = self.coded.quantizer.folded(*affine) if affine else None
+        return (None, folded) if folded else (self.coded.quantizer.latents, affine)
 
-    def _affine_of(self, columns: slice | Tensor) -> tuple[Tensor, Tensor] | None:
-        folded = self._folded
-        return None if folded is None else (folded[0][:, columns], folded[1][columns])
+    def _affine_of(self, columns: slice | Tensor) -> tuple[Restore | None, tuple[Tensor, Tensor] | None]:
+        restore, affine = self._restore_and_affine
+        return restore, None if affine is None else (affine[0][:, columns], affine[1][columns])
 
 
 class PageCoder:
@@ -140,7 +143,5 @@ def _affine(affine: tuple[Tensor, Tensor], u: Tensor) -> Tensor:
     return u @ affine[0] + affine[1]
 
 
-def _decode(coded: CodedBlock, columns: slice | Tensor, u: Tensor) -> Tensor:
-    assert coded.codec is not None
-    assert coded.quantizer is not None
-    return coded.codec.decode(coded.quantizer.latents(u))[..., columns]
+def _decode(codec: Codec, columns: slice | Tensor, z: Tensor) -> Tensor:
+    return codec.decode(z)[..., columns]

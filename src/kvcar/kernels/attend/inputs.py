@@ -20,7 +20,8 @@ class Reader:
     Attributes:
         segment: where the unit lies in a page.
         heads: KV heads of the layer, in the order of the columns below.
-        decode: stored values ``[..., R]`` to ``[..., len(heads) * D]`` float32.
+        restore: stored values ``[..., S]`` to what is decoded ``[..., R]``; None when they are the same.
+        decode: restored values ``[..., R]`` to ``[..., len(heads) * D]`` float32.
         affine: matrix ``[R, len(heads) * D]`` and bias with which ``decode`` is ``u @ matrix + bias``; None when
             the decoder is not affine or the segment is lossless.
         rotated: keys are stored after RoPE and need no rotation.
@@ -29,13 +30,14 @@ class Reader:
 
     segment: SegmentLayout
     heads: tuple[int, ...]
+    restore: Callable[[Tensor], Tensor] | None
     decode: Callable[[Tensor], Tensor]
     affine: tuple[Tensor, Tensor] | None
     rotated: bool
     exact_dtype: torch.dtype
 
     def stored(self, *pages: Tensor) -> Tensor:
-        """Stored values float32 ``[B, N, R]`` of consecutive ``pages`` uint8 ``[B, pages, page_bytes]``."""
+        """Stored values float32 ``[B, N, S]`` of consecutive ``pages`` uint8 ``[B, pages, page_bytes]``."""
         segment = self.segment
         parts = [run[..., segment.offset : segment.end] for run in pages]
         data = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -44,6 +46,11 @@ class Reader:
         else:
             u = unpack(data, segment)
         return u.reshape(data.shape[0], -1, segment.latents)
+
+    def restored(self, *pages: Tensor) -> Tensor:
+        """What ``decode`` takes, float32 ``[B, N, R]``, of the same pages."""
+        u = self.stored(*pages)
+        return u if self.restore is None else self.restore(u)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def _decode_all(paged: PagedPast, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 def _assemble(pages: Tensor, readers: tuple[Reader, ...], heads: int, tokens: int) -> Tensor:
     parts: dict[int, Tensor] = {}
     for reader in readers:
-        decoded = reader.decode(reader.stored(pages)[:, :tokens])
+        decoded = reader.decode(reader.restored(pages)[:, :tokens])
         columns = decoded.unflatten(-1, (len(reader.heads), -1)).unbind(-2)
         parts.update(zip(reader.heads, columns, strict=True))
     return torch.stack([parts[head] for head in range(heads)], dim=1)

@@ -183,7 +183,7 @@ def _decode_keys(reader: Reader, paged: PagedPast, u: Tensor, start: int) -> Ten
 def _stored_once(reader: Reader, pages: tuple[Tensor, ...], count: int, stored: dict[int, Tensor]) -> Tensor:
     """Unpack a segment once per tile, also when it holds both keys and values."""
     if reader.segment.offset not in stored:
-        stored[reader.segment.offset] = reader.stored(*pages)[:, :count]
+        stored[reader.segment.offset] = reader.restored(*pages)[:, :count]
     return stored[reader.segment.offset]
 
 

@@ -1,0 +1,60 @@
+"""Attention as a compressed cache would compute it, for all tokens of a window at once.
+
+A query reads the tokens of its own step, and the sinks, exactly, and every earlier token as decoded. Stepping through
+a cache gives the same numbers one step at a time (window 0); here gradients flow through them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def read_exactly(tokens: int, step_tokens: int, device: torch.device) -> Tensor:
+    """Which query (row) reads which key as it is: those of its own step; bool ``[T, T]``."""
+    step = torch.arange(tokens, device=device) // step_tokens
+    return step[:, None] == step[None, :]
+
+
+def compressed_attention(
+    query: Tensor,
+    exact: tuple[Tensor, Tensor],
+    decoded: tuple[Tensor, Tensor],
+    exactly: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Causal attention output ``[B, Hq, T, D]`` in the query's dtype.
+
+    Args:
+        query: ``[B, Hq, T, D]`` after RoPE.
+        exact: keys after RoPE and values ``[B, H, T, D]`` as the model computed them.
+        decoded: the same as the cache gives them back.
+        exactly: see ``read_exactly``.
+        scaling: factor on the scores.
+        softcap: scores become ``softcap * tanh(score / softcap)`` where given.
+    """
+    batch, query_heads, tokens, head_dim = query.shape
+    heads = exact[0].shape[1]
+    q = query.float().reshape(batch, heads, -1, head_dim) * scaling
+    rows = (batch, heads, query_heads // heads, tokens)
+    keys, values = (x.float()[:, :, None] for x in exact)
+    decoded_keys, decoded_values = (x.float()[:, :, None] for x in decoded)
+    q = q.view(*rows, head_dim)
+    scores = q @ decoded_keys.transpose(-1, -2)
+    # Steps of one token meet themselves on the diagonal alone, which needs no second matrix of scores.
+    single = bool(exactly.sum() == tokens)
+    if single:
+        scores.diagonal(dim1=-2, dim2=-1).copy_((q * keys).sum(-1))
+    else:
+        scores = torch.where(exactly, q @ keys.transpose(-1, -2), scores)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    later = torch.ones_like(exactly).triu(1)
+    weights = torch.softmax(scores.masked_fill_(later, -torch.inf), dim=-1)
+    output = weights @ decoded_values
+    if single:
+        output = output + weights.diagonal(dim1=-2, dim2=-1)[..., None] * (values - decoded_values)
+    else:
+        output = output + (weights * exactly) @ (values - decoded_values)
+    return output.view(batch, query_heads, tokens, head_dim).to(query.dtype)

@@ -1,0 +1,123 @@
+"""What a killed run needs to go on to the same result: tensors as safetensors, the rest as JSON. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+_FILE = "training.safetensors"
+
+
+@dataclass
+class TrainState:
+    """Where training stands.
+
+    Attributes:
+        stage, step: the next step to take, by the stage's place in the run.
+        best: best validation loss of the stage so far; None before the first validation.
+        stale: validations since.
+        history: what was reported so far, one entry per step or validation.
+        best_tensors: units as they were then.
+    """
+
+    stage: int = 0
+    step: int = 0
+    best: float | None = None
+    stale: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    folder: Path, run: dict[str, Any], state: TrainState, units: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Write everything into one file, whole or not at all.
+
+    Args:
+        folder: where to.
+        run: what identifies the run; a resumed one must have the same.
+        state: see ``TrainState``.
+        units: what is trained.
+        optimizer: of the stage under way, None between stages.
+    """
+    tensors = {f"units.{name}": t for name, t in units.state_dict().items()}
+    tensors |= {f"best.{name}": t for name, t in state.best_tensors.items()}
+    if optimizer is not None:
+        for index, entry in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(t) for name, t in entry.items()}
+    told = {
+        "run": run, "stage": state.stage, "step": state.step, "best": state.best, "stale": state.stale,
+        "history": state.history, "optimizing": optimizer is not None,
+    }  # fmt: skip
+    data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, {"state": json.dumps(told)})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".kvcar-", delete=False) as out:
+            out.write(data)
+        os.replace(out.name, folder / _FILE)
+    except OSError as error:
+        raise InputError(f"cannot write a checkpoint to {folder}: {error.strerror}; choose another folder") from None
+
+
+def load_checkpoint(folder: Path, run: dict[str, Any], units: nn.Module) -> tuple[TrainState, dict[str, Tensor] | None]:
+    """Read a checkpoint into ``units``; returns the state and the optimizer's tensors, None between stages.
+
+    Raises:
+        InputError: there is none, it is damaged, or it belongs to another run.
+    """
+    path = folder / _FILE
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            told = json.loads((file.metadata() or {})["state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is no readable checkpoint ({error}); start without --resume") from None
+    differing = sorted(k for k in run.keys() | told["run"].keys() if run.get(k) != told["run"].get(k))
+    if differing:
+        raise InputError(
+            f"the checkpoint in {folder} belongs to another run: {', '.join(differing)} differ; give the same options, or "
+            "start without --resume"
+        )
+    units.load_state_dict(_below(tensors, "units."))
+    state = TrainState(
+        told["stage"], told["step"], told["best"], told["stale"], told["history"], _below(tensors, "best.")
+    )
+    return state, _below(tensors, "optimizer.") if told["optimizing"] else None
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put the saved moments of every parameter back."""
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        entries.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def copy_of(units: nn.Module) -> dict[str, Tensor]:
+    """The units' tensors as they are now."""
+    return {name: t.detach().cpu().clone() for name, t in units.state_dict().items()}
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def remove_checkpoint(folder: Path, also: Iterable[str] = ()) -> None:
+    """Delete the checkpoint of a finished run, and its folder if nothing else is in it."""
+    for name in (_FILE, *also):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

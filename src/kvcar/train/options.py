@@ -1,0 +1,91 @@
+"""What training can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from ..errors import InputError
+
+Objective = Literal["kl", "ce"]
+Trained = Literal["encoders", "decoders", "all"]
+Start = Literal["bundle", "random"]
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of ``train_bundle``. ``TrainOptions.paper()`` are those of the paper's Algorithm 1.
+
+    Attributes:
+        objective: "kl" to the full-cache model, or the paper's "ce" (cross-entropy of the text).
+        l1_weight: lambda, the weight of the summed mean absolute errors of keys and values (and of reuses).
+        layer_steps: optimiser steps for each layer alone: stage (a).
+        joint_steps: optimiser steps for all layers together: stage (b).
+        joint_trains: what stage (b) changes; the paper's is "encoders".
+        start: "bundle" goes on from the bundle's codecs; "random" forgets them (autoencoders only).
+        learning_rate: of Adam in stage (b); half a cosine down to 0 after a short rise.
+        layer_learning_rate: the same in stage (a).
+        windows_per_step: windows whose gradients make one step.
+        accumulation: passes those windows are spread over, to save memory.
+        validation_windows: last windows of the text, held back to keep the best state.
+        validate_every: steps of stage (b) between validations; in stage (a) there is one at the end of each layer.
+        patience: validations without progress that end stage (b); 0 never does.
+        step_tokens: tokens that see each other exactly; 1 is a text stepped token by token.
+        mixed_precision: "no", or "bf16" for the model's own products; codecs and losses stay in float32.
+        seed: of the order of windows and of random codecs.
+    """
+
+    objective: Objective = "kl"
+    l1_weight: float = 0.0
+    layer_steps: int = 0
+    joint_steps: int = 100
+    joint_trains: Trained = "all"
+    start: Start = "bundle"
+    learning_rate: float = 3e-4
+    layer_learning_rate: float = 1e-3
+    windows_per_step: int = 2
+    accumulation: int = 1
+    validation_windows: int = 2
+    validate_every: int = 20
+    patience: int = 0
+    step_tokens: int = 1
+    mixed_precision: Literal["no", "bf16"] = "no"
+    seed: int = 0
+
+    @classmethod
+    def paper(cls, **changes: object) -> TrainOptions:
+        """Algorithm 1 of KV-CAR (arXiv 2512.06727), as far as the paper fixes it."""
+        given = {
+            "objective": "ce", "l1_weight": 0.1, "layer_steps": 50, "joint_steps": 100, "joint_trains": "encoders",
+            "start": "random",
+        }  # fmt: skip
+        return cls(**(given | changes))  # pyright: ignore[reportArgumentType]
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in ("layer_steps", "joint_steps", "patience"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("windows_per_step", "accumulation", "validation_windows", "validate_every", "step_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.windows_per_step % self.accumulation:
+            raise InputError(
+                f"windows_per_step ({self.windows_per_step}) must be a multiple of accumulation ({self.accumulation})"
+            )
+        if self.learning_rate <= 0 or self.layer_learning_rate <= 0 or self.l1_weight < 0:
+            raise InputError("learning rates must be above 0, and l1_weight must not be negative")
+
+    def as_dict(self) -> dict[str, str | int | float | bool | None]:
+        """For a bundle's provenance."""
+        return asdict(self)
+
+
+_CHOICES = {
+    "objective": ("kl", "ce"),
+    "joint_trains": ("encoders", "decoders", "all"),
+    "start": ("bundle", "random"),
+    "mixed_precision": ("no", "bf16"),
+}

@@ -1,0 +1,44 @@
+"""Several processes that train one set of codecs, started by ``accelerate launch``; one process otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import nn
+
+from ..errors import InputError
+
+
+@cache
+def state() -> PartialState:
+    """The process group, made on first use."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def share(windows: Sequence[int]) -> Sequence[int]:
+    """This process' share of a step's windows.
+
+    Raises:
+        InputError: they cannot be shared evenly, so that the mean of means would not be the mean.
+    """
+    count = state().num_processes
+    if len(windows) % count:
+        raise InputError(f"{len(windows)} windows per step cannot be shared evenly by {count} processes")
+    size = len(windows) // count
+    return windows[state().process_index * size :][:size]
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over all processes."""
+    if state().num_processes == 1:
+        return
+    given = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in given])
+    summed = reduce(flat, reduction="mean")
+    assert isinstance(summed, torch.Tensor)
+    for gradient, part in zip(given, summed.split([g.numel() for g in given]), strict=True):
+        gradient.copy_(part.view_as(gradient))
