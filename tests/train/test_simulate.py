@@ -53,7 +53,9 @@ def test_one_pass_equals_stepping(family, step):
 def test_reuse_chains_equal_stepping(source_coded):
     model = tiny_model("llama")
     reuses = tuple(
-        Reuse(slot=Slot(n, h, kind), source=Slot(n - 1, h, kind)) for n in (1, 2) for h, kind in ((0, "key"), (1, "value"))
+        Reuse(slot=Slot(n, h, kind), source=Slot(n - 1, h, kind))
+        for n in (1, 2)
+        for h, kind in ((0, "key"), (1, "value"))
     )
     blocks = layer_blocks([0]) if source_coded else layer_blocks([3])
     bundle = by_hand(model, blocks, bits=5, reuses=reuses, window=0, exact_dtype="model")

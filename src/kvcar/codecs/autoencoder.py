@@ -117,7 +117,9 @@ class TrainableFolded(TrainableCodec):
 
 
 def _as_parameters(half: FoldedHalf) -> nn.ParameterDict:
-    return nn.ParameterDict({name: nn.Parameter(getattr(half, name).detach().clone()) for name in half.__dataclass_fields__})
+    return nn.ParameterDict(
+        {name: nn.Parameter(getattr(half, name).detach().clone()) for name in half.__dataclass_fields__}
+    )
 
 
 class AutoencoderModule(TrainableCodec):

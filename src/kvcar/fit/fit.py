@@ -92,7 +92,7 @@ def _partition(geometry: KVGeometry, options: FitOptions) -> list[tuple[Slot, ..
     blocks = regular_blocks(geometry, options.layers_per_block, options.heads_per_block)
     wanted = geometry.codable_layers if options.layers is None else options.layers
     unknown = sorted(set(wanted) - set(geometry.codable_layers))
-    if unknown or not wanted and not options.reuses:
+    if unknown or (not wanted and not options.reuses):
         raise InputError(f"layers to compress must be among {list(geometry.codable_layers)}, got {list(wanted)}")
     left_out = {reuse.slot for reuse in options.reuses}
     left_out |= {slot for slot in geometry.slots() if slot.layer not in wanted}

@@ -76,7 +76,9 @@ class FitOptions:
             raise InputError("give key_latents and value_latents together")
         if None not in given:
             if self.bits is not None or self.times_smaller is not None:
-                raise InputError("key_latents and value_latents fix the size; give no bits and no times_smaller with them")
+                raise InputError(
+                    "key_latents and value_latents fix the size; give no bits and no times_smaller with them"
+                )
             if self.codec == "identity":
                 raise InputError("the identity codec keeps every element; latents need a linear or autoencoder codec")
             if min(n for n in given if n is not None) < 1:

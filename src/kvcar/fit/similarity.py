@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def measure_similarity(
 
 def _pairs(geometry: KVGeometry) -> Iterator[tuple[int, int, Kind]]:
     layers = geometry.codable_layers
-    for below, layer in zip(layers, layers[1:], strict=False):
+    for below, layer in pairwise(layers):
         for kind in KINDS:
             yield below, layer, kind
 

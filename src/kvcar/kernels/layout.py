@@ -64,9 +64,7 @@ class SegmentLayout:
         return self.offset + self.size
 
 
-def coded_segment(
-    groups: Sequence[BitGroup], page_tokens: int, offset: int, scale_latents: int = 0
-) -> SegmentLayout:
+def coded_segment(groups: Sequence[BitGroup], page_tokens: int, offset: int, scale_latents: int = 0) -> SegmentLayout:
     """Layout of a block with packed or raw latents; dynamic scales come first, as raw latents."""
     raw = scale_latents + sum(group.count for group in groups if group.bits == RAW_BITS)
     size = raw * page_tokens * 2

@@ -50,7 +50,11 @@ def measure_harm(
         if source.layer:
             # What reaches the source's layer is the same for all its candidates; candidates come layer by layer.
             prefix = (source.layer, stack.hidden(ids, source.layer, prefix))
-        with Simulator(model, plan, {}) as simulator, simulator.compressing(), stack.starting_at(*(prefix or (0, None))):
+        with (
+            Simulator(model, plan, {}) as simulator,
+            simulator.compressing(),
+            stack.starting_at(*(prefix or (0, None))),
+        ):
             measured.append(Candidate(slot, source, float(kl_divergence(simulator.logits(ids), full))))
         on_progress("measure harm", done, len(candidates))
     return [measured[order.index(i)] for i in range(len(candidates))]

@@ -20,7 +20,7 @@ def state() -> PartialState:
 
 
 def share(windows: Sequence[int]) -> Sequence[int]:
-    """This process' share of a step's windows.
+    """The part of a step's windows.
 
     Raises:
         InputError: they cannot be shared evenly, so that the mean of means would not be the mean.
@@ -42,3 +42,12 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     assert isinstance(summed, torch.Tensor)
     for gradient, part in zip(given, summed.split([g.numel() for g in given]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def average(value: float) -> float:
+    """Mean of a number over all processes, so that all decide alike."""
+    if state().num_processes == 1:
+        return value
+    mean = reduce(torch.tensor(value, device=state().device), reduction="mean")
+    assert isinstance(mean, torch.Tensor)
+    return float(mean)

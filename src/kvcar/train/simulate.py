@@ -25,6 +25,7 @@ from ..plan import Plan
 from ..shapes import KINDS, Slot
 from .attention import compressed_attention, read_exactly
 
+Units = Mapping[str, Any] | nn.ModuleDict
 _NAME = "kvcar_train"
 _current: WeakKeyDictionary[nn.Module, Simulator] = WeakKeyDictionary()
 
@@ -42,7 +43,7 @@ class Simulator:
         InputError: a block spans layers, whose later layers do not exist yet when the first is read.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, units: Mapping[str, Any], step_tokens: int = 1) -> None:
+    def __init__(self, model: PreTrainedModel, plan: Plan, units: Units, step_tokens: int = 1) -> None:
         for block in plan.blocks:
             if len({slot.layer for slot in block.slots}) > 1:
                 raise InputError("training in one pass needs blocks within a layer; fit with --layers-per-block 1")

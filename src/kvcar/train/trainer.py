@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import FitError
 from .checkpoint import TrainState, copy_of
-from .processes import average_gradients
+from .processes import average, average_gradients
 
 _CLIP = 1.0
 _WARM_UP = 0.05
@@ -76,7 +76,7 @@ def run_stage(
             group["lr"] = stage.learning_rate * schedule(state.step, stage.steps)
         optimizer.zero_grad()
         units.train()
-        loss = stage.loss(windows_of(state.step))
+        loss = average(stage.loss(windows_of(state.step)))
         units.eval()
         if not math.isfinite(loss):
             units.load_state_dict(state.best_tensors)
