@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from paper_tables import paper_page
+
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "results"
 
@@ -71,7 +73,7 @@ def memory_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"fidelity.md": fidelity_page, "memory.md": memory_page}
+PAGES = {"fidelity.md": fidelity_page, "memory.md": memory_page, "paper.md": paper_page}
 
 
 def main() -> None:

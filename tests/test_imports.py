@@ -27,6 +27,7 @@ ORDER = [
     "runtime",
     "evaluate",
     "report",
+    "reproduce",
     "cli",
 ]
 PACKAGE = Path(kvcar.__file__).parent

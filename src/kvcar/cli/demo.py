@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache
 
 from ..bundle import Bundle
 from ..errors import InputError
-from ..evaluate.fidelity import Fidelity, measure_fidelity
+from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
 from ..evaluate.full_cache import bfloat16_bytes
 from ..fit.fit import fit_bundles
 from ..fit.options import FitOptions
@@ -31,7 +31,7 @@ from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
 from .app import app
 from .console import out, progress_bars
-from .figures import fidelity_figures, fidelity_table
+from .figures import fidelity_table
 from .texts import fit_and_check_text
 
 _FIT_CONTEXT, _FIT_WINDOWS = 1024, 24

@@ -8,7 +8,7 @@ import typer
 
 from ..bundle import Bundle
 from ..errors import InputError
-from ..evaluate.fidelity import Fidelity, measure_fidelity
+from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
 from ..fit.text import token_windows
 from ..models.load import load_model
 from ..progress import counter
@@ -18,7 +18,7 @@ from ..runtime.cache import KVCarCache
 from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Text, Window
 from .console import check_writable, errors, out, progress_bars
-from .figures import fidelity_figures, fidelity_table
+from .figures import fidelity_table
 from .texts import evaluation_text
 
 _CONTEXT = 2048

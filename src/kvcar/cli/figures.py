@@ -1,39 +1,12 @@
-"""Fidelity as JSON figures and as a table."""
+"""Fidelity as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from rich.table import Table
 
 from ..evaluate.fidelity import Fidelity
-
-
-def fidelity_figures(f: Fidelity) -> dict[str, Any]:
-    """Figures for a record; names carry units, divergences are in nats per token."""
-    return {
-        "perplexity": f.perplexity.value,
-        "perplexity_stderr": f.perplexity.stderr,
-        "perplexity_full": f.perplexity_full.value,
-        "perplexity_full_stderr": f.perplexity_full.stderr,
-        "perplexity_ratio": f.perplexity_ratio.value,
-        "perplexity_ratio_stderr": f.perplexity_ratio.stderr,
-        "kl_divergence": f.kl_divergence.value,
-        "kl_divergence_stderr": f.kl_divergence.stderr,
-        "kl_divergence_worst_1_percent": f.kl_divergence_worst_1_percent,
-        "same_top": f.same_top.value,
-        "same_top_stderr": f.same_top.stderr,
-        "window_kl_divergences": list(f.window_kl_divergences),
-        "stored_bytes": f.stored_bytes,
-        "full_bytes": f.full_bytes,
-        "stored_bytes_per_token": f.stored_bytes_per_token,
-        "full_bytes_per_token": f.full_bytes_per_token,
-        "times_smaller": f.times_smaller,
-        "tokens": f.tokens,
-        "context": f.context,
-        "windows": f.windows,
-    }
 
 
 def fidelity_table(results: Mapping[str, Fidelity]) -> Table:

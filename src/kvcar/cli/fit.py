@@ -9,13 +9,14 @@ import typer
 
 from ..bundle import Bundle, check_target
 from ..errors import InputError
-from ..evaluate.fidelity import Fidelity, measure_fidelity
+from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
 from ..evaluate.size import compressed_size
 from ..fit.fit import fit_bundle
 from ..fit.options import FitOptions
 from ..fit.text import TextSource, token_windows
 from ..models.load import LoadedModel, load_model
-from ..progress import counter
+from ..plan import Scales
+from ..progress import OnProgress, counter
 from ..record import Record
 from ..report.card import model_card
 from ..runtime.attach import attach
@@ -23,7 +24,7 @@ from ..runtime.cache import KVCarCache
 from .app import app
 from .arguments import Device, Dtype, Json, Model, Text
 from .console import check_writable, out, progress_bars
-from .figures import fidelity_figures, fidelity_table
+from .figures import fidelity_table
 from .texts import fit_and_check_text, up_to_windows
 
 DEFAULT_TOKENS = 24_576
@@ -64,7 +65,24 @@ def fit(
     heads_per_block: Annotated[
         int | None, typer.Option(min=1, help="KV heads coded together. Default: all of a layer.")
     ] = None,
-    latent_bits: Annotated[int, typer.Option(help="Bits of each latent of an autoencoder: 1 to 8, or 16.")] = 8,
+    layers: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Layers to compress, such as 0-9,12; the others stay exact.")
+    ] = None,
+    key_latents: Annotated[
+        int | None, typer.Option(help="Latents of a layer's keys, --latent-bits each, instead of a size to reach.")
+    ] = None,
+    value_latents: Annotated[int | None, typer.Option(help="The same of a layer's values.")] = None,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", help="Share the slots that this bundle of 'kvcar similarity' shares."),
+    ] = None,
+    scales: Annotated[
+        str,
+        typer.Option(help="static (in the bundle), or dynamic (per token, the paper's int8; costs 4 bytes a block)."),
+    ] = "static",
+    latent_bits: Annotated[
+        int, typer.Option(help="Bits of each latent of an autoencoder, or with --key-latents: 1 to 8, or 16.")
+    ] = 8,
     steps: Annotated[int, typer.Option(min=0, help="Training steps of each autoencoder.")] = 200,
     window: Annotated[int, typer.Option(min=0, help="Recent tokens kept exact, a multiple of 64.")] = 64,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -78,6 +96,8 @@ def fit(
     options = FitOptions(
         codec=codec, bits=bits, times_smaller=times_smaller, layers_per_block=layers_per_block,
         heads_per_block=heads_per_block, latent_bits=latent_bits, steps=steps, window=window, seed=seed,
+        layers=None if layers is None else _numbers(layers), key_latents=key_latents, value_latents=value_latents,
+        reuses=() if reuse is None else Bundle.load(reuse).plan.reuses, scales=_scales(scales),
     )  # fmt: skip
     check_target(output, force)
     check_writable(json)
@@ -86,7 +106,7 @@ def fit(
         loaded = load_model(model, dtype, device, tell)
         windows = _fit_windows(loaded, source, tokens)
         bundle = fit_bundle(loaded.model, model, windows, source, options, tell)
-        measured = _check(loaded, bundle, held, tell) if check and held is not None else None
+        measured = check_bundle(loaded, bundle, held, tell) if check and held is not None else None
     bundle.save(output, model_card(bundle, measured), overwrite=force)
     _tell(bundle, output, measured)
     if json is not None:
@@ -108,7 +128,25 @@ def _fit_windows(loaded: LoadedModel, source: TextSource, tokens: int | None):
     return token_windows(loaded.tokenizer, source.text, context, tokens // context)
 
 
-def _check(loaded: LoadedModel, bundle: Bundle, held: TextSource, tell) -> Fidelity | None:
+def _numbers(text: str) -> tuple[int, ...]:
+    """``0-2,5`` as 0, 1, 2, 5; raises InputError."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise InputError(f"{text!r} is no list of layers; write for example 0-9,12")
+        numbers += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(numbers))
+
+
+def _scales(text: str) -> Scales:
+    if text not in ("static", "dynamic"):
+        raise InputError(f"scales must be static or dynamic, got {text!r}")
+    return "static" if text == "static" else "dynamic"
+
+
+def check_bundle(loaded: LoadedModel, bundle: Bundle, held: TextSource, tell: OnProgress) -> Fidelity | None:
+    """Quality on held-back text, None where it is too short."""
     context = min(_CONTEXT, bundle.plan.geometry.max_positions)
     try:
         windows = up_to_windows(loaded.tokenizer, held.text, context, _CHECK_WINDOWS)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -19,7 +20,7 @@ from ..errors import InputError
 from ..models.load import load_model
 from ..runtime.attach import PREFILL_CHUNK_TOKENS, attach
 from ..runtime.cache import KVCarCache
-from .full_cache import held_elements
+from .full_cache import bfloat16_bytes, held_elements
 
 _WARM_UP_TOKENS = 700
 
@@ -54,12 +55,41 @@ def measure_peak_growth(
         "decode": decode_tokens,
         "dtype": dtype,
     }
+    return MemoryRun(**_in_child(given))
+
+
+def fill_memory(
+    model: str, bundle: Path | None, memory_bytes: int, batch: int, window: int | None = None
+) -> dict[str, int]:
+    """Feed ``batch`` sequences in a child process until its resident size has grown by ``memory_bytes``.
+
+    Weights and codecs are loaded before, the model's transient memory is warmed up before, and the model runs in
+    bfloat16, as the full cache that savings are quoted against. ``bundle`` None uses the model's own full cache.
+
+    Returns:
+        ``tokens`` of each sequence that fitted, ``cache_bytes`` of the cache's tensors then, and
+        ``resident_growth_bytes``; ``limited_by_positions`` is 1 where the model's positions ended it instead.
+
+    Raises:
+        InputError: the child failed; its last lines are in the message.
+    """
+    given = {
+        "model": model,
+        "bundle": str(bundle) if bundle else None,
+        "memory": memory_bytes,
+        "batch": batch,
+        "window": window,
+    }
+    return _in_child(given)
+
+
+def _in_child(given: dict[str, Any]) -> dict[str, int]:
     command = [sys.executable, "-m", "kvcar.evaluate.memory", json.dumps(given)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         last = "\n".join(result.stderr.strip().splitlines()[-3:])
         raise InputError(f"the memory measurement failed:\n{last}")
-    return MemoryRun(**json.loads(result.stdout.strip().splitlines()[-1]))
+    return json.loads(result.stdout.strip().splitlines()[-1])
 
 
 @torch.no_grad()
@@ -90,7 +120,42 @@ def _forget_peak() -> None:
         raise InputError(f"this system cannot reset a process' peak memory ({error.strerror}); Linux can") from None
 
 
-def _child(given: dict[str, str | int | None]) -> MemoryRun:
+_FILL_CHUNK_TOKENS = 64
+
+
+@torch.no_grad()
+def _fill_child(given: dict[str, Any]) -> dict[str, int]:
+    """Grow one cache until the resident size has grown by as much as is allowed."""
+    loaded = load_model(str(given["model"]), dtype="bfloat16", device="cpu")
+    attachment = attach(loaded.model, given["bundle"], given["window"]) if given["bundle"] else None
+    batch = int(given["batch"])
+    most = loaded.model.config.get_text_config().max_position_embeddings // _FILL_CHUNK_TOKENS * _FILL_CHUNK_TOKENS
+
+    def new_cache() -> Cache:
+        return attachment.new_cache() if attachment else DynamicCache(config=loaded.model.config)
+
+    def step(cache: Cache) -> None:
+        ids = torch.arange(_FILL_CHUNK_TOKENS)[None] + 100 * torch.arange(batch)[:, None]
+        loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    warm = new_cache()
+    for _ in range(8):
+        step(warm)
+    del warm
+    before, cache, tokens, held, growth = _status_bytes("VmRSS"), new_cache(), 0, 0, 0
+    while tokens < most:
+        step(cache)
+        grown = _status_bytes("VmRSS") - before
+        if grown > int(given["memory"]):
+            break
+        tokens, growth = tokens + _FILL_CHUNK_TOKENS, grown
+        held = cache.stored_bytes() if isinstance(cache, KVCarCache) else bfloat16_bytes(cache)
+    return {
+        "tokens": tokens, "cache_bytes": held, "resident_growth_bytes": growth, "limited_by_positions": int(tokens >= most)
+    }  # fmt: skip
+
+
+def _child(given: dict[str, Any]) -> MemoryRun:
     loaded = load_model(str(given["model"]), dtype=str(given["dtype"]), device="cpu")
     attachment = attach(loaded.model, str(given["bundle"])) if given["bundle"] else None
 
@@ -109,4 +174,5 @@ def _child(given: dict[str, str | int | None]) -> MemoryRun:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_child(json.loads(sys.argv[1])))))
+    told = json.loads(sys.argv[1])
+    print(json.dumps(_fill_child(told) if "memory" in told else asdict(_child(told))))

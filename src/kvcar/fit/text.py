@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,24 @@ class TextSource:
     sha256: str
 
 
-def read_text(path: Path | None) -> TextSource:
+def read_text(path: Path | str | None) -> TextSource:
     """Read a ``.txt`` file, a ``.jsonl`` file with a field ``text`` per line, or (None) the embedded text.
+
+    ``file.jsonl[:500]`` takes the first 500 documents, ``file.jsonl[500:]`` those after them.
 
     Raises:
         InputError: the file is missing, empty, not UTF-8, of another kind, or a line is not what it should be.
     """
     if path is None:
         return _source(EMBEDDED_NAME, _embedded())
-    readers: dict[str, Callable[[Path, str], str]] = {".txt": lambda _, text: text, ".jsonl": _join_documents}
+    path, chosen = _split_slice(str(path))
+    if chosen is not None and path.suffix != ".jsonl":
+        raise InputError(f"only .jsonl files have documents to choose from, not {path.name}")
+    name = path.name if chosen is None else f"{path.name}[{_number(chosen.start)}:{_number(chosen.stop)}]"
+    readers: dict[str, Callable[[Path, str], str]] = {
+        ".txt": lambda _, text: text,
+        ".jsonl": lambda path, text: _join_documents(path, text, chosen),
+    }
     if path.suffix not in readers:
         raise InputError(f"{path} is no text kvcar can read; give a .txt file, or a .jsonl file with a field 'text'")
     try:
@@ -53,7 +63,14 @@ def read_text(path: Path | None) -> TextSource:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
     if not text.strip():
         raise InputError(f"{path} is empty; give it some text")
-    return _source(path.name, text)
+    return _source(name, text)
+
+
+def joined(sources: Sequence[TextSource]) -> TextSource:
+    """Several texts as one."""
+    if len(sources) == 1:
+        return sources[0]
+    return _source(" + ".join(source.name for source in sources), "\n\n".join(source.text for source in sources))
 
 
 def split_text(source: TextSource, held_out_fraction: float) -> tuple[TextSource, TextSource]:
@@ -104,7 +121,20 @@ def _embedded() -> str:
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
-def _join_documents(path: Path, text: str) -> str:
+def _split_slice(path: str) -> tuple[Path, slice | None]:
+    """``file[a:b]`` as the file and the slice; a file whose name really ends so is taken as it is."""
+    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", path)
+    if found is None or Path(path).exists():
+        return Path(path), None
+    start, stop = (int(part) if part else None for part in found.groups()[1:])
+    return Path(found[1]), slice(start, stop)
+
+
+def _number(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+def _join_documents(path: Path, text: str, chosen: slice | None) -> str:
     documents = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip():
@@ -116,7 +146,7 @@ def _join_documents(path: Path, text: str) -> str:
         if not isinstance(document, dict) or not isinstance(document.get("text"), str):
             raise InputError(f"{path}, line {number} has no string field 'text'")
         documents.append(document["text"].strip())
-    return "\n\n".join(documents)
+    return "\n\n".join(documents if chosen is None else documents[chosen])
 
 
 def _source(name: str, text: str) -> TextSource:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..planner.reuse import Candidate
 from ..planner.summary import LayerBits
 
 _KEY_COLOUR, _VALUE_COLOUR = "#2f6f9f", "#d08a2e"
@@ -78,3 +79,28 @@ def _svg(figure: Any) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
+
+
+def head_distances(candidates: Sequence[Candidate], measure: str) -> str:
+    """Heat map of what each slot's reuse of the layer below costs: a row for each layer, keys left, values right."""
+    figure, _ = _figure(6.4, 0.16 * len({c.slot.layer for c in candidates}) + 1.4)
+    figure.clear()
+    panels = figure.subplots(1, 2, sharey=True)
+    highest = max((c.cost for c in candidates), default=1.0)
+    image = None
+    for axes, kind in zip(panels, ("key", "value"), strict=True):
+        own = [c for c in candidates if c.slot.kind == kind]
+        layers = sorted({c.slot.layer for c in own})
+        heads = sorted({c.slot.head for c in own})
+        grid = [[float("nan")] * len(heads) for _ in layers]
+        for c in own:
+            grid[layers.index(c.slot.layer)][heads.index(c.slot.head)] = c.cost
+        image = axes.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=highest, cmap="viridis")
+        axes.set_xticks(range(len(heads)), [str(head) for head in heads])
+        every = max(1, len(layers) // 12)
+        axes.set_yticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
+        axes.set_xlabel("KV head")
+        axes.set_title(f"{kind}s", fontsize=10)
+    panels[0].set_ylabel("layer, against the one below")
+    figure.colorbar(image, ax=list(panels), label=measure)
+    return _svg(figure)

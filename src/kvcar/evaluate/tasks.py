@@ -1,0 +1,149 @@
+"""Zero-shot tasks through the compressed cache, run by lm-evaluation-harness (the extra ``tasks``).
+
+The harness scores texts in one pass without a cache, where any cache looks perfect. ``KVCarLM`` feeds them a few tokens
+at a time, so that every token reads what the cache made of the ones before; generation goes through the cache too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..bundle import Bundle
+from ..errors import InputError
+from ..runtime.attach import attach
+
+try:
+    import lm_eval
+    from lm_eval.models import huggingface
+    from lm_eval.tasks import TaskManager
+except ImportError:
+    raise InputError("tasks need lm-evaluation-harness; install it with: pip install 'kvcar[tasks]'") from None
+
+
+# The harness' decorators hide what they decorate from type checkers.
+_HFLM: Any = huggingface.HFLM
+_simple_evaluate: Any = lm_eval.simple_evaluate
+
+# Above 0 turns standard errors on; those of means have a closed form.
+_BOOTSTRAP = 1000
+
+
+class KVCarLM(_HFLM):
+    """A model of the harness whose log-likelihoods and generation go through a cache.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        bundle: what compresses the cache; None steps through transformers' own full cache, which gives the numbers of
+            the harness' ``hf`` model.
+        window: recent tokens kept exact. 0 by default: task texts are short, and with a window their tokens would all
+            be in it.
+        step_tokens: tokens fed at once, which see each other exactly.
+        batch_size: texts run together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: Any,
+        bundle: Bundle | None,
+        window: int = 0,
+        step_tokens: int = 1,
+        batch_size: int = 32,
+    ) -> None:
+        if step_tokens < 1:
+            raise InputError(f"step_tokens must be at least 1, got {step_tokens}")
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        self._step_tokens = step_tokens
+        self._attachment = None if bundle is None else attach(model, bundle, window)
+
+    def close(self) -> None:
+        """Detach the model."""
+        if self._attachment is not None:
+            self._attachment.detach()
+
+    def new_cache(self) -> Cache:
+        """An empty cache of the kind that is measured."""
+        return DynamicCache(config=self.model.config) if self._attachment is None else self._attachment.new_cache()
+
+    @torch.no_grad()
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits ``[B, T, V]`` of texts padded on the right, where padding reaches no token that is scored."""
+        del attn_mask, labels
+        cache, logits = self.new_cache(), []
+        for start in range(0, inps.shape[1], self._step_tokens):
+            ids = inps[:, start : start + self._step_tokens]
+            logits.append(self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
+        return torch.cat(logits, dim=1)
+
+
+def local_task(path: Path) -> dict[str, Any]:
+    """A task of the harness from a local ``.jsonl`` file.
+
+    Lines are either ``query``, ``choices``, ``gold`` (PIQA's kind: which choice follows) or ``context_options``,
+    ``continuation``, ``gold`` (WinoGrande's kind: after which context the continuation is likelier).
+
+    Raises:
+        InputError: the file is missing or its lines are of neither kind.
+    """
+    try:
+        with path.open(encoding="utf-8") as lines:
+            first = json.loads(lines.readline() or "null")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the task {path}: {error}") from None
+    fields = set(first) if isinstance(first, dict) else set()
+    common = {
+        "task": path.stem,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(path.absolute())}},
+        "validation_split": "validation",
+        "test_split": "validation",
+        "output_type": "multiple_choice",
+        "num_fewshot": 0,
+        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
+        "metadata": {"version": 1.0},
+    }
+    if {"query", "choices", "gold"} <= fields:
+        # The query ends in a line break; with "Answer:" it is the harness' own prompt for PIQA.
+        return common | {"doc_to_text": "{{query}}Answer:", "doc_to_choice": "choices", "doc_to_target": "gold"}
+    if {"context_options", "continuation", "gold"} <= fields:
+        forms = {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation"}
+        return common | forms | {"metric_list": common["metric_list"][:1]}
+    raise InputError(
+        f"{path} is no task: its lines need query, choices and gold, or context_options, continuation and gold; "
+        f"the first has {', '.join(sorted(fields)) or 'none of them'}"
+    )
+
+
+def run_tasks(lm: KVCarLM, tasks: Sequence[str | Path], limit: int | None = None, seed: int = 0) -> dict[str, Any]:
+    """Zero-shot results by task: ``acc``, ``acc_stderr``, ``acc_norm`` where there is one, ``items``.
+
+    Args:
+        lm: the model and cache to measure.
+        tasks: names that the harness knows (fetched from the hub), or ``.jsonl`` files for ``local_task``.
+        limit: items of each task, from the start; None for all.
+        seed: of the harness.
+    """
+    given = [local_task(task) if isinstance(task, Path) else task for task in tasks]
+    # Reading the harness' own thousands of tasks takes seconds, and local files need none of them.
+    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
+    results = _simple_evaluate(
+        model=lm, tasks=given, task_manager=manager, limit=limit, bootstrap_iters=_BOOTSTRAP, random_seed=seed, numpy_random_seed=seed,
+        torch_random_seed=seed, fewshot_random_seed=seed, log_samples=True, verbosity="ERROR",
+    )  # fmt: skip
+    found = {}
+    for name, figures in results["results"].items():
+        # Keys are "metric,filter"; only the filter "none" exists without post-processing.
+        plain = {key.removesuffix(",none"): value for key, value in figures.items() if key.endswith(",none")}
+        samples = results["samples"][name]
+        plain["items"] = len(samples)
+        plain["correct"] = [int(sample["acc"]) for sample in sorted(samples, key=lambda s: s["doc_id"])]
+        found[name] = plain
+    return found

@@ -1,0 +1,175 @@
+"""Bundles of settings: made in order, kept in a folder, made only once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..bundle import Bundle
+from ..errors import InputError
+from ..fit.fit import fit_bundle
+from ..fit.options import FitOptions
+from ..fit.requantize import keep_layers, requantize
+from ..fit.similarity import Similarity, measure_similarity
+from ..fit.text import TextSource, joined, read_text, token_windows
+from ..models.load import LoadedModel, load_model
+from ..plan import Reuse
+from ..planner.reuse import Candidate, choose_reuses
+from ..progress import OnProgress
+from ..record import Record
+from ..train.algorithm import train_bundle
+from ..train.finetune import finetune_weights
+from ..train.harm import measure_harm
+from ..train.options import TrainOptions
+from .config import Reproduction, ReuseChoice, Setting
+
+_SIMILARITY_WINDOWS, _HARM_WINDOWS, _HARM_CONTEXT = 16, 2, 256
+
+
+class Builder:
+    """Makes the bundles of a reproduction.
+
+    Args:
+        config: the whole file.
+        folder: where bundles, tuned models and training checkpoints lie.
+        records: where records go.
+        on_progress: told what is going on.
+    """
+
+    def __init__(self, config: Reproduction, folder: Path, records: Path, on_progress: OnProgress) -> None:
+        self._config, self._folder, self._records, self._tell = config, folder, records, on_progress
+        self._loaded: dict[str, LoadedModel] = {}
+        self._windows: tuple[Tensor, TextSource] | None = None
+        self._similarity: Similarity | None = None
+        self._candidates: dict[tuple[str, bool], list[Candidate]] = {}
+
+    def model(self, dtype: str = "auto") -> LoadedModel:
+        """The model in a dtype; only one is held at a time."""
+        if dtype not in self._loaded:
+            self._loaded.clear()
+            self._loaded[dtype] = load_model(self._config.model, dtype, "auto", self._tell)
+        return self._loaded[dtype]
+
+    def bundle(self, setting: Setting) -> Bundle:
+        """The bundle of a setting, made if it is not there yet."""
+        path = self.path(setting.name)
+        if not path.exists():
+            self._make(setting).save(path, f"# {setting.name}\n\nMade by `kvcar reproduce`.\n")
+        return Bundle.load(path)
+
+    def path(self, name: str) -> Path:
+        """Folder of a setting's bundle."""
+        return self._folder / name
+
+    def tuned_model(self, setting: Setting) -> Path:
+        """Folder of the model that a setting tuned."""
+        return self._folder / f"{setting.name}.model"
+
+    def fit_windows(self) -> tuple[Tensor, TextSource]:
+        """Windows of all fitting texts, taking turns so that any end of them has its share of each."""
+        if self._windows is None:
+            parts, sources = [], []
+            for part in self._config.fit_texts:
+                source = read_text(part.text)
+                tokenizer = self.model(next(iter(self._loaded), "auto")).tokenizer
+                parts.append(token_windows(tokenizer, source.text, self._config.fit_context, part.windows))
+                sources.append(source)
+            places = torch.cat([torch.arange(len(p)) / len(p) for p in parts])
+            self._windows = torch.cat(parts)[torch.argsort(places, stable=True)], joined(sources)
+        return self._windows
+
+    def _make(self, setting: Setting) -> Bundle:
+        if setting.base is not None:
+            bundle = Bundle.load(self.path(setting.base))
+            if setting.keep_layers is not None:
+                bundle = keep_layers(bundle, setting.keep_layers)
+            if setting.quantize is not None:
+                windows, _ = self.fit_windows()
+                model = self.model().model
+                bundle = requantize(bundle, model, windows, setting.quantize.bits, setting.quantize.scales)
+        else:
+            bundle = self._fitted(setting)
+        if setting.train is not None:
+            bundle = self._trained(setting, bundle, setting.train)
+        if setting.finetune is not None:
+            bundle = self._finetuned(setting, bundle, setting.finetune)
+        return bundle
+
+    def _fitted(self, setting: Setting) -> Bundle:
+        windows, source = self.fit_windows()
+        given: dict[str, Any] = {"window": 0, "latent_bits": 16, "steps": 0} | (setting.fit or {"layers": ()})
+        reuses = self._reuses(setting.reuse) if setting.reuse else ()
+        options = _options(FitOptions, setting, given | {"reuses": reuses})
+        return fit_bundle(self.model().model, self._config.model, windows, source, options, self._tell)
+
+    def _reuses(self, choice: ReuseChoice) -> tuple[Reuse, ...]:
+        key = (choice.measure, choice.any_head)
+        if key not in self._candidates:
+            self._candidates[key] = self._measure(*key)
+        return choose_reuses(self._candidates[key], choice.count, dissimilar=choice.dissimilar)
+
+    def _measure(self, measure: str, any_head: bool) -> list[Candidate]:
+        windows, source = self.fit_windows()
+        model = self.model().model
+        if self._similarity is None:
+            self._similarity = measure_similarity(model, windows[:_SIMILARITY_WINDOWS], on_progress=self._tell)
+        found = self._similarity
+        candidates = found.candidates("relative_l1" if measure == "kl" else measure, any_head)
+        if measure == "kl":
+            candidates = measure_harm(
+                model, windows[:_HARM_WINDOWS, :_HARM_CONTEXT], candidates, on_progress=self._tell
+            )
+        figures = {"candidates": [[list(c.slot), list(c.source), c.cost] for c in candidates], "tokens": found.tokens}
+        config = {"model": self._config.model, "measure": measure, "any_head": any_head, "text": source.name}
+        suffix = "-any" if any_head else ""
+        Record("similarity", figures, config).write(
+            self._records / f"similarity-{self._config.name}-{measure}{suffix}.json"
+        )
+        return candidates
+
+    def _trained(self, setting: Setting, bundle: Bundle, given: dict[str, Any]) -> Bundle:
+        windows, source = self.fit_windows()
+        paper = given.get("paper", False)
+        options = {k: v for k, v in given.items() if k != "paper"}
+        make = TrainOptions.paper if paper else TrainOptions
+        result = train_bundle(
+            self.model(self._config.train_dtype).model, bundle, windows, source, _options(make, setting, options),
+            self._folder / f"{setting.name}.training", self._resumes(setting), self._tell,
+        )  # fmt: skip
+        self._write_history(setting, options, result.history)
+        return result.bundle
+
+    def _finetuned(self, setting: Setting, bundle: Bundle, given: dict[str, Any]) -> Bundle:
+        windows, source = self.fit_windows()
+        self._loaded.clear()
+        loaded = self.model("float32")
+        result = finetune_weights(
+            loaded.model, bundle, windows, source, _options(TrainOptions, setting, given),
+            checkpoint=self._folder / f"{setting.name}.training", resume=self._resumes(setting), on_progress=self._tell,
+        )  # fmt: skip
+        loaded.model.save_pretrained(self.tuned_model(setting))
+        loaded.tokenizer.save_pretrained(self.tuned_model(setting))
+        # The model in memory is no longer the one that was asked for.
+        self._loaded.clear()
+        self._write_history(setting, given, result.history)
+        return result.bundle
+
+    def _resumes(self, setting: Setting) -> bool:
+        return (self._folder / f"{setting.name}.training").exists()
+
+    def _write_history(self, setting: Setting, options: dict[str, Any], history: list[dict[str, Any]]) -> None:
+        config = {"model": self._config.model, "setting": setting.model_dump(mode="json"), "options": options}
+        Record("training", {"history": history}, config).write(
+            self._records / f"training-{self._config.name}-{setting.name}.json"
+        )
+
+
+def _options(make: Any, setting: Setting, given: dict[str, Any]) -> Any:
+    """Options from a setting; a name that does not exist is told with the setting's."""
+    try:
+        return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    except (TypeError, InputError) as error:
+        raise InputError(f"setting {setting.name}: {error}") from None
