@@ -32,10 +32,8 @@ def paper_page() -> str:
 
 
 def _load(pattern: str) -> list[dict[str, Any]]:
-    found = []
-    for path in sorted(RESULTS.glob(pattern)):
-        found.append(json.loads(path.read_text(encoding="utf-8")) | {"record": path.stem})
-    return found
+    paths = sorted(RESULTS.glob(pattern))
+    return [json.loads(path.read_text(encoding="utf-8")) | {"record": path.stem} for path in paths]
 
 
 def _reproductions() -> list[str]:
@@ -43,7 +41,9 @@ def _reproductions() -> list[str]:
 
 
 def _reproduction(name: str) -> list[str]:
-    fidelity = [r for r in _load("paper-*.json") if r["kind"] == "paper-fidelity" and r["config"]["reproduction"] == name]
+    fidelity = [
+        r for r in _load("paper-*.json") if r["kind"] == "paper-fidelity" and r["config"]["reproduction"] == name
+    ]
     sections = [_title(name, fidelity)]
     for table in _in_order(r["config"]["setting"]["table"] for r in fidelity):
         sections += _table(table, [r for r in fidelity if r["config"]["setting"]["table"] == table])
@@ -78,7 +78,7 @@ def _table(title: str, records: list[dict[str, Any]]) -> list[str]:
     head = ["setting", "layers compressed", "slots reused", "saved"]
     for text in texts:
         head += [f"{text}: perplexity", "ratio to full", "KL divergence"]
-    rows = [head + ["paper"]]
+    rows = [[*head, "paper"]]
     rows += [_row(name, by_text, texts) for name, by_text in sorted(by_setting.items(), key=_by_saving)]
     note = f"Context {records[0]['context']:,}, {records[0]['windows']} windows a text. Records: " + ", ".join(
         sorted({f"`paper-{r['config']['reproduction']}-fidelity-*-{r['config']['setting']['name']}`" for r in records})
@@ -93,7 +93,9 @@ def _by_saving(item: tuple[str, dict[str, dict[str, Any]]]) -> tuple[float, str]
 def _row(name: str, by_text: dict[str, dict[str, Any]], texts: list[str]) -> list[str]:
     any_ = next(iter(by_text.values()))
     c = any_["config"]
-    saved = f"{any_['saved_percent']:.1f} % ({100 / (100 - any_['saved_percent']):.2f}x) at {any_['reference_tokens']:,}"
+    saved = (
+        f"{any_['saved_percent']:.1f} % ({100 / (100 - any_['saved_percent']):.2f}x) at {any_['reference_tokens']:,}"
+    )
     row = [f"`{name}`", f"{c['compressed_layers']} of {c['layers']}", f"{c['reused_slots']} of {c['slots']}", saved]
     for text in texts:
         r = by_text.get(text)
@@ -109,7 +111,7 @@ def _row(name: str, by_text: dict[str, dict[str, Any]], texts: list[str]) -> lis
 
 
 def _tasks(name: str) -> list[str]:
-    records = [r for r in _load(f"paper-{name}-tasks-*.json")]
+    records = _load(f"paper-{name}-tasks-*.json")
     if not records:
         return []
     full = next((r for r in records if r["record"].endswith("-tasks-full")), None)
@@ -165,7 +167,14 @@ def _confirmed(r: dict[str, Any], longest: dict[str, dict[str, int]], budget: st
         ended = "the model's positions" if run["limited_by_positions"] else "memory"
         computed = longest[run["setting"]][str(run["batch"])]
         rows.append(
-            [_cache(run["setting"]), str(run["batch"]), f"{computed:,}", f"{run['tokens']:,}", f"{run['cache_bytes']:,}", ended]
+            [
+                _cache(run["setting"]),
+                str(run["batch"]),
+                f"{computed:,}",
+                f"{run['tokens']:,}",
+                f"{run['cache_bytes']:,}",
+                ended,
+            ]
         )
     note = (
         f"Each in a process of its own, fed 64 tokens a sequence at a time until the resident size had grown by {budget}. The "
@@ -213,4 +222,3 @@ def _markdown(rows: list[list[str]]) -> str:
     head, *body = rows
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
-

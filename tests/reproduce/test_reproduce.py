@@ -71,9 +71,7 @@ def folder(tmp_path_factory):
 
 
 def write(folder, scales="dynamic", **changes):
-    text = CONFIG.format(
-        model=folder / "model", text=folder / "words.txt", task=folder / "task.jsonl", scales=scales
-    )
+    text = CONFIG.format(model=folder / "model", text=folder / "words.txt", task=folder / "task.jsonl", scales=scales)
     for old, new in changes.items():
         text = text.replace(old, new)
     path = folder / f"config-{scales}-{len(changes)}.yaml"
@@ -94,7 +92,9 @@ def test_everything_is_made_once_and_recorded(folder, tmp_path, scales):
     assert first.stat().st_mtime_ns == made
 
     records = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "records").glob("*.json")}
-    fidelity = {n.removeprefix("paper-tiny-fidelity-words-") for n, r in records.items() if r["kind"] == "paper-fidelity"}
+    fidelity = {
+        n.removeprefix("paper-tiny-fidelity-words-") for n, r in records.items() if r["kind"] == "paper-fidelity"
+    }
     assert fidelity == {"all-a", "two-layers", "shared-tuned", "both-int8"}
     two = records["paper-tiny-fidelity-words-two-layers"]
     assert (two["config"]["compressed_layers"], two["config"]["layers"]) == (2, 4)
@@ -132,7 +132,7 @@ def test_bad_configurations_say_what_is_wrong(folder, tmp_path):
     with pytest.raises(InputError, match="not valid YAML"):
         read_config(broken)
     given = read_config(write(folder, **{"codec: autoencoder": "codek: autoencoder"}))
-    with pytest.raises(InputError, match="setting all-a: .*codek"):
+    with pytest.raises(InputError, match=r"setting all-a: .*codek"):
         Reproducer(given, tmp_path / "w", tmp_path / "r", lambda *a: None).run()
     with pytest.raises(InputError, match="no setting is called x"):
         Reproducer(given, tmp_path / "w", tmp_path / "r", lambda *a: None).run(["x"])

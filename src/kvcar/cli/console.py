@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -49,6 +50,24 @@ def progress_bars() -> Iterator[OnProgress]:
                 errors.print(f"{what}: done", highlight=False)
 
         yield tell
+
+
+def step_teller() -> Callable[[dict[str, Any]], None]:
+    """Prints, at every validation of a training, where it stands: the mean loss since the last one and what it found."""
+    losses: list[float] = []
+
+    def tell(entry: dict[str, Any]) -> None:
+        if "loss" in entry:
+            losses.append(entry["loss"])
+            return
+        since = f"loss {sum(losses) / len(losses):.4f}, " if losses else ""
+        losses.clear()
+        errors.print(
+            f"{entry['stage']}, step {entry['step']}: {since}validation {entry['validation_loss']:.4f} nats per token",
+            highlight=False,
+        )
+
+    return tell
 
 
 def check_writable(path: Path | None) -> None:

@@ -11,15 +11,14 @@ from rich.table import Table
 from ..bundle import Bundle, check_target
 from ..errors import InputError
 from ..fit.requantize import requantize
-from ..fit.text import token_windows
 from ..models.load import load_model
 from ..plan import Scales
 from ..record import Record
 from ..report.card import model_card
 from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Text
-from .console import check_writable, out, progress_bars
-from .texts import fit_and_check_text
+from .console import check_writable, out, progress_bars, step_teller
+from .texts import fit_and_check_text, up_to_windows
 
 _EXAMPLES = """Run the paper's evaluation, or any other one that a YAML file describes.
 
@@ -39,6 +38,7 @@ def reproduce(
     folder: Annotated[Path, typer.Option(metavar="FOLDER", help="For bundles and checkpoints.")] = Path("reproduction"),
     records: Annotated[Path, typer.Option(metavar="FOLDER", help="For records.")] = Path("benchmarks/results"),
     only: Annotated[list[str] | None, typer.Option(help="A setting to run, or 'system'; may be repeated.")] = None,
+    tasks: Annotated[bool, typer.Option(help="Run the zero-shot tasks, which take longest.")] = True,
 ) -> None:
     """Run a reproduction; the examples in the help text say the rest."""
     from ..reproduce.config import read_config
@@ -46,7 +46,7 @@ def reproduce(
 
     given = read_config(config)
     with progress_bars() as tell:
-        Reproducer(given, folder / given.name, records, tell).run(only or ())
+        Reproducer(given, folder / given.name, records, tell, step_teller()).run(only or (), tasks)
     out.print(f"records are in [bold]{records}[/]")
 
 
@@ -136,7 +136,7 @@ def quantize(
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
         context = min(512, first.plan.geometry.max_positions, tokens)
-        windows = token_windows(loaded.tokenizer, source.text, context, max(1, tokens // context))
+        windows = up_to_windows(loaded.tokenizer, source.text, context, max(1, tokens // context))
         result = requantize(first, loaded.model, windows, bits, chosen)
     result.save(output, model_card(result, None), overwrite=force)
     out.print(f"wrote [bold]{output}[/]")

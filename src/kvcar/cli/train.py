@@ -22,7 +22,7 @@ from ..train.options import TrainOptions
 from ..train.processes import state as processes
 from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Text
-from .console import check_writable, out, progress_bars
+from .console import check_writable, out, progress_bars, step_teller
 from .figures import fidelity_table
 from .fit import check_bundle
 from .texts import fit_and_check_text, up_to_windows
@@ -120,7 +120,7 @@ def train(
         loaded = load_model(model, dtype, _own_device(device), tell)
         windows = _windows(loaded, source, context, tokens)
         folder = checkpoint or output.with_name(output.name + ".training")
-        result = train_bundle(loaded.model, first, windows, source, options, folder, resume, tell)
+        result = train_bundle(loaded.model, first, windows, source, options, folder, resume, tell, step_teller())
         main = processes().is_main_process
         measured = check_bundle(loaded, result.bundle, held, tell) if check and main and held is not None else None
     if not main:
@@ -184,7 +184,16 @@ def finetune(
         windows = _windows(loaded, source, context, tokens)
         folder = checkpoint or output.with_name(output.name + ".training")
         result = finetune_weights(
-            loaded.model, first, windows, source, options, "kv" if tuned == "kv" else "attention", folder, resume, tell
+            loaded.model,
+            first,
+            windows,
+            source,
+            options,
+            "kv" if tuned == "kv" else "attention",
+            folder,
+            resume,
+            tell,
+            step_teller(),
         )
     if not processes().is_main_process:
         return

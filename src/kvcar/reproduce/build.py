@@ -24,6 +24,7 @@ from ..train.algorithm import train_bundle
 from ..train.finetune import finetune_weights
 from ..train.harm import measure_harm
 from ..train.options import TrainOptions
+from ..train.run import OnStep
 from .config import Reproduction, ReuseChoice, Setting
 
 _SIMILARITY_WINDOWS, _HARM_WINDOWS, _HARM_CONTEXT = 16, 2, 256
@@ -36,11 +37,14 @@ class Builder:
         config: the whole file.
         folder: where bundles, tuned models and training checkpoints lie.
         records: where records go.
-        on_progress: told what is going on.
+        on_progress, on_step: told what is going on.
     """
 
-    def __init__(self, config: Reproduction, folder: Path, records: Path, on_progress: OnProgress) -> None:
+    def __init__(
+        self, config: Reproduction, folder: Path, records: Path, on_progress: OnProgress, on_step: OnStep
+    ) -> None:
         self._config, self._folder, self._records, self._tell = config, folder, records, on_progress
+        self._on_step = on_step
         self._loaded: dict[str, LoadedModel] = {}
         self._windows: tuple[Tensor, TextSource] | None = None
         self._similarity: Similarity | None = None
@@ -137,7 +141,7 @@ class Builder:
         make = TrainOptions.paper if paper else TrainOptions
         result = train_bundle(
             self.model(self._config.train_dtype).model, bundle, windows, source, _options(make, setting, options),
-            self._folder / f"{setting.name}.training", self._resumes(setting), self._tell,
+            self._folder / f"{setting.name}.training", self._resumes(setting), self._tell, self._on_step,
         )  # fmt: skip
         self._write_history(setting, options, result.history)
         return result.bundle
@@ -149,6 +153,7 @@ class Builder:
         result = finetune_weights(
             loaded.model, bundle, windows, source, _options(TrainOptions, setting, given),
             checkpoint=self._folder / f"{setting.name}.training", resume=self._resumes(setting), on_progress=self._tell,
+            on_step=self._on_step,
         )  # fmt: skip
         loaded.model.save_pretrained(self.tuned_model(setting))
         loaded.tokenizer.save_pretrained(self.tuned_model(setting))

@@ -19,6 +19,7 @@ from ..progress import OnProgress, counter
 from ..record import Record
 from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
+from ..train.run import OnStep, told_nobody
 from .build import Builder
 from .config import EvaluationText, Reproduction, Setting
 
@@ -33,20 +34,23 @@ class Reproducer:
         config: see ``Reproduction``.
         folder: working folder for bundles, models and checkpoints.
         records: folder of records.
-        on_progress: told what is going on.
+        on_progress, on_step: told what is going on.
     """
 
-    def __init__(self, config: Reproduction, folder: Path, records: Path, on_progress: OnProgress) -> None:
+    def __init__(
+        self, config: Reproduction, folder: Path, records: Path, on_progress: OnProgress, on_step: OnStep = told_nobody
+    ) -> None:
         for each in (folder, records):
             try:
                 each.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise InputError(f"cannot make the folder {each}: {error.strerror}") from None
         self._config, self._records, self._tell = config, records, on_progress
-        self._builder = Builder(config, folder, records, on_progress)
+        self._builder = Builder(config, folder, records, on_progress, on_step)
 
-    def run(self, only: Sequence[str] = ()) -> None:
-        """Do all that is not done yet; ``only`` names settings to restrict it to (and "system").
+    def run(self, only: Sequence[str] = (), tasks: bool = True) -> None:
+        """Do all that is not done yet; ``only`` names settings to restrict it to (and "system"), ``tasks`` False leaves
+        zero-shot tasks for later.
 
         Raises:
             InputError: a name that is not there.
@@ -59,7 +63,7 @@ class Reproducer:
             self._builder.bundle(setting)
         for name, text in self._config.texts.items():
             self._evaluate(name, text, [s for s in settings if s.texts is None or name in s.texts])
-        if self._config.tasks is not None:
+        if tasks and self._config.tasks is not None:
             for setting in [None, *settings]:
                 if setting is None or setting.tasks:
                     self._run_tasks(setting)
