@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from ..record import Record
 from ..report.card import model_card
 from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
+from ..train.effect import latents_by_effect
 from .app import app
 from .arguments import Device, Dtype, Json, Model, Text
 from .console import check_writable, out, progress_bars
@@ -30,6 +32,7 @@ from .texts import fit_and_check_text, up_to_windows
 DEFAULT_TOKENS = 24_576
 _CONTEXT = 1024
 _CHECK_WINDOWS = 2
+_EFFECT_WINDOWS, _EFFECT_CONTEXT = 2, 256
 
 _EXAMPLES = """Fit a compressed cache for MODEL and write it to a folder.
 
@@ -72,6 +75,10 @@ def fit(
         int | None, typer.Option(help="Latents of a layer's keys, --latent-bits each, instead of a size to reach.")
     ] = None,
     value_latents: Annotated[int | None, typer.Option(help="The same of a layer's values.")] = None,
+    allocate: Annotated[
+        str,
+        typer.Option(help="How --key-latents and --value-latents are shared among blocks: even, or effect (measured)."),
+    ] = "even",
     reuse: Annotated[
         Path | None,
         typer.Option(metavar="BUNDLE", help="Share the slots that this bundle of 'kvcar similarity' shares."),
@@ -99,13 +106,19 @@ def fit(
         layers=None if layers is None else _numbers(layers), key_latents=key_latents, value_latents=value_latents,
         reuses=() if reuse is None else Bundle.load(reuse).plan.reuses, scales=_scales(scales),
     )  # fmt: skip
+    if allocate not in ("even", "effect"):
+        raise InputError(f"allocate must be even or effect, got {allocate!r}")
     check_target(output, force)
     check_writable(json)
     source, held = fit_and_check_text(text, check)
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
         windows = _fit_windows(loaded, source, tokens)
-        bundle = fit_bundle(loaded.model, model, windows, source, options, tell)
+        short = windows[:_EFFECT_WINDOWS, :_EFFECT_CONTEXT]
+        by_effect = partial(latents_by_effect, loaded.model, short, on_progress=tell)
+        bundle = fit_bundle(
+            loaded.model, model, windows, source, options, tell, by_effect if allocate == "effect" else None
+        )
         measured = check_bundle(loaded, bundle, held, tell) if check and held is not None else None
     bundle.save(output, model_card(bundle, measured), overwrite=force)
     _tell(bundle, output, measured)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import transformers
@@ -26,6 +26,9 @@ from .options import DEFAULT_TIMES_SMALLER, FitOptions
 from .solvers import SOLVERS, Budget
 from .text import TextSource
 
+Allocate = Callable[[Plan, Sequence[Moments], tuple[int, ...]], tuple[int, ...]]
+"""(plan whose blocks are to be coded, their moments, an even share of latents for each) -> latents of each."""
+
 _SAMPLE_TOKENS = 2048
 _TRAINING_TOKENS = 8192
 
@@ -37,6 +40,7 @@ def fit_bundle(
     source: TextSource,
     options: FitOptions | None = None,
     on_progress: OnProgress = silent,
+    allocate: Allocate | None = None,
 ) -> Bundle:
     """Fit a bundle for ``model``.
 
@@ -47,12 +51,13 @@ def fit_bundle(
         source: where they come from, for provenance.
         options: see ``FitOptions``.
         on_progress: told what is going on.
+        allocate: shares the latents that the options fix among blocks otherwise than evenly.
 
     Raises:
         FitError: NaN in the model, too little text, or a target out of reach.
         InputError: options that do not fit the model.
     """
-    return fit_bundles(model, name, windows, source, [options or FitOptions()], on_progress)[0]
+    return fit_bundles(model, name, windows, source, [options or FitOptions()], on_progress, allocate)[0]
 
 
 def fit_bundles(
@@ -62,6 +67,7 @@ def fit_bundles(
     source: TextSource,
     options: Sequence[FitOptions],
     on_progress: OnProgress = silent,
+    allocate: Allocate | None = None,
 ) -> list[Bundle]:
     """Fit several bundles from one pass over the text, as ``fit_bundle`` does one.
 
@@ -82,7 +88,7 @@ def fit_bundles(
     model_bytes = model.dtype.itemsize
     bundles = []
     for each, option in zip(blocks, options, strict=True):
-        plan, coded = _solve(geometry, each, stats, option, model_bytes, on_progress)
+        plan, coded = _solve(geometry, each, stats, option, model_bytes, on_progress, allocate)
         bundles.append(Bundle(plan, coded, print_, identity, _provenance(windows, source, option)))
     return bundles
 
@@ -154,6 +160,7 @@ def _solve(
     options: FitOptions,
     model_bytes: int,
     on_progress: OnProgress,
+    allocate: Allocate | None,
 ) -> tuple[Plan, tuple[CodedBlock, ...]]:
     lossless = _is_lossless(options)
     empty = Plan(
@@ -171,6 +178,12 @@ def _solve(
     if not blocks:
         return empty, ()
     budget = _budget(empty, options, model_bytes)
+    if allocate is not None:
+        if budget.latents is None:
+            raise InputError(
+                "latents can be shared out only where their number is given: key_latents and value_latents"
+            )
+        budget = Budget(0, allocate(empty, [stats[block] for block in blocks], budget.latents))
     planned, coded = [], []
     for index, fitted in enumerate(SOLVERS[options.codec](blocks, stats, budget, options)):
         planned.append(fitted.block)

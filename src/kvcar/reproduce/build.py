@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from ..planner.reuse import Candidate, choose_reuses
 from ..progress import OnProgress
 from ..record import Record
 from ..train.algorithm import train_bundle
+from ..train.effect import latents_by_effect
 from ..train.finetune import finetune_weights
 from ..train.harm import measure_harm
 from ..train.options import TrainOptions
 from ..train.run import OnStep
-from .config import Reproduction, ReuseChoice, Setting
+from .config import Reproduction, ReuseChoice, Setting, TextPart
 
 _SIMILARITY_WINDOWS, _HARM_WINDOWS, _HARM_CONTEXT = 16, 2, 256
 
@@ -46,7 +48,7 @@ class Builder:
         self._config, self._folder, self._records, self._tell = config, folder, records, on_progress
         self._on_step = on_step
         self._loaded: dict[str, LoadedModel] = {}
-        self._windows: tuple[Tensor, TextSource] | None = None
+        self._windows: dict[tuple[TextPart, ...], tuple[Tensor, TextSource]] = {}
         self._similarity: Similarity | None = None
         self._candidates: dict[tuple[str, bool], list[Candidate]] = {}
 
@@ -74,16 +76,23 @@ class Builder:
 
     def fit_windows(self) -> tuple[Tensor, TextSource]:
         """Windows of all fitting texts, taking turns so that any end of them has its share of each."""
-        if self._windows is None:
+        return self._windows_of(self._config.fit_texts)
+
+    def train_windows(self) -> tuple[Tensor, TextSource]:
+        """The same of the training texts."""
+        return self._windows_of(self._config.train_texts or self._config.fit_texts)
+
+    def _windows_of(self, texts: tuple[TextPart, ...]) -> tuple[Tensor, TextSource]:
+        if texts not in self._windows:
             parts, sources = [], []
-            for part in self._config.fit_texts:
+            for part in texts:
                 source = read_text(part.text)
                 tokenizer = self.model(next(iter(self._loaded), "auto")).tokenizer
                 parts.append(token_windows(tokenizer, source.text, self._config.fit_context, part.windows))
                 sources.append(source)
             places = torch.cat([torch.arange(len(p)) / len(p) for p in parts])
-            self._windows = torch.cat(parts)[torch.argsort(places, stable=True)], joined(sources)
-        return self._windows
+            self._windows[texts] = torch.cat(parts)[torch.argsort(places, stable=True)], joined(sources)
+        return self._windows[texts]
 
     def _make(self, setting: Setting) -> Bundle:
         if setting.base is not None:
@@ -107,7 +116,12 @@ class Builder:
         given: dict[str, Any] = {"window": 0, "latent_bits": 16, "steps": 0} | (setting.fit or {"layers": ()})
         reuses = self._reuses(setting.reuse) if setting.reuse else ()
         options = _options(FitOptions, setting, given | {"reuses": reuses})
-        return fit_bundle(self.model().model, self._config.model, windows, source, options, self._tell)
+        model = self.model().model
+        short = windows[:_HARM_WINDOWS, :_HARM_CONTEXT]
+        allocate = None
+        if setting.allocate == "effect":
+            allocate = partial(latents_by_effect, model, short, on_progress=self._tell)
+        return fit_bundle(model, self._config.model, windows, source, options, self._tell, allocate)
 
     def _reuses(self, choice: ReuseChoice) -> tuple[Reuse, ...]:
         key = (choice.measure, choice.any_head)
@@ -135,7 +149,7 @@ class Builder:
         return candidates
 
     def _trained(self, setting: Setting, bundle: Bundle, given: dict[str, Any]) -> Bundle:
-        windows, source = self.fit_windows()
+        windows, source = self.train_windows()
         paper = given.get("paper", False)
         options = {k: v for k, v in given.items() if k != "paper"}
         make = TrainOptions.paper if paper else TrainOptions
@@ -147,7 +161,7 @@ class Builder:
         return result.bundle
 
     def _finetuned(self, setting: Setting, bundle: Bundle, given: dict[str, Any]) -> Bundle:
-        windows, source = self.fit_windows()
+        windows, source = self.train_windows()
         self._loaded.clear()
         loaded = self.model("float32")
         result = finetune_weights(

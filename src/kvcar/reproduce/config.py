@@ -54,6 +54,7 @@ class Setting(_Strict):
         name: of the bundle and its records.
         table: which table it belongs to.
         fit: options of ``FitOptions``.
+        allocate: how the latents that ``fit`` fixes are shared among blocks.
         reuse: slots to share; with ``fit``, its blocks leave them out.
         base: name of an earlier setting whose bundle this one starts from.
         keep_layers: of the base's coded layers, those that stay coded.
@@ -68,6 +69,7 @@ class Setting(_Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     table: str
     fit: dict[str, Any] | None = None
+    allocate: Literal["even", "effect"] = "even"
     reuse: ReuseChoice | None = None
     base: str | None = None
     keep_layers: tuple[int, ...] | None = None
@@ -110,12 +112,26 @@ class System(_Strict):
 
 
 class Reproduction(_Strict):
-    """A whole file."""
+    """A whole file.
+
+    Attributes:
+        name: of the reproduction, in the names of its records.
+        model: 'demo', a folder or a hub id.
+        fit_texts: what closed forms are fitted on, heads compared on and steps of quantisers chosen on.
+        fit_context: tokens of a window to fit or train on.
+        train_texts: what is trained on, the last windows held back; ``fit_texts`` by default.
+        train_dtype: dtype of the model while codecs are trained.
+        texts: what is evaluated on, by name.
+        settings: rows of the tables.
+        tasks: zero-shot tasks.
+        system: the table of what fits into memory.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     model: str
     fit_texts: tuple[TextPart, ...]
     fit_context: Positive = 512
+    train_texts: tuple[TextPart, ...] | None = None
     train_dtype: str = "auto"
     texts: dict[str, EvaluationText]
     settings: tuple[Setting, ...]
