@@ -97,8 +97,8 @@ class _CodecRun(Run):
         for index, unit in self.units.items():
             assert isinstance(unit, Unit)
             self._layer_units.setdefault(bundle.plan.blocks[int(index)].slots[0].layer, []).append(unit)
-        # Carried upwards: (layer, what reaches it in every window, held-back ones last).
-        self._prefix: tuple[int, list[Tensor]] | None = None
+        # By window, held-back ones last: (layer, what reaches it).
+        self._prefix: dict[int, tuple[int, Tensor]] = {}
 
     def stages(self):
         """Stage (a) for each layer from below, then stage (b)."""
@@ -106,14 +106,17 @@ class _CodecRun(Run):
         return [*(partial(self._layer_stage, layer) for layer in layers), self._joint_stage]
 
     def _layer_stage(self, layer: int) -> Stage:
-        prefix = self._advance(layer)
-        held = prefix[len(self.train) :]
+        def logits(places: Sequence[int], ids: Tensor) -> Tensor:
+            pairs = zip(places, ids, strict=True)
+            reaching = torch.cat([self._reaching(layer, place, window) for place, window in pairs])
+            return self.from_layer(layer, reaching, ids)
 
         def loss(windows: Sequence[int]) -> float:
-            return self.accumulate(windows, lambda some: self._logits(some, layer, prefix))
+            return self.accumulate(windows, lambda some: logits(some, self.train[list(some)]))
 
         def validate() -> float:
-            return self.validation([self.from_layer(layer, h, w[None]) for h, w in zip(held, self.held, strict=True)])
+            first = len(self.train)
+            return self.validation([logits([first + place], ids[None]) for place, ids in enumerate(self.held)])
 
         parameters = [p for unit in self._layer_units[layer] for p in unit.parameters()]
         steps, rate = self.options.layer_steps, self.options.layer_learning_rate
@@ -135,24 +138,28 @@ class _CodecRun(Run):
                 parameters += unit.codec.decoder_parameters()
         o = self.options
         return Stage(
-            "all layers", o.joint_steps, o.learning_rate, parameters, loss, validate, o.validate_every, o.patience
+            "all layers",
+            o.joint_steps,
+            o.learning_rate,
+            parameters,
+            loss,
+            validate,
+            o.validate_every,
+            o.patience,
+            order=1,
         )
 
-    def _logits(self, some: Sequence[int], layer: int, prefix: Sequence[Tensor]) -> Tensor:
-        return self.from_layer(layer, torch.cat([prefix[i] for i in some]), self.train[list(some)])
+    def _reaching(self, layer: int, place: int, ids: Tensor) -> Tensor:
+        """What reaches ``layer`` in one window, carried on from the layer where it was last asked for.
 
-    def _advance(self, layer: int) -> list[Tensor]:
-        """What reaches ``layer`` in every window, from what reached the last layer that was asked for."""
+        All layers see the same windows, so each window passes each layer once in the whole of stage (a).
+        """
         if layer == 0:
-            # Nothing is skipped below the first layer.
-            return [torch.empty(1, 0)] * (len(self.train) + len(self.held))
-        reached = []
-        for index, ids in enumerate(torch.cat([self.train, self.held])):
-            start = None if self._prefix is None else (self._prefix[0], self._prefix[1][index])
+            return ids.new_empty(1, 0)  # not read: nothing is skipped below the first layer
+        if self._prefix.get(place, (0, None))[0] != layer:
             with self.precision(), self.simulator.compressing(()):
-                reached.append(self.stack.hidden(ids[None], layer, start))
-        self._prefix = (layer, reached)
-        return reached
+                self._prefix[place] = (layer, self.stack.hidden(ids[None], layer, self._prefix.get(place)))
+        return self._prefix[place][1]
 
 
 def _with_units(

@@ -92,8 +92,9 @@ class Run:
             remove_checkpoint(checkpoint)
 
     def _go(self, stages: Sequence[Callable[[], Stage]], checkpoint: Path | None, resume: bool) -> None:
-        # The teacher is computed before a checkpoint may change the model's weights.
-        self._finals = self._final_hidden()
+        self._finals: dict[int, Tensor] = {}
+        if any(p is q for p in self.trained.parameters() for q in self.model.parameters()):
+            self._compute_teacher()
         moments = None
         if resume:
             if checkpoint is None:
@@ -102,12 +103,12 @@ class Run:
         for index in range(self.state.stage, len(stages)):
             stage = stages[index]()
             if stage.steps:
-                self._run(index, stage, checkpoint, moments)
+                self._run(stage, checkpoint, moments)
             moments = None
             self.state.stage, self.state.step, self.state.best, self.state.stale = index + 1, 0, None, 0
             self.state.best_tensors = {}
 
-    def _run(self, index: int, stage: Stage, checkpoint: Path | None, moments: dict[str, Tensor] | None) -> None:
+    def _run(self, stage: Stage, checkpoint: Path | None, moments: dict[str, Tensor] | None) -> None:
         optimizer = torch.optim.Adam(stage.parameters, lr=stage.learning_rate)
         if moments is not None:
             restore_optimizer(optimizer, moments)
@@ -123,7 +124,7 @@ class Run:
             self._on_progress(f"train {stage.name}", self.state.step, stage.steps)
 
         def windows_of(step: int) -> Sequence[int]:
-            return window_order(len(self.train), options.seed, index, step, options.windows_per_step)
+            return window_order(len(self.train), options.seed, stage.order, step, options.windows_per_step)
 
         run_stage(stage, self.trained, self.state, optimizer, windows_of, save, tell)
 
@@ -151,24 +152,26 @@ class Run:
         for first in range(0, len(own), size):
             some = own[first : first + size]
             logits = logits_of(some)
-            loss = self._objective(logits, self.train[list(some)], [self._finals[i] for i in some])
+            loss = self._objective(logits, some, self.train[list(some)])
             loss = loss + self.options.l1_weight * torch.stack(self._distances).sum()
             (loss * len(some) / len(own)).backward()
             total += loss.item() * len(some) / len(own)
         return total
 
     def validation(self, logits: Sequence[Tensor]) -> float:
-        finals = self._finals[len(self.train) :]
+        first = len(self.train)
         losses = [
-            self._objective(each, ids[None], [final])
-            for each, ids, final in zip(logits, self.held, finals, strict=True)
+            self._objective(each, [first + place], ids[None])
+            for place, (each, ids) in enumerate(zip(logits, self.held, strict=True))
         ]
         return mean(losses)
 
-    def _objective(self, logits: Tensor, ids: Tensor, finals: Sequence[Tensor]) -> Tensor:
+    def _objective(self, logits: Tensor, places: Sequence[int], ids: Tensor) -> Tensor:
+        """Mean loss of windows ``ids`` int64 ``[B, T]``, which stand at ``places``, held-back ones after all others."""
         if self.options.objective == "ce":
             return cross_entropy(logits, ids)
-        return kl_divergence(logits, self._teacher(ids, torch.cat(list(finals))))
+        finals = [self._final(place, window) for place, window in zip(places, ids, strict=True)]
+        return kl_divergence(logits, self._teacher(ids, torch.cat(finals)))
 
     @torch.no_grad()
     def _teacher(self, ids: Tensor, final: Tensor) -> Tensor:
@@ -176,15 +179,19 @@ class Run:
         with self.precision(), self.simulator.compressing(()), self.stack.starting_at(len(self.stack), final):
             return self.simulator.logits(ids)
 
-    def _final_hidden(self) -> list[Tensor]:
-        """What leaves the last layer in every window, with the full cache."""
-        finals = []
+    def _final(self, index: int, ids: Tensor) -> Tensor:
+        """What leaves the last layer in one window with the full cache, computed on first use."""
+        if index not in self._finals:
+            with self.precision(), self.simulator.compressing(()):
+                self._finals[index] = self.stack.hidden(ids[None], len(self.stack))
+        return self._finals[index]
+
+    def _compute_teacher(self) -> None:
+        """Everything that the teacher will be asked, while the weights are still its own."""
         everything = torch.cat([self.train, self.held])
         for index, ids in enumerate(everything):
-            with self.precision(), self.simulator.compressing(()):
-                finals.append(self.stack.hidden(ids[None], len(self.stack)))
+            self._final(index, ids)
             self._on_progress("full-cache pass", index + 1, len(everything))
-        return finals
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.mixed_precision == "no":

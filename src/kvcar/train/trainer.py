@@ -31,6 +31,7 @@ class Stage:
         validate: validation loss as things stand.
         validate_every: steps between validations; one more comes before the first step and after the last.
         patience: validations without progress that end the stage, 0 for never.
+        order: which of the seeds' orders of windows; stages of the same order see the same windows.
     """
 
     name: str
@@ -41,14 +42,15 @@ class Stage:
     validate: Callable[[], float]
     validate_every: int
     patience: int = 0
+    order: int = 0
 
 
-def window_order(count: int, seed: int, stage: int, step: int, size: int) -> list[int]:
+def window_order(count: int, seed: int, order: int, step: int, size: int) -> list[int]:
     """Windows of a step: shuffled epochs, a function of its arguments alone, so that a resumed run sees the same."""
     chosen: list[int] = []
     for place in range(step * size, (step + 1) * size):
         epoch, within = divmod(place, count)
-        generator = torch.Generator().manual_seed(hash((seed, stage, epoch)) % 2**62)
+        generator = torch.Generator().manual_seed(hash((seed, order, epoch)) % 2**62)
         chosen.append(int(torch.randperm(count, generator=generator)[within]))
     return chosen
 
