@@ -32,7 +32,9 @@ def model_folder(tmp_path_factory):
     tiny_model("llama").save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<pad>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<pad>", eos_token="<pad>"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -250,7 +252,9 @@ def test_figures_that_cannot_be_written_are_told_before_the_work(bundle, model_f
         write_text(where, "text")
 
 
-COMMANDS = ["demo", "eval", "fit", "generate", "inspect", "size"]
+COMMANDS = [
+    "demo", "eval", "finetune", "fit", "generate", "inspect", "quantize", "reproduce", "similarity", "size", "tasks", "train",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

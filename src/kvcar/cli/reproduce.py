@@ -125,7 +125,11 @@ def quantize(
 ) -> None:
     """Store the latents of a finished bundle in fewer bits, its codecs unchanged.
 
-    Example: kvcar quantize demo --bundle trained -o trained-int8 --scales dynamic
+    [bold]Examples[/]
+
+      kvcar quantize demo --bundle trained -o trained-int8
+
+      kvcar quantize demo --bundle trained -o trained-int8 --scales dynamic --force
     """
     if scales not in ("static", "dynamic"):
         raise InputError(f"scales must be static or dynamic, got {scales!r}")

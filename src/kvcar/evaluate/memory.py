@@ -129,13 +129,15 @@ def _fill_child(given: dict[str, Any]) -> dict[str, int]:
     loaded = load_model(str(given["model"]), dtype="bfloat16", device="cpu")
     attachment = attach(loaded.model, given["bundle"], given["window"]) if given["bundle"] else None
     batch = int(given["batch"])
-    most = loaded.model.config.get_text_config().max_position_embeddings // _FILL_CHUNK_TOKENS * _FILL_CHUNK_TOKENS
+    text_config = loaded.model.config.get_text_config()
+    vocabulary = text_config.vocab_size
+    most = text_config.max_position_embeddings // _FILL_CHUNK_TOKENS * _FILL_CHUNK_TOKENS
 
     def new_cache() -> Cache:
         return attachment.new_cache() if attachment else DynamicCache(config=loaded.model.config)
 
     def step(cache: Cache) -> None:
-        ids = torch.arange(_FILL_CHUNK_TOKENS)[None] + 100 * torch.arange(batch)[:, None]
+        ids = (torch.arange(_FILL_CHUNK_TOKENS)[None] + 100 * torch.arange(batch)[:, None]) % vocabulary
         loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
     warm = new_cache()

@@ -47,6 +47,9 @@ class KVCarLM(_HFLM):
             be in it.
         step_tokens: tokens fed at once, which see each other exactly.
         batch_size: texts run together.
+
+    Raises:
+        InputError: ``step_tokens`` is below 1, or the tokenizer has no token to start a text with.
     """
 
     def __init__(
@@ -60,6 +63,11 @@ class KVCarLM(_HFLM):
     ) -> None:
         if step_tokens < 1:
             raise InputError(f"step_tokens must be at least 1, got {step_tokens}")
+        if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+            raise InputError(
+                "the tokenizer has neither a beginning nor an end token, and the harness starts each text with one; "
+                "set tokenizer.eos_token"
+            )
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._step_tokens = step_tokens
         self._attachment = None if bundle is None else attach(model, bundle, window)
