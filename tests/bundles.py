@@ -42,7 +42,7 @@ def by_hand(
         pass
     planned, coded = [], []
     for block, stats in zip(blocks, moments, strict=True):
-        basis = principal_basis(stats)
+        basis = principal_basis(stats.mean, stats.covariance)
         width = len(basis.mean)
         cycle = [bits] if isinstance(bits, int) else bits
         own = torch.tensor([cycle[i % len(cycle)] for i in range(width)])

@@ -24,6 +24,7 @@ ORDER = [
     "planner",
     "fit",
     "train",
+    "profiles",
     "runtime",
     "evaluate",
     "report",

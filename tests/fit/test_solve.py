@@ -23,7 +23,7 @@ def data():
     x = correlated()
     moments = Moments(12, 1)
     moments.add(x)
-    return x, moments, principal_basis(moments)
+    return x, moments, principal_basis(moments.mean, moments.covariance)
 
 
 def relative_error(codec, quantizer, x):
@@ -90,16 +90,15 @@ def test_identity_codec_orders_and_restores():
 def test_the_autoencoder_starts_at_the_pca(data, latents):
     x, _, basis = data
     folded = warm_start(basis, latents).eval().fold()
-    directions = basis.directions[:, :latents].float()
-    mean, metric = basis.mean.float(), basis.metric.float()
-    expected = ((x - mean) / metric) @ directions @ directions.T * metric + mean
+    mean = basis.mean.float()
+    expected = (x - mean) @ basis.encoder[:, :latents].float() @ basis.decoder[:latents].float() + mean
     torch.testing.assert_close(folded.decode(folded.encode(x)), expected, atol=2e-3, rtol=1e-3)
 
 
 def test_folding_keeps_the_function(data):
     x, _, basis = data
     torch.manual_seed(0)
-    module = AutoencoderModule(basis.mean.float(), basis.metric.float(), hidden=9, latents=4)
+    module = AutoencoderModule(basis.mean.float(), basis.std.float(), hidden=9, latents=4)
     for _ in range(5):
         module(x[torch.randint(len(x), (256,))])  # moves BatchNorm's running statistics
     module.eval()
@@ -114,7 +113,7 @@ def test_training_improves_on_the_pca_where_a_line_is_not_enough_and_repeats():
     x = torch.cat([t, t.abs(), t.clamp_min(0.3)], 1)  # a curve: one latent is enough, but not a linear one
     moments = Moments(3, 1)
     moments.add(x)
-    basis = principal_basis(moments)
+    basis = principal_basis(moments.mean, moments.covariance)
     results = [train_autoencoder(basis, 1, 16, x, steps, seed=0) for steps in (0, 1000, 1000)]
     start, trained, again = (relative_error(*r, x) for r in results)
     assert trained < 0.8 * start

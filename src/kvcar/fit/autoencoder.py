@@ -59,11 +59,13 @@ def train_autoencoder(
 @torch.no_grad()
 def warm_start(basis: Basis, latents: int) -> AutoencoderModule:
     """An autoencoder that computes the PCA with ``latents`` directions, with ``2 * latents`` hidden units."""
-    mean, std = basis.mean.float(), basis.metric.float()
+    mean, std = basis.mean.float(), basis.std.float()
     module = AutoencoderModule(mean, std, hidden=2 * latents, latents=latents)
-    directions = basis.directions[:, :latents].float()
+    # The module normalises its input by `std`, so the maps are those of normalised vectors.
+    analysis = (basis.std[:, None] * basis.encoder[:, :latents]).float()
+    synthesis = (basis.decoder[:latents] / basis.std).float()
     spread = basis.variances[:latents].float().sqrt().clamp_min(1e-6)
-    both = torch.cat([directions.T, -directions.T])
+    both = torch.cat([analysis.T, -analysis.T])
     undo = torch.cat([torch.eye(latents), -torch.eye(latents)]) / (1 + LEAKY_SLOPE)
     # Latents are scaled to unit variance, so that all of them quantise alike.
     _set_half(module.encoder, both, spread, (undo / spread).T)
@@ -71,7 +73,7 @@ def warm_start(basis: Basis, latents: int) -> AutoencoderModule:
         module.decoder,
         torch.cat([torch.eye(latents), -torch.eye(latents)]),
         torch.ones(latents),
-        directions * spread @ undo.T,
+        synthesis.T * spread @ undo.T,
     )
     return module
 

@@ -1,7 +1,8 @@
-"""The closed form of the linear codec: PCA of a block's normalised vectors, bits by water-filling."""
+"""The closed form of the linear codec: PCA of a block under a metric, bits by water-filling."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,33 +10,53 @@ from torch import Tensor
 
 from ..codecs import LinearCodec, Quantizer
 from ..plan import BitGroup
-from .moments import Moments
 from .quantize import fit_quantizer
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Principal directions of a block under a diagonal metric, before any bits are given.
+    """Uncorrelated directions of a block under a metric, before any bits are given: ``z = (x - mean) @ encoder``.
 
     Attributes:
         mean: ``[W]`` float64.
-        metric: ``[W]`` float64; an error of ``metric`` in an element costs 1.
-        directions: ``[W, W]`` float64, orthonormal columns by falling variance.
-        variances: ``[W]`` float64 of the normalised vectors along the directions.
+        std: ``[W]`` float64, standard deviation of each element.
+        encoder: ``[W, W]`` float64, columns by falling variance.
+        decoder: ``[W, W]`` float64, its inverse.
+        variances: ``[W]`` float64 of ``z``; an error of 1 in any ``z`` costs the same.
     """
 
     mean: Tensor
-    metric: Tensor
-    directions: Tensor
+    std: Tensor
+    encoder: Tensor
+    decoder: Tensor
     variances: Tensor
 
 
-def principal_basis(moments: Moments) -> Basis:
-    """Basis of a block's vectors, each element normalised by its standard deviation."""
-    covariance = moments.covariance
+def principal_basis(mean: Tensor, covariance: Tensor, metrics: Sequence[Tensor] | None = None) -> Basis:
+    """Basis of a block's vectors.
+
+    Args:
+        mean, covariance: of the block, float64 ``[W]`` and ``[W, W]``.
+        metrics: what errors cost, positive definite float64 matrices ``[w, w]`` that follow each other on the diagonal;
+            without, each element is normalised by its standard deviation.
+    """
     std = covariance.diagonal().clamp_min(1e-12).sqrt()
-    variances, directions = torch.linalg.eigh(covariance / torch.outer(std, std))
-    return Basis(moments.mean, std, directions.flip(1), variances.flip(0).clamp_min(0))
+    if metrics is None:
+        variances, directions = torch.linalg.eigh(covariance / torch.outer(std, std))
+        encoder, decoder = directions / std[:, None], directions.T * std
+    else:
+        roots, inverses = zip(*(_square_roots(metric) for metric in metrics), strict=True)
+        root, inverse = torch.block_diag(*roots), torch.block_diag(*inverses)
+        variances, directions = torch.linalg.eigh(root @ covariance @ root)
+        encoder, decoder = root @ directions, directions.T @ inverse
+    return Basis(mean, std, encoder.flip(1), decoder.flip(0), variances.flip(0).clamp_min(0))
+
+
+def _square_roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric square root of a positive definite matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh(metric)
+    root = values.clamp_min(values[-1] * 1e-12).sqrt()
+    return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
 
 
 def groups_of(bits: Tensor) -> tuple[BitGroup, ...]:
@@ -54,8 +75,7 @@ def linear_codec(basis: Basis, bits: Tensor, sample: Tensor) -> tuple[LinearCode
         sample: vectors ``[S, W]`` to fit the quantiser's steps on.
     """
     order = torch.argsort(bits, descending=True, stable=True)[: int((bits > 0).sum())]
-    directions = basis.directions[:, order]
-    encoder = (directions / basis.metric[:, None]).float().contiguous()
-    decoder = (directions.T * basis.metric).float().contiguous()
+    encoder = basis.encoder[:, order].float().contiguous()
+    decoder = basis.decoder[order].float().contiguous()
     codec = LinearCodec(basis.mean.float(), encoder, decoder)
     return codec, fit_quantizer(groups_of(bits), codec.encode(sample))

@@ -17,7 +17,7 @@ from .autoencoder import train_autoencoder
 from .moments import Moments
 from .options import FitOptions
 from .quantize import fit_quantizer
-from .solve import groups_of, linear_codec, principal_basis
+from .solve import Basis, groups_of, linear_codec, principal_basis
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def solve_linear(
     blocks: Sequence[Slots], stats: Mapping[Slots, Moments], budget: Budget, options: FitOptions
 ) -> Iterator[FittedBlock]:
     """PCA of every block, bits pooled over all of them."""
-    bases = [principal_basis(stats[block]) for block in blocks]
+    bases = [_basis(stats[block]) for block in blocks]
     if budget.latents is None:
         bits = allocate_bits([basis.variances for basis in bases], budget.bits)
     else:
@@ -81,10 +81,14 @@ def solve_autoencoder(
                 f"{share:.0f} bits per token for a block of {width} elements leave no latent of "
                 f"{options.latent_bits} bits; ask for a larger cache or fewer latent bits"
             )
-        basis, sample = principal_basis(stats[block]), stats[block].sample
+        basis, sample = _basis(stats[block]), stats[block].sample
         codec, quantizer = train_autoencoder(basis, latents, options.latent_bits, sample, options.steps, options.seed)
         groups = (BitGroup(bits=options.latent_bits, count=latents),)
         yield _fitted(block, groups, codec, quantizer, options)
+
+
+def _basis(moments: Moments) -> Basis:
+    return principal_basis(moments.mean, moments.covariance)
 
 
 def _first_latents(width: int, latents: int, options: FitOptions) -> torch.Tensor:

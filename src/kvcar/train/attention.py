@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 
-def read_exactly(tokens: int, step_tokens: int, device: torch.device) -> Tensor:
-    """Which query (row) reads which key as it is: those of its own step; bool ``[T, T]``."""
+def read_exactly(tokens: int, step_tokens: int, device: torch.device, window: int = 0) -> Tensor:
+    """Which query (row) reads which key as it is: those of its own step and of the window before; bool ``[T, T]``.
+
+    Args:
+        tokens: ``T``.
+        step_tokens: tokens fed at once.
+        device: where the mask is wanted.
+        window: recent tokens kept exactly, a multiple of ``step_tokens``.
+    """
     step = torch.arange(tokens, device=device) // step_tokens
-    return step[:, None] == step[None, :]
+    apart = step[:, None] - step[None, :]
+    return (apart >= 0) & (apart <= window // step_tokens)
 
 
 def compressed_attention(

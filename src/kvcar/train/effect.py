@@ -40,7 +40,7 @@ def latents_by_effect(
         latents: an even share for every block, where its effect is measured.
         on_progress: told after each block.
     """
-    bases = [principal_basis(each) for each in moments]
+    bases = [principal_basis(each.mean, each.covariance) for each in moments]
     costs = []
     stack, ids = LayerStack(model, plan.geometry.layers), windows.to(next(model.parameters()).device)
     with torch.no_grad():
@@ -86,9 +86,8 @@ def _divergence(
     groups = (BitGroup(bits=RAW_BITS, count=latents),)
     block = plan.blocks[index].model_copy(update={"codec": "linear", "groups": groups, "scales": "static"})
     alone = Plan(geometry=plan.geometry, blocks=(block,), sinks=plan.sinks, window=0, page_tokens=plan.page_tokens)
-    directions = basis.directions[:, :latents]
-    encoder, decoder = directions / basis.metric[:, None], directions.T * basis.metric
-    codec = LinearCodec(*(t.float().to(ids.device) for t in (basis.mean, encoder, decoder)))
+    parts = (basis.mean, basis.encoder[:, :latents], basis.decoder[:latents])
+    codec = LinearCodec(*(t.float().to(ids.device) for t in parts))
     units = {"0": lambda x: codec.decode(codec.encode(x))}
     with (
         Simulator(model, alone, units) as simulator,

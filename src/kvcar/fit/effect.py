@@ -1,0 +1,118 @@
+"""What an error in a key or a value costs: the second derivative of the divergence, one matrix per layer and kind.
+
+To second order the KL divergence that errors ``e`` in a slot's vectors cause is ``e' M e / 2`` per token, with ``M`` the
+Fisher information of all next-token distributions that read the vector from the pages: the mean of ``g g'`` over gradients
+``g`` of the log-probability of tokens drawn from the model's own distributions. Only queries that would read the vector
+decoded count: those a window away. Under this metric a block's directions, bits of all blocks, and keys against values are
+all in one currency, nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..models.attention_hook import AttentionHook
+from ..shapes import KINDS, Kind, KVGeometry
+
+OnLayer = Callable[[int, Kind, Tensor], None]
+"""(layer, kind, vectors float32 ``[tokens, H * D]``) -> None."""
+
+NEAR_TOKENS = 64
+
+
+class EffectProbe(AttentionHook):
+    """Runs windows forwards and backwards and hands out keys, values, and the gradients that reach them.
+
+    Args:
+        model: a causal language model using sdpa attention; its parameters get no gradients.
+        geometry: its cache.
+        sinks: first tokens, which are exact and left out.
+        near: a query reads at least this many tokens before its own exactly.
+        seed: of the tokens drawn.
+    """
+
+    def __init__(self, model: PreTrainedModel, geometry: KVGeometry, sinks: int, near: int, seed: int = 0) -> None:
+        super().__init__(model, geometry)
+        self._sinks, self._near = sinks, near
+        self._draw = torch.Generator().manual_seed(seed)
+
+    def run(self, windows: Tensor, on_vectors: OnLayer, on_gradients: OnLayer) -> Iterator[int]:
+        """Go over ``windows`` int64 ``[N, T]`` one by one, yielding the tokens that were taken in.
+
+        Args:
+            windows: token ids.
+            on_vectors: given each layer's keys (before RoPE) and values.
+            on_gradients: given the gradients at the same, per token.
+        """
+        wanted = {p: p.requires_grad for p in self.model.parameters()}
+        handle = self.model.get_input_embeddings().register_forward_hook(lambda *a: a[-1].detach().requires_grad_())
+        try:
+            self.model.requires_grad_(False)
+            with self:
+                for window in windows:
+                    self._vectors, self._gradients = on_vectors, on_gradients
+                    with torch.enable_grad():
+                        logits = self.model(input_ids=window[None].to(self.parts.device), use_cache=False).logits[0]
+                        self._likelihood(logits).backward()
+                    yield len(window) - self._sinks
+        finally:
+            handle.remove()
+            for parameter, flag in wanted.items():
+                parameter.requires_grad_(flag)
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+    ) -> Tensor | None:
+        """See ``AttentionHook``; computes what the model would, and listens to what comes back."""
+        if layer not in self.geometry.codable_layers:
+            return None
+        heads, tokens = key.shape[1], key.shape[2]
+        with torch.no_grad():
+            for kind, side in zip(KINDS, (self.before_rope(layer, key), value), strict=True):
+                self._vectors(layer, kind, self._flat(side))
+        q = query.float().unflatten(1, (heads, -1)) * scaling
+        scores = q @ key.float()[:, :, None].transpose(-1, -2)
+        far = self._far(tokens, key.device)
+
+        def hear_keys(gradient: Tensor) -> None:
+            reached = (gradient.masked_fill(~far, 0).transpose(-1, -2) @ q.detach()).sum(2)
+            scale = self.tables[layer].attention_scale ** 2 if layer in self.tables else 1.0
+            # The adjoint of rotating by an angle is rotating back; a factor on it appears once more.
+            self._gradients(layer, "key", self._flat(self.before_rope(layer, reached) * scale))
+
+        if scores.requires_grad:
+            scores.register_hook(hear_keys)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        later = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).triu(1)
+        weights = torch.softmax(scores.masked_fill(later, -torch.inf), dim=-1)
+        output = weights @ value.float()[:, :, None]
+
+        def hear_values(gradient: Tensor) -> None:
+            reached = (weights.detach().masked_fill(~far, 0).transpose(-1, -2) @ gradient).sum(2)
+            self._gradients(layer, "value", self._flat(reached))
+
+        if output.requires_grad:
+            output.register_hook(hear_values)
+        return output.flatten(1, 2).to(query.dtype)
+
+    def _far(self, tokens: int, device: torch.device) -> Tensor:
+        """Which query (row) reads which token (column) from the pages, bool ``[T, T]``."""
+        step = torch.arange(tokens, device=device)
+        return step[:, None] // self._near > step[None, :] // self._near + 1
+
+    def _flat(self, side: Tensor) -> Tensor:
+        """``[tokens, H * D]`` of ``[1, H, T, D]``, sinks left out."""
+        return side[0, :, self._sinks :].float().transpose(0, 1).flatten(1)
+
+    def _likelihood(self, logits: Tensor) -> Tensor:
+        """Summed log-probability of one token drawn from each distribution ``[T, V]``."""
+        with torch.no_grad():
+            cumulative = torch.softmax(logits.float(), -1).cumsum(-1)
+            drawn = torch.rand(len(logits), 1, generator=self._draw).to(logits.device) * cumulative[:, -1:]
+            tokens = torch.searchsorted(cumulative, drawn).clamp_max(logits.shape[-1] - 1)
+        return -torch.nn.functional.cross_entropy(logits.float(), tokens[:, 0], reduction="sum")

@@ -1,0 +1,86 @@
+"""What a profile is, and what a fit by profile can be asked for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from ..errors import InputError
+from ..fit.options import DEFAULT_TIMES_SMALLER
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Limits on how wide blocks may be.
+
+    Attributes:
+        widest_elements: elements of the widest block.
+        flops_per_element: FLOPs of decoding one key or value element, the average over all; None for no limit.
+        purpose: one line for help texts.
+    """
+
+    widest_elements: int
+    flops_per_element: float | None
+    purpose: str
+
+
+PROFILES = {
+    "fast": Profile(512, 512, "narrow blocks that stay bound by memory when they are decoded"),
+    "balanced": Profile(1024, 1200, "a few adjacent layers to a block"),
+    "small": Profile(8192, None, "many or all layers to a block, for capacity"),
+}
+DEFAULT_PROFILE = "balanced"
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Options of ``fit_profile``.
+
+    Attributes:
+        profile: one of ``PROFILES``.
+        times_smaller: total bytes of the full bfloat16 cache over those of this one at 4,096 tokens, sinks and window
+            included; with neither this nor ``max_kl``, 5.
+        max_kl: KL divergence, nats per token, that the smallest such cache may cost on held-back text.
+        effect_tokens: tokens on which the effect of errors is measured, forwards and backwards.
+        tune_steps: steps of tuning decoders on KL divergence; 0 keeps the closed form.
+        tune_rate: learning rate at its highest, as a share of each parameter's own size.
+        window, sinks, page_tokens: see ``Plan``.
+        seed: of everything random.
+    """
+
+    profile: str = DEFAULT_PROFILE
+    times_smaller: float | None = None
+    max_kl: float | None = None
+    effect_tokens: int = 8192
+    tune_steps: int = 20
+    tune_rate: float = 3e-3
+    window: int = 64
+    sinks: int = 4
+    page_tokens: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.profile not in PROFILES:
+            raise InputError(f"profile must be one of {', '.join(PROFILES)}, got {self.profile!r}")
+        if self.times_smaller is not None and self.max_kl is not None:
+            raise InputError("give times_smaller or max_kl, not both")
+        for name in ("times_smaller", "max_kl", "tune_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} must be above 0, got {value:g}")
+        if self.effect_tokens < 1 or self.tune_steps < 0:
+            raise InputError("effect_tokens must be at least 1 and tune_steps not negative")
+        if self.page_tokens < 32 or self.page_tokens % 32:
+            raise InputError(f"a page must hold a multiple of 32 tokens, got {self.page_tokens}")
+        if self.window < 0 or self.window % self.page_tokens:
+            raise InputError(f"window must be 0 or a multiple of the page size, {self.page_tokens}; got {self.window}")
+        if not 0 <= self.sinks <= min(self.page_tokens, 64):
+            raise InputError(f"sinks must be 0 to {min(self.page_tokens, 64)}, got {self.sinks}")
+
+    @property
+    def target(self) -> float:
+        """Times smaller that is aimed at where no divergence is."""
+        return DEFAULT_TIMES_SMALLER if self.times_smaller is None else self.times_smaller
+
+    def as_dict(self) -> dict[str, str | int | float | bool | None]:
+        """For a bundle's provenance."""
+        return asdict(self) | {"codec": "linear"}

@@ -1,0 +1,113 @@
+"""Decoded pages kept for measuring: the same numbers as decoding them at each step, in a fraction of the time.
+
+This gives back all the memory that a compressed cache saves, so it is for evaluation alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..kernels.attend import ExactPast, PagedPast, Reader
+
+_GROWTH_TOKENS = 512
+
+
+class DecodedPast:
+    """Keys after RoPE and values of the tokens in the pages, decoded once, for every layer that was asked for."""
+
+    def __init__(self) -> None:
+        self._sides: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tokens: dict[int, int] = {}
+
+    def extend(self, layer: int, exact: ExactPast, paged: PagedPast) -> ExactPast:
+        """``exact`` with the pages' tokens in front of it, decoded as attention over pages would."""
+        keys, values = self._up_to(layer, exact, paged)
+        mask = _joined_mask(exact, paged)
+        return ExactPast(
+            torch.cat([keys, exact.keys.to(keys.dtype)], dim=2),
+            torch.cat([values, exact.values.to(values.dtype)], dim=2),
+            mask,
+        )
+
+    def crop(self, tokens: int) -> None:
+        """Forget all but the first ``tokens`` tokens."""
+        self._tokens = {layer: min(held, tokens) for layer, held in self._tokens.items()}
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace what is held by ``change`` of it, which works on the batch axis (0)."""
+        self._sides = {layer: (change(k), change(v)) for layer, (k, v) in self._sides.items()}
+
+    def _up_to(self, layer: int, exact: ExactPast, paged: PagedPast) -> tuple[Tensor, Tensor]:
+        held = self._tokens.get(layer, 0)
+        if held < paged.tokens:
+            fresh = _decode(paged, held, exact.keys.shape[1])
+            self._sides[layer] = self._grown(layer, held, paged.tokens, fresh)
+            self._tokens[layer] = paged.tokens
+        keys, values = self._sides[layer]
+        return keys[:, :, : paged.tokens], values[:, :, : paged.tokens]
+
+    def _grown(self, layer: int, held: int, tokens: int, fresh: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        grown = []
+        for side, new in enumerate(fresh):
+            batch, heads, _, dim = new.shape
+            buffer = self._sides[layer][side] if layer in self._sides else new.new_empty(batch, heads, 0, dim)
+            if buffer.shape[2] < tokens:
+                room = -(-tokens // _GROWTH_TOKENS) * _GROWTH_TOKENS
+                larger = new.new_empty(batch, heads, room, dim)
+                larger[:, :, :held] = buffer[:, :, :held]
+                buffer = larger
+            buffer[:, :, held:tokens] = new
+            grown.append(buffer)
+        return grown[0], grown[1]
+
+
+def _decode(paged: PagedPast, first: int, heads: int) -> tuple[Tensor, Tensor]:
+    """Keys after RoPE and values ``[B, H, N, D]`` of the tokens from ``first`` on."""
+    page_tokens = paged.key_readers[0].segment.page_tokens
+    pages = _pages_from(paged, first // page_tokens)
+    start = first // page_tokens * page_tokens
+    keys = _side(paged.key_readers, pages, heads, paged.tokens - start)
+    values = _side(paged.value_readers, pages, heads, paged.tokens - start)
+    if paged.rotary is not None:
+        positions = torch.arange(start, paged.tokens, device=keys.device) - paged.offset[:, None]
+        turned = [head for reader in paged.key_readers if not reader.rotated for head in reader.heads]
+        keys[:, turned] = paged.rotary.rotate(keys[:, turned], positions)
+    return keys[:, :, first - start :], values[:, :, first - start :]
+
+
+def _side(readers: tuple[Reader, ...], pages: list[Tensor], heads: int, tokens: int) -> Tensor:
+    parts: list[Tensor | None] = [None] * heads
+    for reader in readers:
+        decoded = reader.decode(reader.restored(*pages)[:, :tokens]).unflatten(-1, (len(reader.heads), -1))
+        for place, head in enumerate(reader.heads):
+            parts[head] = decoded[:, :, place]
+    return torch.stack([part for part in parts if part is not None], dim=1)
+
+
+def _pages_from(paged: PagedPast, page: int) -> list[Tensor]:
+    """The filled pages from ``page`` on."""
+    last = -(-paged.tokens // paged.key_readers[0].segment.page_tokens)
+    found, seen = [], 0
+    for arena in paged.tiles:
+        low, high = max(page - seen, 0), min(last - seen, arena.shape[1])
+        if low < high:
+            found.append(arena[:, low:high])
+        seen += arena.shape[1]
+    return found
+
+
+def _joined_mask(exact: ExactPast, paged: PagedPast) -> Tensor | None:
+    """Mask over the pages' tokens and the exact ones after them."""
+    if paged.first_most == 0 and exact.mask is None:
+        return None
+    index = torch.arange(paged.tokens, device=exact.keys.device)
+    pages = (index >= paged.first[:, None])[:, None, None, :]
+    if exact.mask is None:
+        own = torch.ones(1, 1, 1, exact.keys.shape[2], dtype=torch.bool, device=index.device)
+    else:
+        own = exact.mask
+    batch, tokens = max(pages.shape[0], own.shape[0]), own.shape[2]
+    return torch.cat([pages.expand(batch, 1, tokens, -1), own.expand(batch, 1, tokens, -1)], dim=-1)
