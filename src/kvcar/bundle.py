@@ -70,6 +70,12 @@ class CodedBlock:
             return {}
         return self.codec.tensors() | {f"quantizer.{k}": v for k, v in self.quantizer.tensors().items()}
 
+    def round_trip(self, x: Tensor) -> Tensor:
+        """What the cache gives back for vectors float32 ``[..., W]``."""
+        if self.codec is None or self.quantizer is None:
+            return x
+        return self.codec.decode(self.quantizer.latents(self.quantizer.codes(self.codec.encode(x))))
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], block: Block, head_dim: int) -> CodedBlock:
         """Rebuild and check; raises BundleError."""

@@ -19,6 +19,15 @@ Text = Annotated[
         help="A .txt file, or a .jsonl file with a field 'text'. Default: English text that ships with Python.",
     ),
 ]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="A .txt file, or a .jsonl file with a field 'text' ([:500] after its name takes 500 lines); may be repeated. "
+        "Default: English text that ships with Python.",
+    ),
+]
 Window = Annotated[
     int | None,
     typer.Option(

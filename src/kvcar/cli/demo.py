@@ -40,8 +40,8 @@ _NEW_TOKENS = 48
 _IDENTITY = "identity"
 _SETTINGS = {
     _IDENTITY: FitOptions(codec="identity"),
-    "5x": FitOptions(times_smaller=5, layers_per_block=5),
-    "8x": FitOptions(times_smaller=8, layers_per_block=5),
+    "5x": FitOptions(times_smaller=5, layers_per_block=5, metric="effect"),
+    "8x": FitOptions(times_smaller=8, layers_per_block=5, metric="effect"),
 }
 _QUESTION = "Explain in three sentences what the text above is about."
 
@@ -121,7 +121,9 @@ def _evaluate(
     ids = token_windows(loaded.tokenizer, held.text, _EVAL_CONTEXT, _EVAL_WINDOWS)
     on_chunk = counter(tell, "evaluate on held-out text", ids.numel())
     with attach(loaded.model, bundles["5x"]):
-        caches = {name: (lambda bundle=bundle: KVCarCache(bundle)) for name, bundle in bundles.items()}
+        caches = {
+            name: (lambda bundle=bundle: KVCarCache(bundle, keep_decoded=True)) for name, bundle in bundles.items()
+        }
         return measure_fidelity(loaded.model, ids, caches, on_chunk)
 
 

@@ -66,7 +66,7 @@ def evaluate(
         on_chunk = counter(tell, "evaluate", ids.numel())
         with attach(loaded.model, loaded_bundle, window):
             result = measure_fidelity(
-                loaded.model, ids, {bundle.name: lambda: KVCarCache(loaded_bundle, window)}, on_chunk
+                loaded.model, ids, {bundle.name: lambda: KVCarCache(loaded_bundle, window, keep_decoded=True)}, on_chunk
             )[bundle.name]
     out.print(fidelity_table({bundle.name or str(bundle): result}))
     _tell_worst(result)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import InputError
-from ..fit.text import TextSource, read_text, split_text, token_windows
+from ..fit.text import TextSource, interleaved, read_text, split_text, token_windows
 
 HELD_OUT_FRACTION = 0.1
 
@@ -22,6 +23,18 @@ def fit_and_check_text(path: Path | None, hold_back: bool) -> tuple[TextSource, 
         return source, None
     kept, held = split_text(source, HELD_OUT_FRACTION)
     return TextSource(kept.name, kept.text, source.sha256), held
+
+
+def fit_texts(paths: Sequence[Path] | None, hold_back: bool) -> tuple[list[TextSource], list[TextSource]]:
+    """The same of several texts: what to fit on, and what is held back of each (nothing if it is not asked for)."""
+    pairs = [fit_and_check_text(path, hold_back) for path in (paths or [None])]
+    return [kept for kept, _ in pairs], [held for _, held in pairs if held is not None]
+
+
+def windows_of_all(tokenizer: Any, sources: Sequence[TextSource], context: int, most: int) -> Tensor:
+    """Up to ``most`` windows int64 ``[N, context]``, as many of each text, taking turns."""
+    each = max(1, most // len(sources))
+    return interleaved([up_to_windows(tokenizer, source.text, context, each) for source in sources])
 
 
 def evaluation_text(path: Path | None) -> TextSource:

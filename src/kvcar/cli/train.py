@@ -122,7 +122,7 @@ def train(
         folder = checkpoint or output.with_name(output.name + ".training")
         result = train_bundle(loaded.model, first, windows, source, options, folder, resume, tell, step_teller())
         main = processes().is_main_process
-        measured = check_bundle(loaded, result.bundle, held, tell) if check and main and held is not None else None
+        measured = check_bundle(loaded, result.bundle, [held], tell) if check and main and held is not None else None
     if not main:
         return
     result.bundle.save(output, model_card(result.bundle, measured), overwrite=force)

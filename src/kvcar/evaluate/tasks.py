@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from ..bundle import Bundle
 from ..errors import InputError
 from ..runtime.attach import attach
+from ..runtime.cache import KVCarCache
 
 try:
     import lm_eval
@@ -70,6 +71,7 @@ class KVCarLM(_HFLM):
             )
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self._step_tokens = step_tokens
+        self._bundle, self._window = bundle, window
         self._attachment = None if bundle is None else attach(model, bundle, window)
 
     def close(self) -> None:
@@ -79,7 +81,9 @@ class KVCarLM(_HFLM):
 
     def new_cache(self) -> Cache:
         """An empty cache of the kind that is measured."""
-        return DynamicCache(config=self.model.config) if self._attachment is None else self._attachment.new_cache()
+        if self._bundle is None:
+            return DynamicCache(config=self.model.config)
+        return KVCarCache(self._bundle, self._window, keep_decoded=True)
 
     @torch.no_grad()
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:

@@ -16,12 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models.attention_hook import AttentionHook
+from ..progress import OnProgress, counter, silent
 from ..shapes import KINDS, Kind, KVGeometry
+
+DAMPING = 0.3
 
 OnLayer = Callable[[int, Kind, Tensor], None]
 """(layer, kind, vectors float32 ``[tokens, H * D]``) -> None."""
-
-NEAR_TOKENS = 64
 
 
 class EffectProbe(AttentionHook):
@@ -31,13 +32,16 @@ class EffectProbe(AttentionHook):
         model: a causal language model using sdpa attention; its parameters get no gradients.
         geometry: its cache.
         sinks: first tokens, which are exact and left out.
-        near: a query reads at least this many tokens before its own exactly.
+        step_tokens: tokens fed at once, which read each other exactly.
+        window: recent tokens read exactly, a multiple of ``step_tokens``.
         seed: of the tokens drawn.
     """
 
-    def __init__(self, model: PreTrainedModel, geometry: KVGeometry, sinks: int, near: int, seed: int = 0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, geometry: KVGeometry, sinks: int, step_tokens: int, window: int, seed: int = 0
+    ) -> None:
         super().__init__(model, geometry)
-        self._sinks, self._near = sinks, near
+        self.sinks, self._step_tokens, self._window = sinks, step_tokens, window
         self._draw = torch.Generator().manual_seed(seed)
 
     def run(self, windows: Tensor, on_vectors: OnLayer, on_gradients: OnLayer) -> Iterator[int]:
@@ -58,7 +62,7 @@ class EffectProbe(AttentionHook):
                     with torch.enable_grad():
                         logits = self.model(input_ids=window[None].to(self.parts.device), use_cache=False).logits[0]
                         self._likelihood(logits).backward()
-                    yield len(window) - self._sinks
+                    yield len(window) - self.sinks
         finally:
             handle.remove()
             for parameter, flag in wanted.items():
@@ -102,12 +106,12 @@ class EffectProbe(AttentionHook):
 
     def _far(self, tokens: int, device: torch.device) -> Tensor:
         """Which query (row) reads which token (column) from the pages, bool ``[T, T]``."""
-        step = torch.arange(tokens, device=device)
-        return step[:, None] // self._near > step[None, :] // self._near + 1
+        step = torch.arange(tokens, device=device) // self._step_tokens
+        return step[:, None] - step[None, :] > self._window // self._step_tokens
 
     def _flat(self, side: Tensor) -> Tensor:
         """``[tokens, H * D]`` of ``[1, H, T, D]``, sinks left out."""
-        return side[0, :, self._sinks :].float().transpose(0, 1).flatten(1)
+        return side[0, :, self.sinks :].float().transpose(0, 1).flatten(1)
 
     def _likelihood(self, logits: Tensor) -> Tensor:
         """Summed log-probability of one token drawn from each distribution ``[T, V]``."""
@@ -116,3 +120,32 @@ class EffectProbe(AttentionHook):
             drawn = torch.rand(len(logits), 1, generator=self._draw).to(logits.device) * cumulative[:, -1:]
             tokens = torch.searchsorted(cumulative, drawn).clamp_max(logits.shape[-1] - 1)
         return -torch.nn.functional.cross_entropy(logits.float(), tokens[:, 0], reduction="sum")
+
+
+def effect_metrics(
+    probe: EffectProbe, windows: Tensor, on_progress: OnProgress = silent
+) -> dict[tuple[int, Kind], Tensor]:
+    """(layer, kind) -> mean outer product of gradients, float64 ``[H * D, H * D]``, over windows int64 ``[N, T]``."""
+    sums: dict[tuple[int, Kind], Tensor] = {}
+
+    def add(layer: int, kind: Kind, gradients: Tensor) -> None:
+        own = (gradients.T @ gradients).double().cpu()
+        sums[layer, kind] = sums[layer, kind].add_(own) if (layer, kind) in sums else own
+
+    total = windows.shape[0] * (windows.shape[1] - probe.sinks)
+    count = counter(on_progress, "measure the effect of errors", total)
+    count(0)
+    for tokens in probe.run(windows, lambda *_: None, add):
+        count(tokens)
+    return {key: value / total for key, value in sums.items()}
+
+
+def damped(metric: Tensor, covariance: Tensor) -> Tensor:
+    """The metric plus a share of plain normalised error that costs as much in all.
+
+    A few thousand gradients do not show every direction, and the quadratic model does not hold far out: without the share,
+    divergence on held-back text was up to a quarter larger.
+    """
+    variance = covariance.diagonal().clamp_min(1e-12)
+    share = float((metric * covariance).sum()) / len(variance)
+    return metric + torch.diag(DAMPING * max(share, 1e-12) / variance)

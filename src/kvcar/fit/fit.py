@@ -21,6 +21,7 @@ from ..progress import OnProgress, counter, silent
 from ..shapes import KVGeometry, Slot
 from ..version import __version__
 from .capture import capture
+from .effect import EffectProbe, damped, effect_metrics
 from .moments import Moments
 from .options import DEFAULT_TIMES_SMALLER, FitOptions
 from .solvers import SOLVERS, Budget
@@ -81,6 +82,7 @@ def fit_bundles(
     distinct = list(dict.fromkeys(block for each in needs for block in each))
     training = any(o.codec == "autoencoder" for o in options)
     stats = _collect(model, geometry, windows, distinct, sinks, training, on_progress) if distinct else {}
+    _attach_metrics(model, geometry, windows, stats, options, on_progress)
     print_ = fingerprint(model)
     identity = ModelIdentity(
         name=name, architecture=type(model).__name__, dtype=print_.dtype, fingerprint=print_.digest
@@ -89,7 +91,9 @@ def fit_bundles(
     bundles = []
     for each, option in zip(blocks, options, strict=True):
         plan, coded = _solve(geometry, each, stats, option, model_bytes, on_progress, allocate)
-        bundles.append(Bundle(plan, coded, print_, identity, _provenance(windows, source, option)))
+        bundles.append(
+            Bundle(plan, coded, print_, identity, provenance(windows, source, option.seed, option.as_dict()))
+        )
     return bundles
 
 
@@ -151,6 +155,41 @@ def _collect(
     for tokens in capture(model, geometry, windows, blocks, sinks, lambda index, x: moments[index].add(x)):
         count(tokens)
     return dict(zip(blocks, moments, strict=True))
+
+
+def _attach_metrics(
+    model: PreTrainedModel,
+    geometry: KVGeometry,
+    windows: Tensor,
+    stats: dict[tuple[Slot, ...], Moments],
+    options: Sequence[FitOptions],
+    on_progress: OnProgress,
+) -> None:
+    """Tell each block's moments what errors in it cost, where the options ask for that."""
+    lossy = [o for o in options if not _is_lossless(o)]
+    asking = [o for o in lossy if o.metric == "effect"]
+    if not asking:
+        return
+    if len(asking) != len(lossy) or len({(o.window, o.page_tokens, o.sinks) for o in asking}) > 1:
+        raise InputError("bundles fitted together must share the metric, and with 'effect' window, pages and sinks")
+    first = asking[0]
+    # Without a window every token but the query's own is read decoded.
+    step = first.page_tokens if first.window else 1
+    count = max(1, round(first.effect_tokens / windows.shape[1]))
+    spread = windows[:: max(1, len(windows) // count)][:count]
+    probe = EffectProbe(model, geometry, first.sinks, step, first.window, first.seed)
+    metrics = effect_metrics(probe, spread, on_progress)
+    dim = geometry.head_dim
+    for slots, moments in stats.items():
+        owners = list(dict.fromkeys((slot.layer, slot.kind) for slot in slots))
+        parts, start = [], 0
+        for owner in owners:
+            heads = [s.head for s in slots if (s.layer, s.kind) == owner]
+            columns = torch.cat([torch.arange(h * dim, (h + 1) * dim) for h in heads])
+            covariance = moments.covariance[start : start + len(columns), start : start + len(columns)]
+            parts.append(damped(metrics[owner][columns][:, columns], covariance))
+            start += len(columns)
+        moments.metrics = parts
 
 
 def _solve(
@@ -217,7 +256,10 @@ def _latents(block: Block, geometry: KVGeometry, options: FitOptions) -> int:
     return max(1, round(latents))
 
 
-def _provenance(windows: Tensor, source: TextSource, options: FitOptions) -> FitProvenance:
+def provenance(
+    windows: Tensor, source: TextSource, seed: int, options: dict[str, str | int | float | bool | None]
+) -> FitProvenance:
+    """What a bundle tells of how it was fitted."""
     return FitProvenance(
         kvcar_version=__version__,
         torch_version=torch.__version__,
@@ -227,6 +269,6 @@ def _provenance(windows: Tensor, source: TextSource, options: FitOptions) -> Fit
         text_sha256=source.sha256,
         tokens=windows.numel(),
         context=windows.shape[1],
-        seed=options.seed,
-        options=options.as_dict(),
+        seed=seed,
+        options=options,
     )

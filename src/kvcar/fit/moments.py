@@ -14,10 +14,14 @@ class Moments:
     Args:
         width: ``W``.
         stride: distance between sampled tokens.
+
+    Attributes:
+        metrics: what errors cost, where that was measured: matrices that follow each other on the diagonal.
     """
 
     def __init__(self, width: int, stride: int) -> None:
         self.count = 0
+        self.metrics: list[Tensor] | None = None
         self._stride = stride
         self._shift: Tensor | None = None
         self._sum = torch.zeros(width, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from ..codecs import CODECS
 from ..errors import InputError
@@ -31,6 +32,9 @@ class FitOptions:
         steps: training steps of an autoencoder, per block.
         window, sinks, page_tokens: see ``Plan``.
         seed: of everything random.
+        metric: what a block's directions are chosen by: "std" (each element over its standard deviation) or "effect" (the
+            measured effect of errors on the model's output; bits and latents of all blocks then share one budget).
+        effect_tokens: tokens that the effect is measured on.
     """
 
     codec: str = "linear"
@@ -49,6 +53,8 @@ class FitOptions:
     sinks: int = 4
     page_tokens: int = 64
     seed: int = 0
+    metric: Literal["std", "effect"] = "std"
+    effect_tokens: int = 6144
 
     def __post_init__(self) -> None:
         _ = CODECS[self.codec]  # raises InputError for a codec that does not exist
@@ -67,6 +73,12 @@ class FitOptions:
             raise InputError(f"window must be 0 or a multiple of the page size, {self.page_tokens}; got {self.window}")
         if not 0 <= self.sinks <= min(self.page_tokens, 64):
             raise InputError(f"sinks must be 0 to {min(self.page_tokens, 64)}, got {self.sinks}")
+        if self.scales not in ("static", "dynamic"):
+            raise InputError(f"scales must be static or dynamic, got {self.scales!r}")
+        if self.metric not in ("std", "effect"):
+            raise InputError(f"metric must be std or effect, got {self.metric!r}")
+        if self.effect_tokens < 1:
+            raise InputError(f"effect_tokens must be at least 1, got {self.effect_tokens}")
         if self.steps < 0:
             raise InputError(f"training steps must not be negative, got {self.steps}")
 

@@ -10,7 +10,7 @@ import torch
 from ..codecs import Codec, DynamicQuantizer, IdentityCodec, Quantizer
 from ..errors import FitError
 from ..plan import BitGroup, Block
-from ..planner.bits import allocate_bits
+from ..planner.bits import allocate_bits, share_latents
 from ..registry import Registry
 from ..shapes import Slot
 from .autoencoder import train_autoencoder
@@ -58,7 +58,8 @@ def solve_linear(
     if budget.latents is None:
         bits = allocate_bits([basis.variances for basis in bases], budget.bits)
     else:
-        bits = [_first_latents(len(b.mean), n, options) for b, n in zip(bases, budget.latents, strict=True)]
+        latents = _latents(bases, budget.latents, options)
+        bits = [_first_latents(len(b.mean), n, options) for b, n in zip(bases, latents, strict=True)]
     for block, basis, own in zip(blocks, bases, bits, strict=True):
         if not int(own.sum()):
             # A block that gets no bits at all still needs one latent to be a block.
@@ -73,22 +74,31 @@ def solve_autoencoder(
 ) -> Iterator[FittedBlock]:
     """The paper's autoencoder for every block, bits shared by width."""
     widths = [len(stats[block].mean) for block in blocks]
+    bases = [_basis(stats[block]) for block in blocks]
+    given = None if budget.latents is None else _latents(bases, budget.latents, options)
     for index, (block, width) in enumerate(zip(blocks, widths, strict=True)):
         share = budget.bits * width / sum(widths)
-        latents = budget.latents[index] if budget.latents else min(int(share / options.latent_bits), width)
+        latents = given[index] if given else min(int(share / options.latent_bits), width)
         if latents < 1:
             raise FitError(
                 f"{share:.0f} bits per token for a block of {width} elements leave no latent of "
                 f"{options.latent_bits} bits; ask for a larger cache or fewer latent bits"
             )
-        basis, sample = _basis(stats[block]), stats[block].sample
-        codec, quantizer = train_autoencoder(basis, latents, options.latent_bits, sample, options.steps, options.seed)
+        sample = stats[block].sample
+        codec, quantizer = train_autoencoder(
+            bases[index], latents, options.latent_bits, sample, options.steps, options.seed
+        )
         groups = (BitGroup(bits=options.latent_bits, count=latents),)
         yield _fitted(block, groups, codec, quantizer, options)
 
 
 def _basis(moments: Moments) -> Basis:
-    return principal_basis(moments.mean, moments.covariance)
+    return principal_basis(moments.mean, moments.covariance, moments.metrics)
+
+
+def _latents(bases: Sequence[Basis], given: tuple[int, ...], options: FitOptions) -> tuple[int, ...]:
+    """Latents of each block: as given, or as many in all where variances of all blocks are in one currency."""
+    return share_latents([basis.variances for basis in bases], sum(given)) if options.metric == "effect" else given
 
 
 def _first_latents(width: int, latents: int, options: FitOptions) -> torch.Tensor:

@@ -73,6 +73,12 @@ def joined(sources: Sequence[TextSource]) -> TextSource:
     return _source(" + ".join(source.name for source in sources), "\n\n".join(source.text for source in sources))
 
 
+def interleaved(parts: Sequence[Tensor]) -> Tensor:
+    """Windows int64 ``[N, context]`` of several texts, taking turns so that any end of them has its share of each."""
+    places = torch.cat([torch.arange(len(p)) / len(p) for p in parts])
+    return torch.cat(list(parts))[torch.argsort(places, stable=True)]
+
+
 def split_text(source: TextSource, held_out_fraction: float) -> tuple[TextSource, TextSource]:
     """Cut a text in two at a paragraph: what to fit on, and its last part, held out."""
     if not 0 < held_out_fraction < 1:

@@ -32,3 +32,17 @@ def allocate_bits(variances: Sequence[Tensor], budget_bits: int) -> list[Tensor]
         order = torch.argsort(gains.flatten(), descending=True, stable=True)[:budget]
         bits += torch.bincount(order // gains.shape[1], minlength=len(flat))
     return list(torch.split(bits, sizes))
+
+
+def share_latents(gains: Sequence[Tensor], total: int) -> tuple[int, ...]:
+    """How many of the first latents of each block are among the ``total`` of highest gain; at least one each.
+
+    Args:
+        gains: what each further latent of a block gains, float ``[W]``, falling.
+        total: latents to share.
+    """
+    # A block's first latent is its own; the others compete.
+    flat = torch.cat([gain[1:] for gain in gains])
+    owner = torch.cat([torch.full((len(gain) - 1,), index) for index, gain in enumerate(gains)])
+    best = torch.argsort(flat, descending=True, stable=True)[: total - len(gains)]
+    return tuple((1 + torch.bincount(owner[best], minlength=len(gains))).tolist())

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..bundle import CodedBlock
-from ..codecs import CODECS
+from ..errors import FitError
 from ..fit.solve import groups_of, linear_codec
-from ..plan import BitGroup, Block, Plan
+from ..plan import Block, Plan
 from ..planner.bits import allocate_bits
 from ..planner.budget import bits_for
 from ..planner.partition import Run, error_of, partition
@@ -105,7 +104,10 @@ def predicted_curve(
     variances = [statistics.basis(block.slots).variances for block in plan.blocks]
     curve = []
     for size in sizes:
-        bits = allocate_bits(variances, bits_for(plan, size, model_bytes))
+        try:
+            bits = allocate_bits(variances, bits_for(plan, size, model_bytes))
+        except FitError:
+            break  # larger sizes are out of reach too
         curve.append((size, sum(error_of(v, b) for v, b in zip(variances, bits, strict=True))))
     return curve
 

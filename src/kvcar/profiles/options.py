@@ -42,7 +42,7 @@ class ProfileOptions:
         max_kl: KL divergence, nats per token, that the smallest such cache may cost on held-back text.
         effect_tokens: tokens on which the effect of errors is measured, forwards and backwards.
         tune_steps: steps of tuning decoders on KL divergence; 0 keeps the closed form.
-        tune_rate: learning rate at its highest, as a share of each parameter's own size.
+        tune_rate: learning rate of tuning at its highest; see ``DistillOptions``.
         window, sinks, page_tokens: see ``Plan``.
         seed: of everything random.
     """
@@ -52,7 +52,7 @@ class ProfileOptions:
     max_kl: float | None = None
     effect_tokens: int = 8192
     tune_steps: int = 20
-    tune_rate: float = 3e-3
+    tune_rate: float = 1e-4
     window: int = 64
     sinks: int = 4
     page_tokens: int = 64

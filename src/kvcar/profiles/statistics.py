@@ -10,14 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..fit.capture import capture
-from ..fit.effect import NEAR_TOKENS, EffectProbe
+from ..fit.effect import EffectProbe, damped, effect_metrics
 from ..fit.layer_moments import LayerMoments
 from ..fit.solve import Basis, principal_basis
 from ..progress import OnProgress, counter
 from ..shapes import KINDS, Kind, KVGeometry, Slot
 
 _SAMPLE_TOKENS = 2048
-_DAMPING = 0.03
 
 Slots = tuple[Slot, ...]
 
@@ -86,6 +85,8 @@ def collect_statistics(
     effect_windows: Tensor,
     band: int,
     sinks: int,
+    step_tokens: int,
+    window: int,
     seed: int,
     on_progress: OnProgress,
 ) -> Statistics:
@@ -97,6 +98,7 @@ def collect_statistics(
         windows, effect_windows: token ids int64 ``[N, T]``.
         band: layers of the longest block that will be asked for.
         sinks: first tokens, left out.
+        step_tokens, window: which recent tokens are read exactly; see ``EffectProbe``.
         seed: of the tokens drawn for the metrics.
         on_progress: told what is going on.
     """
@@ -112,33 +114,8 @@ def collect_statistics(
         model, geometry, windows, blocks, sinks, lambda i, x: moments[sides[i][1]].add(sides[i][0], x)
     ):
         count(tokens)
-    metrics = effect_metrics(model, geometry, effect_windows, sinks, seed, on_progress)
+    probe = EffectProbe(model, geometry, sinks, step_tokens, window, seed)
+    metrics = effect_metrics(probe, effect_windows, on_progress)
     for layer, kind in sides:
-        metrics[layer, kind] = _damped(metrics[layer, kind], moments[kind].covariance([layer]))
+        metrics[layer, kind] = damped(metrics[layer, kind], moments[kind].covariance([layer]))
     return Statistics(geometry, moments, metrics)
-
-
-def effect_metrics(
-    model: PreTrainedModel, geometry: KVGeometry, windows: Tensor, sinks: int, seed: int, on_progress: OnProgress
-) -> dict[tuple[int, Kind], Tensor]:
-    """(layer, kind) -> mean outer product of gradients, float64 ``[H * D, H * D]``; see ``EffectProbe``."""
-    sums: dict[tuple[int, Kind], Tensor] = {}
-
-    def add(layer: int, kind: Kind, gradients: Tensor) -> None:
-        own = (gradients.T @ gradients).double().cpu()
-        sums[layer, kind] = sums[layer, kind].add_(own) if (layer, kind) in sums else own
-
-    total = windows.shape[0] * (windows.shape[1] - sinks)
-    count = counter(on_progress, "measure the effect of errors", total)
-    count(0)
-    near = min(NEAR_TOKENS, max(1, windows.shape[1] // 4))
-    for tokens in EffectProbe(model, geometry, sinks, near, seed).run(windows, lambda *_: None, add):
-        count(tokens)
-    return {key: value / total for key, value in sums.items()}
-
-
-def _damped(metric: Tensor, covariance: Tensor) -> Tensor:
-    """The metric with a share of plain normalised error, so that what few tokens did not show still costs something."""
-    variance = covariance.diagonal().clamp_min(1e-12)
-    share = float((metric * covariance).sum()) / len(variance)
-    return metric + torch.diag(_DAMPING * max(share, 1e-12) / variance)

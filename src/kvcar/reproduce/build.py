@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..bundle import Bundle
@@ -15,12 +15,13 @@ from ..fit.fit import fit_bundle
 from ..fit.options import FitOptions
 from ..fit.requantize import keep_layers, requantize
 from ..fit.similarity import Similarity, measure_similarity
-from ..fit.text import TextSource, joined, read_text, token_windows
+from ..fit.text import TextSource, interleaved, joined, read_text, token_windows
 from ..models.load import LoadedModel, load_model
 from ..plan import Reuse
 from ..planner.reuse import Candidate, choose_reuses
 from ..progress import OnProgress
 from ..record import Record
+from ..shapes import Slot
 from ..train.algorithm import train_bundle
 from ..train.effect import latents_by_effect
 from ..train.finetune import finetune_weights
@@ -90,8 +91,7 @@ class Builder:
                 tokenizer = self.model(next(iter(self._loaded), "auto")).tokenizer
                 parts.append(token_windows(tokenizer, source.text, self._config.fit_context, part.windows))
                 sources.append(source)
-            places = torch.cat([torch.arange(len(p)) / len(p) for p in parts])
-            self._windows[texts] = torch.cat(parts)[torch.argsort(places, stable=True)], joined(sources)
+            self._windows[texts] = interleaved(parts), joined(sources)
         return self._windows[texts]
 
     def _make(self, setting: Setting) -> Bundle:
@@ -131,6 +131,11 @@ class Builder:
 
     def _measure(self, measure: str, any_head: bool) -> list[Candidate]:
         windows, source = self.fit_windows()
+        suffix = "-any" if any_head else ""
+        path = self._records / f"similarity-{self._config.name}-{measure}{suffix}.json"
+        config = {"model": self._config.model, "measure": measure, "any_head": any_head, "text": source.name}
+        if (kept := _kept_candidates(path, config)) is not None:
+            return kept
         model = self.model().model
         if self._similarity is None:
             self._similarity = measure_similarity(model, windows[:_SIMILARITY_WINDOWS], on_progress=self._tell)
@@ -141,11 +146,7 @@ class Builder:
                 model, windows[:_HARM_WINDOWS, :_HARM_CONTEXT], candidates, on_progress=self._tell
             )
         figures = {"candidates": [[list(c.slot), list(c.source), c.cost] for c in candidates], "tokens": found.tokens}
-        config = {"model": self._config.model, "measure": measure, "any_head": any_head, "text": source.name}
-        suffix = "-any" if any_head else ""
-        Record("similarity", figures, config).write(
-            self._records / f"similarity-{self._config.name}-{measure}{suffix}.json"
-        )
+        Record("similarity", figures, config).write(path)
         return candidates
 
     def _trained(self, setting: Setting, bundle: Bundle, given: dict[str, Any]) -> Bundle:
@@ -192,3 +193,14 @@ def _options(make: Any, setting: Setting, given: dict[str, Any]) -> Any:
         return make(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
     except (TypeError, InputError) as error:
         raise InputError(f"setting {setting.name}: {error}") from None
+
+
+def _kept_candidates(path: Path, config: dict[str, Any]) -> list[Candidate] | None:
+    """Candidates that a record of the same measurement holds, None where there is no such record."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if record.get("config") != config:
+        return None
+    return [Candidate(Slot(*slot), Slot(*source), cost) for slot, source, cost in record["candidates"]]

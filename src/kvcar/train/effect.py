@@ -16,6 +16,7 @@ from ..codecs import LinearCodec
 from ..fit.moments import Moments
 from ..fit.solve import Basis, principal_basis
 from ..plan import RAW_BITS, BitGroup, Plan
+from ..planner.bits import share_latents
 from ..progress import OnProgress, silent
 from .layers import LayerStack
 from .losses import kl_divergence
@@ -54,20 +55,6 @@ def latents_by_effect(
         costs.append(divergence / float(basis.variances[count:].sum().clamp_min(1e-9)))
         on_progress("measure each block's effect", index + 1, len(bases))
     return share_latents([cost * basis.variances for cost, basis in zip(costs, bases, strict=True)], sum(latents))
-
-
-def share_latents(gains: Sequence[Tensor], total: int) -> tuple[int, ...]:
-    """How many of the first latents of each block are among the ``total`` of highest gain; at least one each.
-
-    Args:
-        gains: what each further latent of a block gains, float ``[W]``, falling.
-        total: latents to share.
-    """
-    # A block's first latent is its own; the others compete.
-    flat = torch.cat([gain[1:] for gain in gains])
-    owner = torch.cat([torch.full((len(gain) - 1,), index) for index, gain in enumerate(gains)])
-    best = torch.argsort(flat, descending=True, stable=True)[: total - len(gains)]
-    return tuple((1 + torch.bincount(owner[best], minlength=len(gains))).tolist())
 
 
 @torch.no_grad()

@@ -74,8 +74,7 @@ class TwoPass(AttentionHook):
         """
         self._decoded = {}
         for index, code in codes.items():
-            slots = self._plan.blocks[index].slots
-            x = torch.cat([self._vectors(prefilled, slot) for slot in slots], dim=-1)
+            slots, x = self._plan.blocks[index].slots, self.block_vectors(prefilled, index)
             self._decoded |= zip(slots, code(x).split(self.geometry.head_dim, dim=-1), strict=True)
         for slot, source in self._plan.stored_source.items():
             if slot != source:
@@ -85,6 +84,10 @@ class TwoPass(AttentionHook):
             return self.model(input_ids=prefilled.ids, use_cache=False).logits
         finally:
             self._decoded = {}
+
+    def block_vectors(self, prefilled: Prefilled, index: int) -> Tensor:
+        """Clean vectors float32 ``[T, W]`` of a block of the plan."""
+        return torch.cat([self._vectors(prefilled, slot) for slot in self._plan.blocks[index].slots], dim=-1)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None

@@ -1,0 +1,77 @@
+"""Cutting layers into runs: optimal, within budgets."""
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcar.planner.bits import allocate_bits
+from kvcar.planner.partition import RunCost, bits_at_price, cut_into_runs, error_of, partition, price_for, run_cost
+
+
+def covers(layers, longest):
+    """All ways to cut ``layers`` into runs of at most ``longest``."""
+    for breaks in product((False, True), repeat=layers - 1):
+        runs, first = [], 0
+        for place, cut in enumerate([*breaks, True], 1):
+            if cut:
+                runs.append((first, place - first))
+                first = place
+        if all(n <= longest for _, n in runs):
+            yield runs
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 10**6), st.floats(0, 0.1))
+def test_the_cut_is_the_cheapest_of_all(layers, longest, seed, price):
+    draw = torch.Generator().manual_seed(seed)
+    runs = [(a, n) for n in range(1, longest + 1) for a in range(layers - n + 1)]
+    costs = {run: RunCost(*torch.rand(2, generator=draw).mul(10).tolist()) for run in runs}
+    total = lambda cut: sum(costs[r].cost + price * costs[r].flops for r in cut)  # noqa: E731
+    best = min(total(cut) for cut in covers(layers, longest))
+    assert total(cut_into_runs(layers, costs, price)) == pytest.approx(best)
+
+
+def test_bits_at_the_price_of_a_budget_spend_about_the_budget():
+    variances = [torch.rand(40, generator=torch.Generator().manual_seed(i)) * 3 for i in range(3)]
+    budget = 150
+    price = price_for(variances, budget)
+    spent = sum(int(bits_at_price(v, price).sum()) for v in variances)
+    assert abs(spent - budget) <= 2
+    allocated = allocate_bits(variances, budget)
+    assert sum(error_of(v, b) for v, b in zip(variances, allocated, strict=True)) == pytest.approx(
+        sum(error_of(v, bits_at_price(v, price)) for v in variances), rel=0.05
+    )
+
+
+def correlated(layers, width, longest, own=0.3):
+    """Variances of runs of a covariance in which layers share what they hold, but for ``own`` of it."""
+    draw = torch.Generator().manual_seed(0)
+    common = torch.randn(4000, width, generator=draw, dtype=torch.float64)
+    x = torch.cat(
+        [common + own * torch.randn(4000, width, generator=draw, dtype=torch.float64) for _ in range(layers)], 1
+    )
+    covariance = x.T @ x / len(x)
+    return {
+        (a, n): torch.linalg.eigvalsh(covariance[a * width : (a + n) * width, a * width : (a + n) * width]).flip(0)
+        for n in range(1, longest + 1)
+        for a in range(layers - n + 1)
+    }
+
+
+def flops(cuts, side, budget):
+    price = price_for([side[run] for cut in cuts for run in cut], budget)
+    return sum(run_cost(side[run], price).flops for cut in cuts for run in cut)
+
+
+def test_layers_that_share_are_joined_until_flops_run_out():
+    side = correlated(layers=6, width=8, longest=6, own=1.0)
+    free = partition(6, [side, side], 300, None)
+    assert free == [[(0, 6)], [(0, 6)]]
+    wide = flops(free, side, 300)
+    tight = partition(6, [side, side], 300, wide / 2)
+    assert flops(tight, side, 300) <= 1.1 * wide / 2
+    assert max(n for cut in tight for _, n in cut) < 6
+    assert [sum(n for _, n in cut) for cut in tight] == [6, 6]
