@@ -17,6 +17,7 @@ ORDER = [
     "progress",
     "version",
     "record",
+    "entropy",
     "kernels",
     "codecs",
     "models",

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,22 @@ class Bundle:
     def codec_bytes(self) -> int:
         """Bytes of the codecs' own parameters: like weights, shared by all sequences and not part of the cache."""
         return sum(tensor.nbytes for block in self.blocks for tensor in block.tensors().values())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex over plan and codecs: what a stored context is tied to.
+
+        Over the tensors themselves and not their file, so that the writer of the file does not matter; over the
+        plan's fields that differ from their defaults, so that fields of later versions do not matter either.
+        """
+        plan = self.plan.model_dump(mode="json", exclude_defaults=True)
+        digest = hashlib.sha256(json.dumps(plan, sort_keys=True, separators=(",", ":")).encode())
+        for index, block in enumerate(self.blocks):
+            for name, tensor in sorted(block.tensors().items()):
+                data = tensor.detach().cpu().contiguous()
+                digest.update(f"\n{index} {name} {data.dtype} {tuple(data.shape)}\n".encode())
+                digest.update(data.numpy())
+        return digest.hexdigest()
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Refuse a model that the bundle was not fitted for.

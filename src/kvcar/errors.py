@@ -37,3 +37,7 @@ class AttachError(KVCarError):
 
 class CacheStateError(KVCarError):
     """A cache that was asked for something its state does not allow, such as more positions than the model has."""
+
+
+class ContextError(KVCarError):
+    """A stored context that is missing, damaged, of an unknown version, or was saved with another bundle."""

@@ -184,6 +184,11 @@ def attach(
     return attachment
 
 
+def attachment_of(model: PreTrainedModel) -> Attachment | None:
+    """The attachment of ``model``, None where it is not attached."""
+    return _attached.get(model)
+
+
 def detach(model: PreTrainedModel) -> None:
     """Detach ``model``; raises AttachError if it is not attached."""
     if model not in _attached:

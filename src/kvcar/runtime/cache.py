@@ -4,42 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..bundle import Bundle
 from ..errors import CacheStateError, InputError
 from ..kernels.allocation import coded_tokens
 from ..kernels.attend import ExactPast, PagedPast
-from ..kernels.rotary import RotaryTable
 from ..plan import Plan
-from .coder import PageCoder
 from .decoded import DecodedPast
 from .encode import encode_oldest
+from .host import Host
 from .layer import CodedLayer
 from .masks import exact_mask, sink_places
 from .pages import PageStore
 from .sequence import SequenceState
-
-
-class Host(Protocol):
-    """What a cache needs of the attached model."""
-
-    def check_bundle(self, bundle: Bundle) -> None:
-        """Refuse a bundle of another model."""
-        ...
-
-    def coder(self, bundle: Bundle) -> PageCoder:
-        """The bundle made ready for the model's device and dtype."""
-        ...
-
-    def rotary(self, layer: int) -> RotaryTable | None:
-        """How a layer rotates its keys."""
-        ...
 
 
 class KVCarCache(Cache):
@@ -193,6 +175,73 @@ class KVCarCache(Cache):
             self._decoded.crop(paged)
         self._seen = kept
 
+    @torch.no_grad()
+    def flush_window(self) -> None:
+        """Put the tokens of the window through the codec too; later ones fill a window again.
+
+        Raises:
+            CacheStateError: keys or values are NaN or infinite, or no pass has shown yet how the model rotates its keys.
+        """
+        self._refuse_if_broken()
+        self._drop_unfinished_pass()
+        held = self._seen - self._pages.tokens if self._pages is not None else 0
+        if not self._coded or held == 0:
+            return
+        self._refuse_unknown_rotation()
+        self._broken = True  # unless all of it succeeds
+        self._code_oldest(held)
+        self._broken = False
+
+    # What is stored on disk
+
+    def save(self, path: str | Path, *, keep_window: bool = False, token_ids: Tensor | None = None) -> None:
+        """Write everything held to one file, entropy-coded, from which ``load`` goes on without a prefill.
+
+        The cache itself stays as it is. A file that is there is replaced; an interruption leaves no half file.
+
+        Args:
+            path: the file.
+            keep_window: store the window exactly, which takes far more bytes per token. By default its tokens go
+                through the codec first, on a copy, as ``flush_window`` does.
+            token_ids: the tokens held, int64 ``[B, tokens]``, padding included; stored for whoever wants to check or
+                compute the context again, ``load`` does not need them.
+
+        Raises:
+            CacheStateError: nothing is held, or see ``flush_window``.
+            InputError: token ids of another shape, or the extra ``store`` is not installed.
+            ContextError: the file cannot be written.
+        """
+        from .context import save_context
+
+        save_context(self, Path(path), keep_window, token_ids)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: PreTrainedModel,
+        bundle: Bundle | str | Path | None = None,
+        window: int | None = None,
+    ) -> KVCarCache:
+        """Read a cache that ``save`` wrote; its codes are those that were saved, bit for bit.
+
+        Args:
+            path: the file.
+            model: the model that the context was computed with; attach it before or after.
+            bundle: the bundle that it was saved with, or its folder; None takes the one ``model`` is attached with.
+            window: of the tokens to come, see ``KVCarCache``; None takes the saved cache's.
+
+        Raises:
+            ContextError: there is no such file, it is damaged or of an unknown version, or it was saved with another
+                bundle or another exact dtype.
+            ModelMismatchError: the bundle was fitted for another model.
+            AttachError: no bundle is given and the model is not attached.
+            InputError: the window is no multiple of the page size, or the extra ``store`` is not installed.
+        """
+        from .context import load_context
+
+        return load_context(Path(path), model, bundle, window)
+
     @property
     def batch_size(self) -> int:
         """Sequences held, -1 before the first pass."""
@@ -259,6 +308,15 @@ class KVCarCache(Cache):
         if self._broken:
             raise CacheStateError("an earlier pass was interrupted while it stored its tokens; reset the cache")
 
+    def _refuse_unknown_rotation(self) -> None:
+        """A cache that was loaded has no keys to rotate back before its model has run once."""
+        host = self._host
+        if host is None or (self.plan.geometry.rotary and any(host.rotary(layer) is None for layer in self._coded)):
+            raise CacheStateError(
+                "how the model rotates its keys is not known before its first pass over this cache, so the window "
+                "cannot be coded; run the model over some token first, or save with keep_window=True"
+            )
+
     def _drop_unfinished_pass(self) -> None:
         """Forget a pass that an exception or an interrupt ended before its tokens were stored."""
         self._next_state = None
@@ -286,14 +344,17 @@ class KVCarCache(Cache):
             )
 
     def _store_pass(self) -> None:
+        assert self._pages is not None
+        if self._coded:
+            target = coded_tokens(self._seen + self._pass_tokens, self.plan.window, self.plan.page_tokens)
+            self._code_oldest(max(0, target - self._pages.tokens))
+
+    def _code_oldest(self, leave: int) -> None:
+        """Move the oldest ``leave`` tokens of all layers into pages; those of the pass under way become the window's."""
         assert self._host is not None
         assert self._pages is not None
         assert self._state is not None
-        if not self._coded:
-            return
-        target = coded_tokens(self._seen + self._pass_tokens, self.plan.window, self.plan.page_tokens)
         start = self._pages.tokens
-        leave = max(0, target - start)
         coder = self._host.coder(self.bundle)
         if leave:
             encode_oldest(self._coded, self._pages, coder, self._state, self._host.rotary, leave)

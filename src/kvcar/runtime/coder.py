@@ -13,8 +13,9 @@ from ..bundle import Bundle, CodedBlock
 from ..codecs import Codec
 from ..kernels.attend import Reader
 from ..kernels.layout import PageUnit, page_layout
-from ..kernels.pack import pack
+from ..kernels.pack import pack, unpack
 from ..shapes import Kind, Slot
+from .contents import UnitContents
 
 Restore = Callable[[Tensor], Tensor]
 Fetch = Callable[[Slot, bool], Tensor]
@@ -49,6 +50,22 @@ class UnitCoder:
         if self.unit.segment.lossless:
             return stored.to(self.exact_dtype).contiguous().view(torch.uint8).flatten(2)
         return pack(stored, self.unit.segment)
+
+    def contents(self, pages: Tensor) -> UnitContents:
+        """Stored values, unpacked but in no wider dtype, of ``pages`` uint8 ``[B, pages, page_bytes]``."""
+        segment, batch = self.unit.segment, pages.shape[0]
+        data = pages[..., segment.offset : segment.end]
+        if segment.lossless:
+            values = data.contiguous().view(self.exact_dtype).reshape(batch, -1, segment.latents)
+            return UnitContents(values, torch.empty(*values.shape[:2], 0, dtype=torch.uint8, device=pages.device))
+        values = unpack(data, segment).reshape(batch, -1, segment.latents)
+        return UnitContents(values[..., : segment.raw].to(torch.float16), values[..., segment.raw :].to(torch.uint8))
+
+    def stored_of(self, contents: UnitContents) -> Tensor:
+        """Stored values ``[B, N, R]`` that ``pack`` takes, of what ``contents`` gave."""
+        if self.unit.segment.lossless:
+            return contents.raw
+        return torch.cat([contents.raw.float(), contents.codes.float()], dim=-1)
 
     def reader(self, slots: tuple[Slot, ...], heads: tuple[int, ...], head_dim: int) -> Reader:
         """Reader that gives ``heads`` of a layer from ``slots`` of this unit."""

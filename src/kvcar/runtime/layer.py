@@ -88,10 +88,9 @@ class CodedLayer(CacheLayerMixin):
 
     def oldest(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, count, D]`` of tokens ``first`` on, counted from the oldest outside the pages."""
-        assert self.pending is not None
         low, high = min(first, self.held), min(first + count, self.held)
         parts = []
-        for side, new in enumerate(self.pending):
+        for side, new in enumerate(self._arriving()):
             fresh = new[:, :, max(0, first - self.held) : max(0, first + count - self.held)]
             if low == high or self.buffers is None:
                 parts.append(fresh)
@@ -101,7 +100,7 @@ class CodedLayer(CacheLayerMixin):
         return parts[0], parts[1]
 
     def store(self, leave: int, sink_source: Tensor | None, dtype: torch.dtype) -> None:
-        """End a pass: the oldest ``leave`` tokens have become pages, the others stay in the window.
+        """The oldest ``leave`` tokens have become pages, at the end of a pass or between two; the others stay here.
 
         Args:
             leave: tokens that leave, counted from the oldest held.
@@ -109,9 +108,8 @@ class CodedLayer(CacheLayerMixin):
                 among them; None when no sink is.
             dtype: dtype of what is kept exactly.
         """
-        assert self.pending is not None
         going = self.oldest(0, leave) if sink_source is not None else None
-        total = self.held + self.pending[0].shape[2] - leave
+        total = self.held + self._arriving()[0].shape[2] - leave
         if leave == 0 and self.buffers is not None and self._fits(total):
             self._write_in_place()
         else:
@@ -125,6 +123,17 @@ class CodedLayer(CacheLayerMixin):
     def crop_window(self, held: int) -> None:
         """Keep the oldest ``held`` tokens of the window."""
         self.held = held
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H, sinks + held, D]`` of what is held exactly between passes."""
+        assert self.buffers is not None
+        keys, values = self.buffers
+        return keys[:, :, : self.sinks + self.held], values[:, :, : self.sinks + self.held]
+
+    def restore(self, paged: int, keys: Tensor, values: Tensor) -> None:
+        """Hold what ``kept`` gave of a layer of which ``paged`` tokens lay in pages."""
+        self.paged, self.held = paged, keys.shape[2] - self.sinks
+        self.buffers = (keys, values)
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the buffers by ``change(buffer)``, which works on the batch axis (0)."""
@@ -141,21 +150,26 @@ class CodedLayer(CacheLayerMixin):
         """Bytes of sinks and window."""
         return 0 if self.buffers is None else sum(buffer.nbytes for buffer in self.buffers)
 
+    def _arriving(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H, T, D]`` of the pass under way; no tokens at all between passes."""
+        if self.pending is not None:
+            return self.pending
+        assert self.buffers is not None
+        return self.buffers[0][:, :, :0], self.buffers[1][:, :, :0]
+
     def _fits(self, total: int) -> bool:
         assert self.buffers is not None
         return self.sinks + total <= self.buffers[0].shape[2]
 
     def _write_in_place(self) -> None:
         assert self.buffers is not None
-        assert self.pending is not None
-        for buffer, new in zip(self.buffers, self.pending, strict=True):
+        for buffer, new in zip(self.buffers, self._arriving(), strict=True):
             start = self.sinks + self.held
             buffer[:, :, start : start + new.shape[2]] = new
 
     def _rebuilt(self, leave: int, total: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        assert self.pending is not None
         rebuilt = []
-        for side, new in enumerate(self.pending):
+        for side, new in enumerate(self._arriving()):
             batch, heads, _, dim = new.shape
             size = self.sinks + window_capacity(total)
             buffer = torch.zeros(batch, heads, size, dim, dtype=dtype, device=new.device)

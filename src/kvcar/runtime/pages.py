@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..kernels.allocation import next_arena_pages
 from .coder import UnitCoder
+from .contents import UnitContents
+
+_PAGES_AT_ONCE = 8
 
 
 class PageStore:
@@ -52,6 +55,33 @@ class PageStore:
         self._write(page, self._pack(stored))
         self.tokens += count
 
+    def contents(self) -> tuple[UnitContents, ...]:
+        """Stored values of all tokens, for every unit, in dtypes as narrow as what they hold."""
+        used = -(-self.tokens // self._page_tokens)
+        runs: list[Tensor] = []
+        for arena in self.arenas:
+            held = arena[:, : max(0, used)]
+            runs += held.split(_PAGES_AT_ONCE, dim=1) if held.shape[1] else []
+            used -= arena.shape[1]
+        return tuple(self._joined([unit.contents(run) for run in runs]) for unit in self._units) if runs else ()
+
+    def fill(self, contents: Sequence[UnitContents], device: torch.device) -> None:
+        """Take in what ``contents`` of another store of the same layout gave; this one must be empty."""
+        step = _PAGES_AT_ONCE * self._page_tokens
+        for start in range(0, contents[0].raw.shape[1] if contents else 0, step):
+            parts = [UnitContents(c.raw[:, start : start + step], c.codes[:, start : start + step]) for c in contents]
+            self.append(
+                [unit.stored_of(part).to(device) for unit, part in zip(self._units, parts, strict=True)],
+            )
+
+    def fork(self) -> PageStore:
+        """A store with the same tokens that can be appended to without changing this one."""
+        fork = PageStore(self._units, self._page_bytes, self._page_tokens)
+        # Only the last arena is ever written to again.
+        fork.arenas = [*self.arenas[:-1], *(arena.clone() for arena in self.arenas[-1:])]
+        fork.tokens = self.tokens
+        return fork
+
     def crop(self, tokens: int) -> None:
         """Forget all but the first ``tokens`` tokens; arenas that hold none of them are freed."""
         self.tokens = tokens
@@ -65,6 +95,11 @@ class PageStore:
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every arena by ``change(arena)``, which works on the batch axis (0)."""
         self.arenas = [change(arena) for arena in self.arenas]
+
+    def _joined(self, parts: Sequence[UnitContents]) -> UnitContents:
+        """Consecutive runs as one, without what lies beyond the last token."""
+        raw, codes = torch.cat([p.raw for p in parts], dim=1), torch.cat([p.codes for p in parts], dim=1)
+        return UnitContents(raw[:, : self.tokens], codes[:, : self.tokens])
 
     def _pack(self, stored: Sequence[Tensor]) -> Tensor:
         batch, count = stored[0].shape[:2]

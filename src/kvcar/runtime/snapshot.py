@@ -1,0 +1,78 @@
+"""Taking out everything that a cache holds, and making a cache that holds it."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..bundle import Bundle
+from ..errors import CacheStateError
+from .cache import KVCarCache
+from .coder import PageCoder
+from .contents import CacheContents, KeysValues
+from .pages import PageStore
+from .sequence import SequenceState
+
+
+@torch.no_grad()
+def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
+    """What ``cache`` holds; it stays as it is. See ``KVCarCache.save`` for ``keep_window`` and the errors."""
+    cache._refuse_if_broken()
+    cache._drop_unfinished_pass()
+    if cache._state is None or cache._pages is None or cache._seen == 0:
+        raise CacheStateError("the cache holds no tokens yet, so there is nothing to save; run the model over some")
+    plain = {index: _plain_kept(layer) for index, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer)}
+    held = cache if keep_window else _flushed(cache, cache._pages)
+    assert held._pages is not None
+    return CacheContents(
+        tokens=cache._seen,
+        paged=held._pages.tokens,
+        padding=cache._state.padding,
+        offset=cache._state.offset,
+        units=held._pages.contents(),
+        exact={index: layer.kept() for index, layer in held._coded.items()},
+        plain=plain,
+    )
+
+
+def cache_of(contents: CacheContents, bundle: Bundle, coder: PageCoder, window: int | None) -> KVCarCache:
+    """A cache that holds ``contents``, on the device of ``coder``; raises InputError for a window that is no multiple."""
+    cache, device = KVCarCache(bundle, window), coder.device
+    cache._state = SequenceState(0, device)
+    cache._state.padding, cache._state.offset = contents.padding.to(device), contents.offset.to(device)
+    cache._state.padding_most = int(contents.padding.max())
+    cache._seen = contents.tokens
+    cache._pages = PageStore(coder.units, coder.layout.page_bytes, cache.plan.page_tokens)
+    cache._pages.fill(contents.units, device)
+    for index, (keys, values) in contents.exact.items():
+        cache._coded[index].restore(contents.paged, keys.to(device), values.to(device))
+    for index, (keys, values) in contents.plain.items():
+        layer = cache.layers[index]
+        layer.lazy_initialization(keys.to(device), values.to(device))
+        layer.keys, layer.values = keys.to(device), values.to(device)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = contents.tokens
+    return cache
+
+
+def _flushed(cache: KVCarCache, pages: PageStore) -> KVCarCache:
+    """A cache of the same tokens, all of them coded."""
+    copy = KVCarCache(cache.bundle, cache.plan.window)
+    copy.layers = [layer if isinstance(layer, DynamicLayer) else copy.layers[i] for i, layer in enumerate(cache.layers)]
+    copy._state, copy._seen, copy._host, copy._pages = cache._state, cache._seen, cache._host, pages.fork()
+    for index, layer in cache._coded.items():
+        # Coding the window makes new buffers, so these may be shared.
+        copy._coded[index].restore(layer.paged, *layer.kept())
+    copy.flush_window()
+    return copy
+
+
+def _plain_kept(layer: DynamicLayer) -> KeysValues:
+    """Keys and values that the next pass needs; a layer that records its past for assisted decoding holds more."""
+    keys, values = layer.keys, layer.values
+    assert keys is not None
+    assert values is not None
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        most = layer.sliding_window - 1
+        return keys[:, :, -most:], values[:, :, -most:]
+    return keys, values
