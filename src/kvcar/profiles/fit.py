@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..models.geometry import read_geometry
 from ..plan import Plan
 from ..planner.budget import bits_for
 from ..progress import OnProgress, silent
-from ..shapes import KVGeometry
+from ..shapes import KINDS, KVGeometry
 from ..train.distill import DistillOptions, distill
 from ..train.losses import kl_divergence
 from ..train.run import OnStep, told_nobody
@@ -26,10 +27,12 @@ from ..train.two_pass import TwoPass
 from .build import Solved, choose_blocks, empty_plan, longest_run, predicted_curve, solve
 from .options import PROFILES, ProfileOptions
 from .statistics import Statistics, collect_statistics
+from .stored import solve_stored
 
 CURVE_SIZES = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0)
 _HELD_WINDOWS = 2
-_SEARCHES = 5
+_SEARCHES = 6
+_SMALLEST_SIZE, _LARGEST_SIZE = 1.2, 40.0
 
 
 @dataclass(frozen=True)
@@ -89,29 +92,76 @@ def fit_profile(
         FitError: too little text, or a target out of reach.
         InputError: the model uses another attention implementation.
     """
-    options = options or ProfileOptions()
-    geometry = read_geometry(model.config)
-    profile, model_bytes = PROFILES[options.profile], model.dtype.itemsize
-    fitted, held = _split(windows, geometry, options)
-    effect = _spread(fitted, options.effect_tokens)
-    band = longest_run(geometry, profile)
-    # Pages are read a page's step at a time where there is a window, and token by token where there is none.
-    step = options.page_tokens if options.window else 1
+    return next(fit_profiles(model, name, windows, source, [options or ProfileOptions()], on_progress, on_step))
+
+
+def fit_profiles(
+    model: PreTrainedModel,
+    name: str,
+    windows: Tensor,
+    source: TextSource,
+    options: Sequence[ProfileOptions],
+    on_progress: OnProgress = silent,
+    on_step: OnStep = told_nobody,
+) -> Iterator[ProfileFit]:
+    """Fit several, one after the other, from the same statistics, as ``fit_profile`` does one.
+
+    Raises:
+        InputError: they differ in what the statistics depend on (window, sinks, pages, effect tokens, seed).
+    """
+    first, geometry = options[0], read_geometry(model.config)
+    if len({(o.window, o.sinks, o.page_tokens, o.effect_tokens, o.seed) for o in options}) > 1:
+        raise InputError("profiles fitted together must share window, sinks, page_tokens, effect_tokens and seed")
+    for each in options:
+        _check_text(windows, geometry, each)
+    fitted, held = windows[:-_HELD_WINDOWS], windows[-_HELD_WINDOWS:]
+    band = max(longest_run(geometry, PROFILES[each.profile]) for each in options)
     statistics = collect_statistics(
-        model, geometry, fitted, effect, band, options.sinks, step, options.window, options.seed, on_progress
-    )
-    rough = empty_plan(geometry, [tuple(geometry.slots(kind)) for kind in ("key", "value")], options)
-    budget = bits_for(rough, options.target, model_bytes)
-    plan = empty_plan(geometry, choose_blocks(statistics, profile, budget, on_progress), options)
-    measure = _Measure(model, plan, held)
-    size, solved, held_kl = _to_target(statistics, plan, options, model_bytes, measure, on_progress)
+        model, geometry, fitted, _spread(fitted, first.effect_tokens), band, first.sinks, _step(first), first.window,
+        first.seed, on_progress,
+    )  # fmt: skip
+    plans: dict[tuple[str, float], Plan] = {}
+    for each in options:
+        given = (each.profile, each.target)
+        if given not in plans:
+            plans[given] = _plan(statistics, each, model.dtype.itemsize, on_progress)
+        yield _fit_one(model, name, (fitted, held), source, each, statistics, plans[given], on_progress, on_step)
+
+
+def _step(options: ProfileOptions) -> int:
+    """Pages are read a page's step at a time where there is a window, and token by token where there is none."""
+    return options.page_tokens if options.window else 1
+
+
+def _plan(statistics: Statistics, options: ProfileOptions, model_bytes: int, on_progress: OnProgress) -> Plan:
+    geometry, profile = statistics.geometry, PROFILES[options.profile]
+    rough = empty_plan(geometry, [tuple(geometry.slots(kind)) for kind in KINDS], options)
+    # Blocks without a limit on FLOPs do not depend on the budget, and entropy-coded sizes reach further than whole bits.
+    budget = 1 if profile.flops_per_element is None else bits_for(rough, options.target, model_bytes)
+    return empty_plan(geometry, choose_blocks(statistics, profile, budget, on_progress), options)
+
+
+def _fit_one(
+    model: PreTrainedModel,
+    name: str,
+    windows: tuple[Tensor, Tensor],
+    source: TextSource,
+    options: ProfileOptions,
+    statistics: Statistics,
+    plan: Plan,
+    on_progress: OnProgress,
+    on_step: OnStep,
+) -> ProfileFit:
+    fitted, held = windows
+    solver = _Solver(statistics, plan, options, model.dtype.itemsize)
+    size, solved, held_kl = _to_target(solver, options, _Measure(model, plan, held), on_progress)
     print_ = fingerprint(model)
     identity = ModelIdentity(
         name=name, architecture=type(model).__name__, dtype=print_.dtype, fingerprint=print_.digest
     )
-    fit = provenance(fitted, source, options.seed, options.as_dict())
+    fit = provenance(fitted, source, options.seed, options.as_dict() | {"times_smaller": size})
     bundle = Bundle(solved.plan, solved.blocks, print_, identity, fit)
-    curve = _curve(statistics, plan, model_bytes, held_kl / max(solved.predicted_kl, 1e-12))
+    curve = solver.curve(held_kl / max(solved.predicted_kl, 1e-12))
     if not options.tune_steps:
         return ProfileFit(bundle, size, held_kl, held_kl, curve)
     tuning = DistillOptions(
@@ -120,6 +170,26 @@ def fit_profile(
     )  # fmt: skip
     tuned = distill(model, bundle, torch.cat([fitted, held]), tuning, on_progress, on_step)
     return ProfileFit(tuned.bundle, size, tuned.before, tuned.after, curve, tuple(tuned.history))
+
+
+class _Solver:
+    """Solutions of one plan at any size."""
+
+    def __init__(self, statistics: Statistics, plan: Plan, options: ProfileOptions, model_bytes: int) -> None:
+        self._statistics, self._plan, self._model_bytes = statistics, plan, model_bytes
+        self._entropy_coded = PROFILES[options.profile].entropy_coded
+
+    def __call__(self, size: float, on_progress: OnProgress) -> Solved:
+        if self._entropy_coded:
+            return solve_stored(self._statistics, self._plan, size, on_progress)
+        return solve(self._statistics, self._plan, size, self._model_bytes, on_progress)
+
+    def curve(self, factor: float) -> tuple[CurvePoint, ...]:
+        """Sizes within reach, predicted divergences times ``factor``; none for entropy-coded ones, each of which would take a search."""
+        if self._entropy_coded:
+            return ()
+        points = predicted_curve(self._statistics, self._plan, CURVE_SIZES, self._model_bytes)
+        return tuple(CurvePoint(size, factor * kl) for size, kl in points)
 
 
 class _Measure:
@@ -139,22 +209,18 @@ class _Measure:
 
 
 def _to_target(
-    statistics: Statistics,
-    plan: Plan,
-    options: ProfileOptions,
-    model_bytes: int,
-    measure: _Measure,
-    on_progress: OnProgress,
+    solver: _Solver, options: ProfileOptions, measure: _Measure, on_progress: OnProgress
 ) -> tuple[float, Solved, float]:
     """Size, solution and its measured divergence: at the size asked for, or the smallest within ``max_kl``."""
     if options.max_kl is None:
-        solved = solve(statistics, plan, options.target, model_bytes, on_progress)
+        solved = solver(options.target, on_progress)
         return options.target, solved, measure(solved)
     best: tuple[float, Solved, float] | None = None
-    low, high = 1.5, _largest_size(statistics, plan, model_bytes)
+    curve = solver.curve(1.0)
+    low, high = _SMALLEST_SIZE, curve[-1].times_smaller if curve else _LARGEST_SIZE
     size = min(options.target, (low * high) ** 0.5)
     for search in range(_SEARCHES):
-        solved = solve(statistics, plan, size, model_bytes, silent)
+        solved = solver(size, silent)
         found = measure(solved)
         if found <= options.max_kl:
             low, best = size, (size, solved, found)
@@ -164,24 +230,13 @@ def _to_target(
         size = (low * high) ** 0.5
     if best is None:
         raise FitError(
-            f"a KL divergence of {options.max_kl:g} is out of reach: {size:.2f} times smaller still costs {found:.4f}; "
+            f"a KL divergence of {options.max_kl:g} is out of reach: {high:.2f} times smaller still costs more; "
             "ask for more, or give more text to fit on"
         )
     return best
 
 
-def _largest_size(statistics: Statistics, plan: Plan, model_bytes: int) -> float:
-    """The largest of the curve's sizes that is within reach."""
-    return predicted_curve(statistics, plan, CURVE_SIZES, model_bytes)[-1][0]
-
-
-def _curve(statistics: Statistics, plan: Plan, model_bytes: int, factor: float) -> tuple[CurvePoint, ...]:
-    points = predicted_curve(statistics, plan, CURVE_SIZES, model_bytes)
-    return tuple(CurvePoint(size, factor * kl) for size, kl in points)
-
-
-def _split(windows: Tensor, geometry: KVGeometry, options: ProfileOptions) -> tuple[Tensor, Tensor]:
-    """Windows to fit on and windows held back."""
+def _check_text(windows: Tensor, geometry: KVGeometry, options: ProfileOptions) -> None:
     if windows.ndim != 2 or len(windows) <= _HELD_WINDOWS:
         raise InputError(
             f"a fit by profile needs more than {_HELD_WINDOWS} windows of token ids, got shape {tuple(windows.shape)}; "
@@ -196,15 +251,14 @@ def _split(windows: Tensor, geometry: KVGeometry, options: ProfileOptions) -> tu
             f"windows of {windows.shape[1]} tokens are too short for {options.sinks} sinks and a window of "
             f"{options.window}; fit on longer ones"
         )
-    fitted = windows[:-_HELD_WINDOWS]
-    usable, width = fitted.shape[0] * (fitted.shape[1] - options.sinks), geometry.kv_heads * geometry.head_dim
+    width = geometry.kv_heads * geometry.head_dim
+    usable = (len(windows) - _HELD_WINDOWS) * (windows.shape[1] - options.sinks)
     widest = min(PROFILES[options.profile].widest_elements, longest_run(geometry, PROFILES[options.profile]) * width)
     if usable < 2 * widest:
         raise FitError(
             f"{usable} tokens are too few to fit blocks of up to {widest} elements (needed: at least {2 * widest}); give "
             "more text or tokens, or a profile with narrower blocks"
         )
-    return fitted, windows[-_HELD_WINDOWS:]
 
 
 def _spread(windows: Tensor, tokens: int) -> Tensor:

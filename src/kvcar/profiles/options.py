@@ -16,17 +16,20 @@ class Profile:
         widest_elements: elements of the widest block.
         flops_per_element: FLOPs of decoding one key or value element, the average over all; None for no limit.
         purpose: one line for help texts.
+        entropy_coded: whether sizes are those of a stored context, whose codes take their entropy.
     """
 
     widest_elements: int
     flops_per_element: float | None
     purpose: str
+    entropy_coded: bool = False
 
 
 PROFILES = {
     "fast": Profile(512, 512, "narrow blocks that stay bound by memory when they are decoded"),
     "balanced": Profile(1024, 1200, "a few adjacent layers to a block"),
     "small": Profile(8192, None, "many or all layers to a block, for capacity"),
+    "stored": Profile(8192, None, "contexts saved to disk, where codes take their entropy", entropy_coded=True),
 }
 DEFAULT_PROFILE = "balanced"
 

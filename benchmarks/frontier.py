@@ -1,0 +1,124 @@
+"""The frontier of quality against bytes: bundles by profile at several sizes, on several texts, stepped through the cache.
+
+python benchmarks/frontier.py fit FOLDER wikitext-2/valid.txt 'c4/validation-1k.jsonl[:500]'
+python benchmarks/frontier.py evaluate FOLDER wikitext-2/test.txt
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcar.bundle import Bundle
+from kvcar.cli.texts import windows_of_all
+from kvcar.evaluate.fidelity import fidelity_figures, measure_fidelity
+from kvcar.fit.text import joined, read_text, token_windows
+from kvcar.models.load import load_model
+from kvcar.profiles.fit import fit_profiles
+from kvcar.profiles.options import ProfileOptions
+from kvcar.record import Record
+from kvcar.report.card import model_card
+from kvcar.runtime.attach import attach
+from kvcar.runtime.cache import KVCarCache
+
+RESULTS = Path(__file__).parent / "results"
+SETTINGS = {
+    "fast-4x": ("fast", 4.0),
+    "balanced-6x": ("balanced", 6.0),
+    "balanced-8x": ("balanced", 8.0),
+    "small-6x": ("small", 6.0),
+    "small-8x": ("small", 8.0),
+    "small-12x": ("small", 12.0),
+    "stored-20x": ("stored", 20.0),
+}
+app = typer.Typer()
+
+Only = Annotated[list[str] | None, typer.Option(help="Settings to run; all by default.")]
+
+
+def _tell(what: str, done: int, total: int) -> None:
+    if done >= total or done == 0:
+        print(f"{time.strftime('%H:%M:%S')} {what}: {done} of {total}", flush=True)
+
+
+@app.command()
+def fit(
+    folder: Path, texts: list[Path], only: Only = None, model: str = "demo", tokens: int = 24_576, tune_steps: int = 0
+) -> None:
+    """Fit the bundles from shared statistics; a record of each fit goes into ``results/``."""
+    sources = [read_text(text) for text in texts]
+    loaded = load_model(model, "float32")
+    windows = windows_of_all(loaded.tokenizer, sources, 1024, tokens // 1024)
+    names = [name for name in SETTINGS if not only or name in only]
+    options = [
+        ProfileOptions(profile=SETTINGS[name][0], times_smaller=SETTINGS[name][1], tune_steps=tune_steps)
+        for name in names
+    ]
+    found = fit_profiles(loaded.model, model, windows, joined(sources), options, _tell)
+    for name, option in zip(names, options, strict=True):
+        began = time.perf_counter()
+        result = next(found)
+        seconds = time.perf_counter() - began
+        result.bundle.save(folder / name, model_card(result.bundle, None), overwrite=True)
+        figures = {
+            "held_back_kl": result.held_kl,
+            "tuned_kl": result.tuned_kl,
+            "curve": [[p.times_smaller, p.predicted_kl] for p in result.curve],
+            "tuning": list(result.history),
+            "seconds": seconds,
+            "codec_bytes": result.bundle.codec_bytes,
+            "blocks": [[b.kind, sorted({s.layer for s in b.slots})] for b in result.bundle.plan.blocks],
+        }
+        Record("frontier-fit", figures, {"model": model, "name": name, **option.as_dict()}).write(
+            RESULTS / f"frontier-fit-{name}.json"
+        )
+        print(f"{name}: held-back KL {result.held_kl:.5f}, tuned {result.tuned_kl:.5f}, {seconds:.0f} s", flush=True)
+
+
+@app.command()
+def evaluate(
+    folder: Path,
+    text: Path,
+    only: Only = None,
+    model: str = "demo",
+    context: int = 4096,
+    windows: int = 4,
+    name: str = "",
+) -> None:
+    """Evaluate the bundles on a text, side by side; a record of each goes into ``results/``."""
+    source, loaded = read_text(text), load_model(model, "float32")
+    ids = token_windows(loaded.tokenizer, source.text, context, windows)
+    bundles = {n: Bundle.load(folder / n) for n in SETTINGS if (not only or n in only) and (folder / n).exists()}
+    # A stored context keeps no window: all of it but the sinks is read from codes.
+    caches = {
+        n: (lambda b=bundle, w=(0 if SETTINGS[n][0] == "stored" else None): KVCarCache(b, w, keep_decoded=True))
+        for n, bundle in bundles.items()
+    }
+    done = 0
+
+    def on_chunk(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        if done % 1024 == 0:
+            _tell(f"evaluated {done}", done, done)
+
+    with attach(loaded.model, next(iter(bundles.values()))):
+        results = measure_fidelity(loaded.model, ids, caches, on_chunk)
+    label = name or text.parent.name
+    for n, bundle in bundles.items():
+        config = {
+            "model": model, "name": n, "profile": SETTINGS[n][0], "target": SETTINGS[n][1], "text": source.name,
+            "text_name": label, "text_sha256": source.sha256, "dtype": str(loaded.model.dtype),
+            "window": 0 if SETTINGS[n][0] == "stored" else bundle.plan.window, "fit": bundle.fit.model_dump(mode="json"),
+        }  # fmt: skip
+        figures = fidelity_figures(results[n])
+        Record("frontier", figures, config).write(RESULTS / f"frontier-{label}-{n}.json")
+        kl = figures["kl_divergence"]
+        print(f"{n}: {figures['times_smaller']:.2f}x KL {kl:.5f} ppl x {figures['perplexity_ratio']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    app()
