@@ -17,6 +17,7 @@ ORDER = [
     "progress",
     "version",
     "record",
+    "processes",
     "entropy",
     "kernels",
     "codecs",

@@ -146,7 +146,7 @@ import json, sys, torch
 sys.path.insert(0, {tests!r})
 from test_train import QUICK, SOURCE, WINDOWS, start, tiny_model, train_bundle
 from dataclasses import replace
-from kvcar.train.processes import state
+from kvcar.processes import state
 torch.set_num_threads(1)
 model = tiny_model("llama")
 result = train_bundle(model, start(model), WINDOWS, SOURCE, replace(QUICK, windows_per_step=4))

@@ -18,6 +18,7 @@ from ..fit.fit import fit_bundle
 from ..fit.options import FitOptions
 from ..fit.text import TextSource, interleaved, joined, token_windows
 from ..models.load import LoadedModel, load_model
+from ..processes import state
 from ..profiles.fit import ProfileFit, fit_profile
 from ..profiles.options import DEFAULT_PROFILE, PROFILES, ProfileOptions
 from ..progress import OnProgress, counter
@@ -166,6 +167,8 @@ def fit(
                 loaded.model, model, windows, source, options, tell, by_effect if allocate == "effect" else None
             )
         measured = check_bundle(loaded, bundle, held, tell) if check and held else None
+    if not state().is_main_process:
+        return  # under `accelerate launch` all have the same bundle, and one writes it
     bundle.save(output, model_card(bundle, measured), overwrite=force)
     _tell(bundle, output, measured)
     if found is not None:

@@ -14,12 +14,12 @@ from ..errors import InputError
 from ..evaluate.fidelity import fidelity_figures
 from ..fit.text import TextSource
 from ..models.load import LoadedModel, load_model
+from ..processes import state as processes
 from ..record import Record
 from ..report.card import model_card
 from ..train.algorithm import TrainResult, train_bundle
 from ..train.finetune import finetune_weights
 from ..train.options import TrainOptions
-from ..train.processes import state as processes
 from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Text
 from .console import check_writable, out, progress_bars, step_teller

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models.attention_hook import AttentionHook
+from ..processes import own_share, total
 from ..progress import OnProgress, counter, silent
 from ..shapes import KINDS, Kind, KVGeometry
 
@@ -42,7 +43,7 @@ class EffectProbe(AttentionHook):
     ) -> None:
         super().__init__(model, geometry)
         self.sinks, self._step_tokens, self._window = sinks, step_tokens, window
-        self._draw = torch.Generator().manual_seed(seed)
+        self._seed = seed
 
     def run(self, windows: Tensor, on_vectors: OnLayer, on_gradients: OnLayer) -> Iterator[int]:
         """Go over ``windows`` int64 ``[N, T]`` one by one, yielding the tokens that were taken in.
@@ -59,6 +60,8 @@ class EffectProbe(AttentionHook):
             with self:
                 for window in windows:
                     self._vectors, self._gradients = on_vectors, on_gradients
+                    # By window, so that it does not matter which process runs it.
+                    self._draw = torch.Generator().manual_seed(self._seed + int(window.sum()))
                     with torch.enable_grad():
                         logits = self.model(input_ids=window[None].to(self.parts.device), use_cache=False).logits[0]
                         self._likelihood(logits).backward()
@@ -129,15 +132,17 @@ def effect_metrics(
     sums: dict[tuple[int, Kind], Tensor] = {}
 
     def add(layer: int, kind: Kind, gradients: Tensor) -> None:
-        own = (gradients.T @ gradients).double().cpu()
-        sums[layer, kind] = sums[layer, kind].add_(own) if (layer, kind) in sums else own
+        outer = (gradients.T @ gradients).double().cpu()
+        sums[layer, kind] = sums[layer, kind].add_(outer) if (layer, kind) in sums else outer
 
-    total = windows.shape[0] * (windows.shape[1] - probe.sinks)
-    count = counter(on_progress, "measure the effect of errors", total)
+    own = own_share(windows)
+    count = counter(on_progress, "measure the effect of errors", own.shape[0] * (own.shape[1] - probe.sinks))
     count(0)
-    for tokens in probe.run(windows, lambda *_: None, add):
+    for tokens in probe.run(own, lambda *_: None, add):
         count(tokens)
-    return {key: value / total for key, value in sums.items()}
+    tokens = windows.shape[0] * (windows.shape[1] - probe.sinks)
+    # In the same order everywhere: the backward pass reaches values before keys, last layer first.
+    return {key: total(sums[key]) / tokens for key in sorted(sums)}
 
 
 def damped(metric: Tensor, covariance: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..processes import from_first, joined_rows, total
+
 
 class LayerMoments:
     """Means, covariances within ``band`` layers of each other, and a thin sample, accumulated as vectors stream by.
@@ -31,6 +33,7 @@ class LayerMoments:
         self._outer: dict[tuple[int, int], Tensor] = {}
         self._recent: dict[int, Tensor] = {}
         self._samples: list[list[Tensor]] = [[] for _ in self.layers]
+        self._moved: dict[int, Tensor] = {}
 
     def add(self, layer: int, x: Tensor) -> None:
         """Take in one layer's vectors ``[N, W]`` of a window."""
@@ -48,6 +51,23 @@ class LayerMoments:
         if place == len(self.layers) - 1:
             self.count += len(x)
             self._recent = {}
+
+    def reduce(self) -> None:
+        """Take in what the other processes saw; all then hold the same."""
+        count, sums = self.count, self._sums.clone()
+        for place in range(len(self.layers)):
+            shift = self._shift[place].double().cpu()
+            common = from_first(shift)
+            # Sums about another point: exact in what is known about this one.
+            self._shift[place], self._moved[place] = common, shift - common
+            self._sums[place] = total(sums[place] + count * self._moved[place])
+        for (p, q), outer in self._outer.items():
+            a, b = self._moved[p], self._moved[q]
+            outer += torch.outer(sums[p], b) + torch.outer(a, sums[q]) + count * torch.outer(a, b)
+            self._outer[p, q] = total(outer)
+        self.count = int(total(torch.tensor(count)))
+        self._samples = [[joined_rows(torch.cat(parts))] for parts in self._samples]
+        self._moved = {}
 
     def mean(self, layers: Sequence[int]) -> Tensor:
         """Mean float64 ``[len(layers) * W]``."""

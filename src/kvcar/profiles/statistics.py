@@ -13,6 +13,7 @@ from ..fit.capture import capture
 from ..fit.effect import EffectProbe, damped, effect_metrics
 from ..fit.layer_moments import LayerMoments
 from ..fit.solve import Basis, principal_basis
+from ..processes import own_share
 from ..progress import OnProgress, counter
 from ..shapes import KINDS, Kind, KVGeometry, Slot
 
@@ -101,19 +102,23 @@ def collect_statistics(
         step_tokens, window: which recent tokens are read exactly; see ``EffectProbe``.
         seed: of the tokens drawn for the metrics.
         on_progress: told what is going on.
+
+    Under ``accelerate launch`` each process runs its share of the windows, and all end with the statistics of all windows.
     """
     layers, width = geometry.codable_layers, geometry.kv_heads * geometry.head_dim
-    total = windows.shape[0] * (windows.shape[1] - sinks)
-    stride = max(1, total // _SAMPLE_TOKENS)
+    stride = max(1, windows.shape[0] * (windows.shape[1] - sinks) // _SAMPLE_TOKENS)
+    windows = own_share(windows)
     moments: dict[Kind, LayerMoments] = {kind: LayerMoments(layers, width, band, stride) for kind in KINDS}
     sides = [(layer, kind) for layer in layers for kind in KINDS]
     blocks = [tuple(Slot(layer, head, kind) for head in range(geometry.kv_heads)) for layer, kind in sides]
-    count = counter(on_progress, "capture keys and values", total)
+    count = counter(on_progress, "capture keys and values", windows.shape[0] * (windows.shape[1] - sinks))
     count(0)
     for tokens in capture(
         model, geometry, windows, blocks, sinks, lambda i, x: moments[sides[i][1]].add(sides[i][0], x)
     ):
         count(tokens)
+    for each in moments.values():
+        each.reduce()
     probe = EffectProbe(model, geometry, sinks, step_tokens, window, seed)
     metrics = effect_metrics(probe, effect_windows, on_progress)
     for layer, kind in sides:

@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 from ..bundle import Bundle
 from ..errors import InputError
+from ..processes import share
+from ..processes import state as processes
 from ..progress import OnProgress
 from .checkpoint import TrainState, load_checkpoint, remove_checkpoint, restore_optimizer, save_checkpoint
 from .layers import LayerStack
 from .losses import cross_entropy, kl_divergence
 from .options import TrainOptions
-from .processes import share
-from .processes import state as processes
 from .simulate import Simulator, Units
 from .trainer import Stage, mean, run_stage, window_order
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FitError
+from ..processes import average, average_gradients
 from .checkpoint import TrainState, copy_of
-from .processes import average, average_gradients
 
 _CLIP = 1.0
 _WARM_UP = 0.05
