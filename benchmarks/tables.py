@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from frontier_tables import frontier_page
 from paper_tables import paper_page
 
 HERE = Path(__file__).parent
@@ -73,7 +74,7 @@ def memory_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"fidelity.md": fidelity_page, "memory.md": memory_page, "paper.md": paper_page}
+PAGES = {"fidelity.md": fidelity_page, "memory.md": memory_page, "paper.md": paper_page, "frontier.md": frontier_page}
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def joined_rows(rows: Tensor) -> Tensor:
 
 
 def own_share(windows: Tensor) -> Tensor:
-    """This process' windows, every so many-th of all.
+    """Every so many-th of all windows: the part of the process that asks.
 
     Raises:
         InputError: there are fewer windows than processes.

@@ -104,7 +104,7 @@ def _run(model: PreTrainedModel, cache: Cache, tokens: int, decode_tokens: int) 
         model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     """A size from the kernel's account of this process, such as VmRSS (resident now) or VmHWM (its peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -112,7 +112,7 @@ def _status_bytes(field: str) -> int:
     raise InputError(f"this system does not tell {field}; peak memory is measured on Linux only")
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Set the kernel's peak to the present size, so that loading the model does not count."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -144,10 +144,10 @@ def _fill_child(given: dict[str, Any]) -> dict[str, int]:
     for _ in range(8):
         step(warm)
     del warm
-    before, cache, tokens, held, growth = _status_bytes("VmRSS"), new_cache(), 0, 0, 0
+    before, cache, tokens, held, growth = status_bytes("VmRSS"), new_cache(), 0, 0, 0
     while tokens < most:
         step(cache)
-        grown = _status_bytes("VmRSS") - before
+        grown = status_bytes("VmRSS") - before
         if grown > int(given["memory"]):
             break
         tokens, growth = tokens + _FILL_CHUNK_TOKENS, grown
@@ -166,11 +166,11 @@ def _child(given: dict[str, Any]) -> MemoryRun:
 
     tokens, decode = int(given["tokens"] or 0), int(given["decode"] or 0)
     _run(loaded.model, new_cache(), min(_WARM_UP_TOKENS, tokens), min(2, decode))
-    _forget_peak()
-    before = _status_bytes("VmRSS")
+    forget_peak()
+    before = status_bytes("VmRSS")
     cache = new_cache()
     _run(loaded.model, cache, tokens, decode)
-    peak = _status_bytes("VmHWM")
+    peak = status_bytes("VmHWM")
     held = cache.stored_bytes() if isinstance(cache, KVCarCache) else held_elements(cache) * loaded.model.dtype.itemsize
     return MemoryRun(tokens, peak - before, held)
 
