@@ -20,10 +20,13 @@ if TYPE_CHECKING:
     from .models.load import load_model as load_model
     from .plan import Block as Block
     from .plan import Plan as Plan
+    from .profiles.fit import fit_profile as fit_profile
+    from .profiles.options import ProfileOptions as ProfileOptions
     from .runtime.attach import Attachment as Attachment
     from .runtime.attach import attach as attach
     from .runtime.attach import detach as detach
     from .runtime.cache import KVCarCache as KVCarCache
+    from .train.distill import distill as distill
     from .version import __version__ as __version__
 
 _HOMES = {
@@ -35,10 +38,13 @@ _HOMES = {
     "KVCarCache": ".runtime.cache",
     "KVCarError": ".errors",
     "Plan": ".plan",
+    "ProfileOptions": ".profiles.options",
     "__version__": ".version",
     "attach": ".runtime.attach",
     "detach": ".runtime.attach",
+    "distill": ".train.distill",
     "fit_bundle": ".fit.fit",
+    "fit_profile": ".profiles.fit",
     "load_model": ".models.load",
     "measure_fidelity": ".evaluate.fidelity",
     "read_text": ".fit.text",
@@ -54,10 +60,13 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "KVCarCache",
     "KVCarError",
     "Plan",
+    "ProfileOptions",
     "__version__",
     "attach",
     "detach",
+    "distill",
     "fit_bundle",
+    "fit_profile",
     "load_model",
     "measure_fidelity",
     "read_text",

@@ -40,8 +40,8 @@ _NEW_TOKENS = 48
 _IDENTITY = "identity"
 _SETTINGS = {
     _IDENTITY: FitOptions(codec="identity"),
-    "5x": FitOptions(times_smaller=5, layers_per_block=5, metric="effect"),
-    "8x": FitOptions(times_smaller=8, layers_per_block=5, metric="effect"),
+    "5x": FitOptions(times_smaller=5, layers_per_block=5, metric="effect", effect_tokens=3072),
+    "8x": FitOptions(times_smaller=8, layers_per_block=5, metric="effect", effect_tokens=3072),
 }
 _QUESTION = "Explain in three sentences what the text above is about."
 
