@@ -97,7 +97,7 @@ def _fits() -> list[str]:
                 f"{r['codec_bytes'] / 1e6:.0f}",
                 held,
                 curve,
-            ]  # fmt: skip
+            ]
         )
     note = (
         "Held-back KL is measured in two passes on two windows of the fitting text, before and after tuning; the curve is the "

@@ -26,7 +26,7 @@ class Profile:
 
 
 PROFILES = {
-    "fast": Profile(512, 512, "narrow blocks that stay bound by memory when they are decoded"),
+    "fast": Profile(512, 768, "narrow blocks that stay bound by memory when they are decoded"),
     "balanced": Profile(1024, 1200, "a few adjacent layers to a block"),
     "small": Profile(8192, None, "many or all layers to a block, for capacity"),
     "stored": Profile(8192, None, "contexts saved to disk, where codes take their entropy", entropy_coded=True),
