@@ -61,10 +61,13 @@ def warm_start(basis: Basis, latents: int) -> AutoencoderModule:
     """An autoencoder that computes the PCA with ``latents`` directions, with ``2 * latents`` hidden units."""
     mean, std = basis.mean.float(), basis.std.float()
     module = AutoencoderModule(mean, std, hidden=2 * latents, latents=latents)
-    # The module normalises its input by `std`, so the maps are those of normalised vectors.
+    # The module normalises its input by `std`, so the maps are those of normalised vectors; hidden units look along
+    # directions of length 1 whatever the metric's unit, so that one learning rate fits all parameters.
     analysis = (basis.std[:, None] * basis.encoder[:, :latents]).float()
-    synthesis = (basis.decoder[:latents] / basis.std).float()
-    spread = basis.variances[:latents].float().sqrt().clamp_min(1e-6)
+    lengths = analysis.norm(dim=0).clamp_min(1e-12)
+    analysis = analysis / lengths
+    synthesis = (basis.decoder[:latents] / basis.std).float() * lengths[:, None]
+    spread = (basis.variances[:latents].float().sqrt() / lengths).clamp_min(1e-6)
     both = torch.cat([analysis.T, -analysis.T])
     undo = torch.cat([torch.eye(latents), -torch.eye(latents)]) / (1 + LEAKY_SLOPE)
     # Latents are scaled to unit variance, so that all of them quantise alike.
