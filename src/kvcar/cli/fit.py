@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import Tensor
 
 from ..bundle import Bundle, check_target
 from ..errors import InputError
@@ -113,7 +114,7 @@ def fit(
     source, held = fit_and_check_text(text, check)
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
-        windows = _fit_windows(loaded, source, tokens)
+        windows = fit_windows(loaded, source, tokens)
         short = windows[:_EFFECT_WINDOWS, :_EFFECT_CONTEXT]
         by_effect = partial(latents_by_effect, loaded.model, short, on_progress=tell)
         bundle = fit_bundle(
@@ -131,7 +132,8 @@ def fit(
         Record("fit", figures, config={"model": model, **options.as_dict()}).write(json)
 
 
-def _fit_windows(loaded: LoadedModel, source: TextSource, tokens: int | None):
+def fit_windows(loaded: LoadedModel, source: TextSource, tokens: int | None = None) -> Tensor:
+    """Token ids int64 ``[N, context]`` that a fit reads by default; raises InputError where the text is too short."""
     context = min(_CONTEXT, loaded.model.config.get_text_config().max_position_embeddings)
     if tokens is None:
         return up_to_windows(loaded.tokenizer, source.text, context, DEFAULT_TOKENS // context)
