@@ -6,12 +6,12 @@ python benchmarks/compare.py wikitext-2/valid.txt wikitext-2/test.txt --bundle l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from baselines import BASELINES, BaselineCache, Calibration
-from transformers import PreTrainedModel
+from baselines import BASELINES, BaselineCache, Calibration, Method
 
 from kvcar.cli.compare import named_bundles
 from kvcar.cli.console import errors, out, progress_bars
@@ -61,7 +61,7 @@ def main(
         for name, reason in missing.items():
             errors.print(f"[yellow]left out:[/] {name}: {reason}", soft_wrap=True)
         calibration = Calibration(loaded.model, fit_windows(loaded, fit_source), tell)
-        contenders += quantized + baselines(loaded.model, calibration, [name for name in BASELINES if name in pending])
+        contenders += quantized + baselines(calibration, [name for name in BASELINES if name in pending])
         ids = token_windows(loaded.tokenizer, source.text, context, windows)
         on_chunk = counter(tell, "compare", ids.numel() * len(groups(contenders, side_by_side)))
         common = {"model": model, "text": source.name, "text_name": text_name, "text_sha256": source.sha256,
@@ -77,17 +77,16 @@ def main(
         out.print(fidelity_table(done))
 
 
-def baselines(model: PreTrainedModel, calibration: Calibration, names: Sequence[str]) -> list[Contender]:
+def baselines(calibration: Calibration, names: Sequence[str]) -> list[Contender]:
     """Contenders of rival methods, fitted where they need it."""
-    found = []
-    for name in names:
-        method = BASELINES[name](calibration)
-        # Methods that code keys as the cache gets them have no use for the tables.
-        rotary = calibration.rotary if method.keys_before_rope else {}
-        geometry = calibration.geometry
-        make = lambda method=method, rotary=rotary: BaselineCache(method, geometry, rotary)  # noqa: E731
-        found.append(Contender(name, method.family, make, dict(method.config)))
-    return found
+    return [_contender(name, BASELINES[name](calibration), calibration) for name in names]
+
+
+def _contender(name: str, method: Method, calibration: Calibration) -> Contender:
+    # Methods that code keys as the cache gets them have no use for the tables.
+    rotary = calibration.rotary if method.keys_before_rope else {}
+    make = partial(BaselineCache, method, calibration.geometry, rotary)
+    return Contender(name, method.family, make, dict(method.config))
 
 
 def _chosen(known: Sequence[str], only: Sequence[str] | None) -> list[str]:

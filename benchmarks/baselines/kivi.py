@@ -46,9 +46,8 @@ class Kivi(Method):
         """See ``Method``; a group that sinks cut short still has a step and a least element of its own."""
         dim = 2 if kind == "key" else 3
         # Groups end at whole blocks, so what is left over (sinks taken out) is in the first one.
-        first = x.shape[dim] % GROUP
-        parts = [x.narrow(dim, 0, first)] if first else []
-        parts += x.narrow(dim, first, x.shape[dim] - first).split(GROUP, dim)
+        whole, first = divmod(x.shape[dim], GROUP)
+        parts = x.split([first] * (first > 0) + [GROUP] * whole, dim)
         quantised = [quantise(part, self.bits, dim) for part in parts]
         return Stored(
             codes=tuple(Codes(codes, self.bits) for codes, _, _ in quantised),
