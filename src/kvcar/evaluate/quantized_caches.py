@@ -64,7 +64,7 @@ for _backend, _axis in (("quanto", 0), ("hqq", 1)):
 def quantized_contenders(
     config: PreTrainedConfig, geometry: KVGeometry, names: Sequence[str]
 ) -> tuple[list[Contender], dict[str, str]]:
-    """Contenders, and for those whose package is not installed the reason why they are left out.
+    """Contenders, and the reason for each that is left out: its package is not installed, or layers slide.
 
     Raises:
         InputError: an unknown name, or a package that is installed but does not work.
@@ -72,6 +72,9 @@ def quantized_contenders(
     found, missing = [], {}
     for name in names:
         setting = QUANTIZED[name]
+        if geometry.sliding_layers:
+            missing[name] = "transformers' QuantizedCache takes no model with sliding-window layers"
+            continue
         if not setting.installed:
             missing[name] = f"{setting.package} is not installed (pip install '{EXTRA}')"
             continue
