@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from kvcar.models.structure import find_decoder
 from .calibration import Block, Calibration
 
 _CONTEXT, _WINDOWS = 512, 8
+_LEAST, _BISECTIONS = 1e-30, 200
 _PROJECTIONS = {"key": "k_proj", "value": "v_proj"}
 
 
-def fisher_of_blocks(calibration: Calibration, blocks: Sequence[Block]) -> list[float]:
-    """Information of each block's rows of its layer's projection.
+@lru_cache(maxsize=1)
+def fisher_of_blocks(calibration: Calibration, blocks: tuple[Block, ...]) -> tuple[float, ...]:
+    """Information of each block's rows of its layer's projection; kept, since every size of Palu asks for it.
 
     Raises:
         InputError: the model's attention has no separate ``k_proj`` and ``v_proj``.
@@ -40,7 +43,7 @@ def fisher_of_blocks(calibration: Calibration, blocks: Sequence[Block]) -> list[
     for block, weight in zip(blocks, weights, strict=True):
         rows = squares[id(weight)].view(-1, dim, weight.shape[1])[[slot.head for slot in block]]
         found.append(float(rows.sqrt().mean()))
-    return found
+    return tuple(found)
 
 
 def _mean_squared_gradients(calibration: Calibration, weights: list[Tensor]) -> dict[int, Tensor]:
@@ -70,21 +73,18 @@ def share_ranks(information: Sequence[float], full: Sequence[int], kept: float) 
         kept: share of all ranks, above 0 and at most 1.
     """
     total = max(len(full), round(kept * sum(full)))
-    # What groups at their width cannot use goes to the others, again in proportion; each keeps at least one rank.
-    capped: set[int] = set()
-    while True:
-        free = [i for i in range(len(full)) if i not in capped]
-        left = total - sum(full[i] for i in capped)
-        scale = left / sum(information[i] for i in free) if free else 0.0
-        over = {i for i in free if information[i] * scale > full[i]}
-        if not over:
-            break
-        capped |= over
-    exact = [float(full[i]) if i in capped else max(1.0, information[i] * scale) for i in range(len(full))]
+    low, high = 0.0, max(full) / max(min(information), _LEAST)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(_clipped(information, full, middle)) <= total else (low, middle)
+    exact = _clipped(information, full, low)
     ranks = [math.floor(each) for each in exact]
-    by_remainder = sorted(range(len(full)), key=lambda i: ranks[i] - exact[i])
-    for i in by_remainder * len(full):
-        if sum(ranks) >= total:
-            break
+    # Whole ranks that rounding down left over go where most was cut off.
+    for i in sorted(range(len(full)), key=lambda i: ranks[i] - exact[i])[: total - sum(ranks)]:
         ranks[i] += ranks[i] < full[i]
     return ranks
+
+
+def _clipped(information: Sequence[float], full: Sequence[int], scale: float) -> list[float]:
+    """Shares at a scale: at least one rank, at most the width."""
+    return [min(float(width), max(1.0, each * scale)) for each, width in zip(information, full, strict=True)]

@@ -90,7 +90,7 @@ class Palu(Method):
 def fit(calibration: Calibration, kept: float, bits: int) -> Palu:
     """Palu with ``kept`` of all ranks, shared among groups by Fisher information."""
     heads = min(HEADS_PER_GROUP, calibration.geometry.kv_heads)
-    blocks = regular_blocks(calibration.geometry, layers_per_block=1, heads_per_block=heads)
+    blocks = tuple(regular_blocks(calibration.geometry, layers_per_block=1, heads_per_block=heads))
     full = [len(block) * calibration.geometry.head_dim for block in blocks]
     ranks = share_ranks(fisher_of_blocks(calibration, blocks), full, kept)
     bases = [_subspace(m, rank) for m, rank in zip(calibration.moments(blocks), ranks, strict=True)]

@@ -95,14 +95,14 @@ def test_places():
     assert [values.exact(seen) for seen in (100, 128, 129, 300)] == [100, 128, 128, 128]
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", list(BASELINES))
 def test_counted_bits_are_those_of_packed_bytes(name, calibration):
     method = BASELINES[name](calibration)
     for kind, tokens in itertools.product(("key", "value"), (60, 64)):
         stored = method.encode(kind, vectors(tokens))
         packed = stored.packed()
         # Each tensor of codes begins a new byte; the formula packs without gaps.
-        assert 0 <= len(packed) - stored.bits / 8 < len(stored.codes)
+        assert 0 <= len(packed) - stored.bits / 8 <= len(stored.codes)
         for codes in stored.codes:
             assert 0 <= codes.values.min() <= codes.values.max() < 2**codes.bits
         assert all(half.dtype == torch.float16 for half in stored.halves)
@@ -151,15 +151,13 @@ def test_a_caches_bytes_are_the_formulas(name, model, calibration):
     assert cache.stored_bytes() == pytest.approx(expected, rel=2e-3)
 
 
-def test_kivi_codes_each_group_between_its_ends():
+@pytest.mark.parametrize(("kind", "dim", "sizes"), [("key", 2, [28, 32, 32, 32]), ("value", 3, [16])])
+def test_kivi_codes_each_group_between_its_ends(kind, dim, sizes):
     x = vectors(124)
-    for kind, dim in (("key", 2), ("value", 3)):
-        kivi = Kivi(4)
-        y = kivi.decode(kind, kivi.encode(kind, x))
-        first = x.shape[dim] % 32
-        for a, b in zip(x.narrow(dim, first, x.shape[dim] - first).split(32, dim), y.narrow(dim, first, x.shape[dim] - first).split(32, dim), strict=True):  # fmt: skip
-            step = (a.amax(dim, keepdim=True) - a.amin(dim, keepdim=True)) / 15
-            assert ((a - b).abs() <= step * 0.51 + 2e-3).all()
+    y = Kivi(4).decode(kind, Kivi(4).encode(kind, x))
+    for a, b in zip(x.split(sizes, dim), y.split(sizes, dim), strict=True):
+        step = (a.amax(dim, keepdim=True) - a.amin(dim, keepdim=True)) / 15
+        assert ((a - b).abs() <= step * 0.51 + 2e-3).all()
 
 
 def test_uniform_quantisation_has_a_twelfth_of_a_squared_step():
@@ -206,7 +204,7 @@ def test_palu_with_all_ranks_gives_back_everything(calibration):
 
 
 def test_fisher_information_is_that_of_the_gradients(model, calibration):
-    blocks = regular_blocks(calibration.geometry, 1, 1)
+    blocks = tuple(regular_blocks(calibration.geometry, 1, 1))
     found = dict(zip(blocks, fisher_of_blocks(calibration, blocks), strict=True))
     own = tiny_model("llama")
     squares = 0
@@ -218,7 +216,7 @@ def test_fisher_information_is_that_of_the_gradients(model, calibration):
     assert found[block] == pytest.approx(float(squares[DIM:].sqrt().mean()), rel=1e-4)
     gpt2 = Calibration(tiny_model("gpt2"), token_ids(64))
     with pytest.raises(InputError, match="k_proj"):
-        fisher_of_blocks(gpt2, regular_blocks(gpt2.geometry, 1, None))
+        fisher_of_blocks(gpt2, tuple(regular_blocks(gpt2.geometry, 1, None)))
 
 
 def test_ranks_follow_information_within_their_limits():
