@@ -12,18 +12,18 @@ from typer.testing import CliRunner
 import kvcar.evaluate.quantized_caches as quantized
 from kvcar.errors import KVCarError
 
-HQQ = "transformers-hqq-2bit"
+HQQ = "hqq-2bit"
 
 
 def test_compare_has_every_row_in_table_plot_and_json(bundle, model_folder, text_file, tmp_path):  # noqa: F811
     figures, plot = tmp_path / "figures.json", tmp_path / "plot.svg"
     output = run(
         "compare", model_folder, "-b", bundle, "-b", f"again={bundle}", "--text", text_file, "--context", 200, "--windows", 2,
-        "--transformers", f"{HQQ},transformers-hqq-4bit", "--side-by-side", 2, "--json", figures, "--plot", plot,
+        "--transformers", f"{HQQ},hqq-4bit", "--side-by-side", 2, "--json", figures, "--plot", plot,
     )  # fmt: skip
     data = json.loads(figures.read_text())
     rows = {row["row"]: row for row in data["rows"]}
-    assert list(rows) == ["identity", "tiny-4x", "again", HQQ, "transformers-hqq-4bit"]
+    assert list(rows) == ["identity", "tiny-4x", "again", HQQ, "hqq-4bit"]
     assert all(name in output for name in rows)
     assert rows["tiny-4x"]["kl_divergence"] == rows["again"]["kl_divergence"] > rows["identity"]["kl_divergence"]
     assert rows[HQQ]["config"]["residual_tokens"] == 128

@@ -47,7 +47,7 @@ def test_quantised_bytes_are_packed_codes_scales_and_zero_points(backend, bits):
     assert held_bytes(cache) == elements * bits // 8 + elements // 16 * (2 + 2)
 
 
-@pytest.mark.parametrize(("tokens", "residual"), [(64, 0), (128, 64), (192, 0), (256, 64), (300, 0)])
+@pytest.mark.parametrize(("tokens", "residual"), [(64, 0), (128, 64), (192, 0), (256, 64), (300, 108)])
 def test_the_residual_counts_as_bfloat16(tokens, residual):
     model = tiny_model("llama")
     cache = hqq_contenders(model)[0].make()
@@ -73,7 +73,7 @@ def test_what_is_not_installed_is_left_out_with_a_reason(monkeypatch):
     found, missing = quantized_contenders(model.config, read_geometry(model.config), names)
     assert [c.name for c in found] == HQQ
     assert set(missing) == set(names) - set(HQQ)
-    assert "optimum-quanto is not installed (pip install 'kvcar[compare]')" in missing["transformers-quanto-4bit"]
+    assert "optimum-quanto is not installed (pip install 'kvcar[compare]')" in missing["quanto-4bit"]
     sliding = tiny_model("gemma3")
     found, missing = quantized_contenders(sliding.config, read_geometry(sliding.config), HQQ)
     assert not found
@@ -87,7 +87,7 @@ def test_a_backend_that_does_not_work_is_an_error_not_a_missing_row(monkeypatch)
     monkeypatch.setattr(QuantizedCache, "update", broken)
     with pytest.raises(InputError, match="hqq is installed but cannot quantise here: RuntimeError: no compiler"):
         hqq_contenders(tiny_model("llama"))
-    with pytest.raises(InputError, match="known are: transformers-quanto-4bit"):
+    with pytest.raises(InputError, match="known are: quanto-4bit"):
         hqq_contenders(tiny_model("llama"), ["nonsense"])
 
 

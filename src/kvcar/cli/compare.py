@@ -37,7 +37,7 @@ Rows are the full cache, a lossless bundle (the noise floor), bundles, and trans
 
   kvcar compare demo --bundle 5x=demo-5x --bundle 8x=demo-8x --text test.txt --context 4096 --windows 4 --plot all.svg
 
-  kvcar compare demo --bundle demo-5x --transformers transformers-quanto-4bit --json figures.json
+  kvcar compare demo --bundle demo-5x --transformers quanto-4bit --json figures.json
 """
 
 

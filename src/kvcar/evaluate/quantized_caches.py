@@ -58,7 +58,7 @@ class QuantizedSetting:
 QUANTIZED: Registry[QuantizedSetting] = Registry("quantised cache of transformers")
 for _backend, _axis in (("quanto", 0), ("hqq", 1)):
     for _bits in (4, 2):
-        QUANTIZED.register(f"transformers-{_backend}-{_bits}bit")(QuantizedSetting(_backend, _bits, _axis))
+        QUANTIZED.register(f"{_backend}-{_bits}bit")(QuantizedSetting(_backend, _bits, _axis))
 
 
 def quantized_contenders(
