@@ -35,16 +35,11 @@ class BaselineCache(Cache):
         self._method, self._geometry, self._rotary = method, geometry, rotary
         self._coded: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         self._code_bits = 0
-        sliding = geometry.sliding_layers
-        super().__init__(
-            layers=[
-                DynamicSlidingWindowLayer(sliding_window=geometry.sliding_window)
-                if layer in sliding
-                else DynamicLayer()
-                for layer in range(geometry.layers)
-            ]
-        )
-        self._full = [self.layers[layer] for layer in geometry.codable_layers]
+        self._full = [DynamicLayer() for _ in geometry.codable_layers]
+        self._sliding = [DynamicSlidingWindowLayer(geometry.sliding_window) for _ in geometry.sliding_layers]
+        by_layer = dict(zip(geometry.codable_layers, self._full, strict=True))
+        by_layer |= dict(zip(geometry.sliding_layers, self._sliding, strict=True))
+        super().__init__(layers=[by_layer[layer] for layer in range(geometry.layers)])
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -66,8 +61,7 @@ class BaselineCache(Cache):
         seen = self._full[0].get_seq_length()
         elements = len(self._full) * self._geometry.kv_heads * self._geometry.head_dim
         exact = sum(self._method.places[kind].exact(seen) for kind in KINDS) * elements * BFLOAT16_BYTES
-        sliding = [self.layers[layer] for layer in self._geometry.sliding_layers]
-        return exact + -(-self._code_bits // 8) + held_bytes(Cache(layers=sliding))
+        return exact + -(-self._code_bits // 8) + held_bytes(Cache(layers=list(self._sliding)))
 
     @torch.no_grad()
     def _code_what_left(self) -> None:
@@ -82,7 +76,7 @@ class BaselineCache(Cache):
 
     def _code(self, kind: Kind, first: int, until: int) -> None:
         """Replace tokens ``first`` to ``until`` by what is decoded from their codes."""
-        sides = [layer.keys if kind == "key" else layer.values for layer in self._full]
+        sides = self._sides(kind)
         unrotate = kind == "key" and self._method.keys_before_rope and self._rotary
         positions = torch.arange(first, until, device=sides[0].device)[None]
         tables = [self._rotary[layer] for layer in self._geometry.codable_layers] if unrotate else []
@@ -96,3 +90,8 @@ class BaselineCache(Cache):
             decoded = [table.rotate(each, positions) for table, each in zip(tables, decoded, strict=True)]
         for side, each in zip(sides, decoded, strict=True):
             side[:, :, first:until] = each.to(side.dtype)
+
+    def _sides(self, kind: Kind) -> list[Tensor]:
+        """Keys or values ``[1, H, T, D]`` of every layer that attends to the whole past; writing to them is kept."""
+        sides = [layer.keys if kind == "key" else layer.values for layer in self._full]
+        return [side for side in sides if side is not None]
