@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from frontier_tables import frontier_page
+from compare_tables import compare_pages
 from paper_tables import paper_page
 
 HERE = Path(__file__).parent
@@ -80,8 +81,8 @@ PAGES = {"fidelity.md": fidelity_page, "memory.md": memory_page, "paper.md": pap
 def main() -> None:
     """Write all pages."""
     DOCS.mkdir(parents=True, exist_ok=True)
-    for name, make in PAGES.items():
-        (DOCS / name).write_text(make(), encoding="utf-8")
+    for name, page in ({name: make() for name, make in PAGES.items()} | compare_pages()).items():
+        (DOCS / name).write_text(page, encoding="utf-8")
         print(DOCS / name)
 
 

@@ -27,6 +27,16 @@ def test_tables_are_what_the_records_say(name):
     assert page.count("\n|") > 2, "there is at least one record"
 
 
+def test_the_comparison_is_what_its_records_say():
+    load_tables()  # so that its neighbours can be imported
+    from compare_tables import compare_pages
+
+    pages, folder = compare_pages(), ROOT / "docs" / "results"
+    assert sorted(pages) == sorted(path.name for path in folder.glob("compare*")), "run: python benchmarks/tables.py"
+    if pages:
+        assert (folder / "compare.md").read_text(encoding="utf-8") == pages["compare.md"]
+
+
 def test_every_record_names_its_command_and_versions():
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert paths

@@ -15,7 +15,7 @@ def fidelity_table(results: Mapping[str, Fidelity]) -> Table:
     table = Table(
         title=f"stepped through the cache, {first.windows} windows of {first.context:,} tokens", title_justify="left"
     )
-    table.add_column("cache")
+    table.add_column("cache", overflow="fold")
     for heading in ("times smaller", "bytes/token", "perplexity", "ratio to full", "KL divergence", "same top-1"):
         table.add_column(heading, justify="right")
     full = first.perplexity_full

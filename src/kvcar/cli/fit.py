@@ -155,7 +155,7 @@ def fit(
     sources, held = fit_texts(text, check)
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
-        windows, source = _fit_windows(loaded, sources, tokens), joined(sources)
+        windows, source = fit_windows(loaded, sources, tokens), joined(sources)
         found = None
         if isinstance(options, ProfileOptions):
             found = fit_profile(loaded.model, model, windows, source, options, tell, step_teller())
@@ -199,7 +199,8 @@ def _tell_curve(found: ProfileFit) -> None:
         out.print(f"tuning took it from {found.held_kl:.5f} to {found.tuned_kl:.5f} on held-back windows (two passes)")
 
 
-def _fit_windows(loaded: LoadedModel, sources: Sequence[TextSource], tokens: int | None) -> Tensor:
+def fit_windows(loaded: LoadedModel, sources: Sequence[TextSource], tokens: int | None = None) -> Tensor:
+    """Token ids int64 ``[N, context]`` that a fit reads by default; raises InputError where a text is too short."""
     context = min(_CONTEXT, loaded.model.config.get_text_config().max_position_embeddings)
     if tokens is None:
         return windows_of_all(loaded.tokenizer, sources, context, DEFAULT_TOKENS // context)

@@ -8,18 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import InputError
-from ..runtime.cache import KVCarCache
-from .full_cache import bfloat16_bytes
+from .full_cache import bfloat16_bytes, held_bytes
 from .statistics import Estimate, mean_of, ratio_of
 
 CHUNK_TOKENS = 64
+
+
+@runtime_checkable
+class CountsBytes(Protocol):
+    """A cache that says itself what it stores, as ``KVCarCache`` does."""
+
+    def stored_bytes(self) -> int:
+        """Bytes of everything that this cache stores, or would store, for the tokens it has seen."""
+        ...
+
+
+def stored_bytes(cache: Cache) -> int:
+    """Bytes of any cache: its own count where it has one, the tensors it holds where it is one of transformers'."""
+    return cache.stored_bytes() if isinstance(cache, CountsBytes) else held_bytes(cache)
 
 
 @dataclass
@@ -98,16 +111,16 @@ class Fidelity:
 def measure_fidelity(
     model: PreTrainedModel,
     windows: Tensor,
-    caches: Mapping[str, Callable[[], KVCarCache]],
+    caches: Mapping[str, Callable[[], Cache]],
     on_chunk: Callable[[int], None] | None = None,
     chunk: int = CHUNK_TOKENS,
 ) -> dict[str, Fidelity]:
     """Step all caches and the full one over the same text, side by side.
 
     Args:
-        model: an attached model.
+        model: the model; attached, if a ``KVCarCache`` is among the caches.
         windows: token ids int64 ``[N, context]``.
-        caches: makes an empty cache, by name.
+        caches: makes an empty cache of any kind, by name; see ``stored_bytes`` for how it is counted.
         on_chunk: told after every chunk how many tokens it had.
         chunk: tokens fed at once.
 
@@ -134,7 +147,7 @@ def measure_fidelity(
                 on_chunk(len(ids))
         full_bytes += bfloat16_bytes(full) / len(windows)
         for name, cache in stepped.items():
-            stored[name] += cache.stored_bytes() / len(windows)
+            stored[name] += stored_bytes(cache) / len(windows)
     return {name: _summarise(scores[name], windows, stored[name], full_bytes) for name in caches}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..planner.reuse import Candidate
 from ..planner.summary import LayerBits
 
 _KEY_COLOUR, _VALUE_COLOUR = "#2f6f9f", "#d08a2e"
+_MARKERS = "os^DvP*X<>"
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,38 @@ def quality_against_size(points: Sequence[Point]) -> str:
     axes.set_xlabel("times smaller than the full bfloat16 cache, all bytes counted")
     axes.set_ylabel("KL divergence from the full cache\n(nats per token)")
     axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def frontier(series: Mapping[str, Sequence[Point]], noise_floor: float | None = None) -> str:
+    """KL divergence (log scale) against times smaller (log scale), a line with error bars for each family of caches.
+
+    Args:
+        series: points by family, of any order.
+        noise_floor: divergence of a lossless cache; told in the axis' label, since it lies far below all others.
+    """
+    figure, axes = _figure(8.0, 5.0)
+    for index, (family, points) in enumerate(series.items()):
+        shown = sorted((p for p in points if p.kl_divergence > 0), key=lambda p: p.times_smaller)
+        axes.errorbar(
+            [p.times_smaller for p in shown],
+            [p.kl_divergence for p in shown],
+            yerr=[p.kl_stderr for p in shown],
+            marker=_MARKERS[index % len(_MARKERS)],
+            color=f"C{index % 10}",
+            capsize=3,
+            linewidth=1,
+            label=family,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("times smaller than the full bfloat16 cache, all bytes counted")
+    floor = "" if noise_floor is None else f"\nnoise floor (lossless cache): {noise_floor:.1e}"
+    axes.set_ylabel(f"KL divergence from the full cache (nats per token){floor}")
+    axes.grid(alpha=0.3, which="both")
+    if series:
+        axes.legend(frameon=False, fontsize=9)
     return _svg(figure)
 
 

@@ -1,0 +1,109 @@
+"""What methods are fitted on: the model, windows of text, and statistics that several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcar.fit.capture import capture
+from kvcar.fit.moments import Moments
+from kvcar.kernels.rotary import RotaryTable
+from kvcar.models.geometry import read_geometry
+from kvcar.models.rotary_probe import RotaryProbe
+from kvcar.models.structure import find_decoder
+from kvcar.progress import OnProgress, counter, silent
+from kvcar.shapes import Slot
+
+SINKS = 4
+_SAMPLE_TOKENS = 512
+
+Block = tuple[Slot, ...]
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Principal component analysis of a block.
+
+    Attributes:
+        mean: float32 ``[W]``.
+        directions: orthonormal columns float32 ``[W, W]``, by falling variance.
+        sample: coordinates of some of the text's tokens, float32 ``[S, W]``.
+    """
+
+    mean: Tensor
+    directions: Tensor
+    sample: Tensor
+
+
+class Calibration:
+    """A model and the text its methods are fitted on.
+
+    Args:
+        model: only run, never changed.
+        windows: token ids int64 ``[N, context]``; the same that kvcar's fit reads.
+        on_progress: told what is going on.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Tensor, on_progress: OnProgress = silent) -> None:
+        self.model, self.windows = model, windows
+        self.geometry = read_geometry(model.config)
+        self._tell = on_progress
+        self._moments: dict[Block, Moments] = {}
+        self._principal: dict[Block, Principal] = {}
+
+    def moments(self, blocks: Sequence[Block]) -> list[Moments]:
+        """Moments and a sample of each block's vectors, keys before RoPE; captured once for each block."""
+        missing = [block for block in blocks if block not in self._moments]
+        if missing:
+            self._capture(missing)
+        return [self._moments[block] for block in blocks]
+
+    def principal(self, block: Block) -> Principal:
+        """Principal directions of a block's vectors; computed once for each block."""
+        if block not in self._principal:
+            moments = self.moments([block])[0]
+            # In float32, twice as fast: directions whose variance drowns in its rounding are given no bits anyway.
+            directions = torch.linalg.eigh(moments.covariance.float()).eigenvectors.flip(1)
+            mean = moments.mean.float()
+            self._principal[block] = Principal(mean, directions, (moments.sample - mean) @ directions)
+        return self._principal[block]
+
+    @cached_property
+    def rotary(self) -> dict[int, RotaryTable]:
+        """How each layer that attends to the whole past rotates its keys; empty for a model without RoPE."""
+        tables: dict[int, RotaryTable] = {}
+        if not self.geometry.rotary:
+            return tables
+        parts = find_decoder(self.model, self.geometry.layers)
+        probe = RotaryProbe(parts.decoder)
+
+        def note(module, args, kwargs) -> None:
+            del args
+            if module.layer_idx in self.geometry.codable_layers:
+                tables[module.layer_idx] = probe.table(kwargs.get("position_embeddings"))
+
+        handles = [*probe.handles, *(m.register_forward_pre_hook(note, with_kwargs=True) for m in parts.attention)]
+        try:
+            with torch.no_grad():
+                parts.decoder(input_ids=self.windows[:1, :2].to(parts.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tables
+
+    def _capture(self, blocks: Sequence[Block]) -> None:
+        total = self.windows.shape[0] * (self.windows.shape[1] - SINKS)
+        stride = max(1, total // _SAMPLE_TOKENS)
+        found = [Moments(len(block) * self.geometry.head_dim, stride) for block in blocks]
+        count = counter(self._tell, f"capture {len(blocks)} blocks for baselines", total)
+        take = found.__getitem__
+        for tokens in capture(
+            self.model, self.geometry, self.windows, blocks, SINKS, lambda index, x: take(index).add(x)
+        ):
+            count(tokens)
+        self._moments |= dict(zip(blocks, found, strict=True))

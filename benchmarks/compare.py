@@ -1,0 +1,107 @@
+"""Every cache we can step, over the same text: kvcar's bundles, transformers' quantised caches, rival methods.
+
+python benchmarks/compare.py wikitext-2/valid.txt wikitext-2/test.txt --bundle layers5-5x=bundles/layers5-5x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from baselines import BASELINES, BaselineCache, Calibration, Method
+
+from kvcar.cli.compare import named_bundles
+from kvcar.cli.console import errors, out, progress_bars
+from kvcar.cli.figures import fidelity_table
+from kvcar.cli.fit import fit_windows
+from kvcar.errors import InputError, KVCarError
+from kvcar.evaluate.contenders import Contender, bundle_contender, compare, groups, noise_floor
+from kvcar.evaluate.fidelity import fidelity_figures
+from kvcar.evaluate.quantized_caches import QUANTIZED, quantized_contenders
+from kvcar.fit.text import read_text, token_windows
+from kvcar.models.geometry import read_geometry
+from kvcar.models.load import load_model
+from kvcar.progress import counter
+from kvcar.record import Record
+from kvcar.runtime.attach import attach
+
+RESULTS = Path(__file__).parent / "results"
+_SIDE_BY_SIDE = 6
+
+
+def main(
+    fit_text: Path,
+    test_text: Path,
+    bundle: Annotated[list[str] | None, typer.Option("--bundle", "-b", help="[NAME=]BUNDLE; repeatable.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Rows to run; all by default. Repeatable.")] = None,
+    model: str = "demo",
+    context: int = 4096,
+    windows: int = 4,
+    again: Annotated[bool, typer.Option("--again", help="Also rows whose records are there.")] = False,
+    side_by_side: Annotated[int, typer.Option(min=1, help="Caches stepped at once.")] = _SIDE_BY_SIDE,
+    results: Annotated[Path, typer.Option(help="Folder of records.")] = RESULTS,
+) -> None:
+    """Step all rows; a record for each, ``compare-TEXT-ROW.json``, is written as soon as it is known."""
+    results.mkdir(parents=True, exist_ok=True)
+    text_name = f"{test_text.resolve().parent.name}-{test_text.stem}"
+    bundles = named_bundles(bundle or [])
+    fit_source, source = read_text(fit_text), read_text(test_text)
+    with progress_bars() as tell:
+        loaded = load_model(model, on_step=tell)
+        floor, lossless = noise_floor(loaded.model, model)
+        names = _chosen([floor.name, *bundles, *QUANTIZED, *BASELINES], only)
+        pending = [name for name in names if again or not _record(results, text_name, name).exists()]
+        contenders = [floor] if floor.name in pending else []
+        contenders += [bundle_contender(name, each) for name, each in bundles.items() if name in pending]
+        wanted = [name for name in QUANTIZED if name in pending]
+        quantized, missing = quantized_contenders(loaded.model.config, read_geometry(loaded.model.config), wanted)
+        for name, reason in missing.items():
+            errors.print(f"[yellow]left out:[/] {name}: {reason}", soft_wrap=True)
+        calibration = Calibration(loaded.model, fit_windows(loaded, [fit_source]), tell)
+        contenders += quantized + baselines(calibration, [name for name in BASELINES if name in pending])
+        ids = token_windows(loaded.tokenizer, source.text, context, windows)
+        on_chunk = counter(tell, "compare", ids.numel() * len(groups(contenders, side_by_side)))
+        common = {"model": model, "text": source.name, "text_name": text_name, "text_sha256": source.sha256,
+                  "fit_text": fit_source.name, "fit_text_sha256": fit_source.sha256, "dtype": str(loaded.model.dtype)}  # fmt: skip
+        done = {}
+        with attach(loaded.model, lossless):
+            for contender, result in compare(loaded.model, ids, contenders, on_chunk, side_by_side):
+                config: dict[str, Any] = common | {"row": contender.name, "family": contender.family}
+                record = Record("compare", fidelity_figures(result), config | {"method": contender.config})
+                record.write(_record(results, text_name, contender.name))
+                done[contender.name] = result
+    if done:
+        out.print(fidelity_table(done))
+
+
+def baselines(calibration: Calibration, names: Sequence[str]) -> list[Contender]:
+    """Contenders of rival methods, fitted where they need it."""
+    return [_contender(name, BASELINES[name](calibration), calibration) for name in names]
+
+
+def _contender(name: str, method: Method, calibration: Calibration) -> Contender:
+    # Methods that code keys as the cache gets them have no use for the tables.
+    rotary = calibration.rotary if method.keys_before_rope else {}
+    make = partial(BaselineCache, method, calibration.geometry, rotary)
+    return Contender(name, method.family, make, dict(method.config))
+
+
+def _chosen(known: Sequence[str], only: Sequence[str] | None) -> list[str]:
+    unknown = sorted(set(only or ()) - set(known))
+    if unknown:
+        raise InputError(f"no row is called {', '.join(unknown)}; there are {', '.join(known)}")
+    return [name for name in known if not only or name in only]
+
+
+def _record(folder: Path, text_name: str, row: str) -> Path:
+    return folder / f"compare-{text_name}-{row}.json"
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except KVCarError as error:
+        raise SystemExit(f"error: {error}") from None
