@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from frontier_tables import frontier_page
 from compare_tables import compare_pages
+from frontier_tables import frontier_page
 from paper_tables import paper_page
 
 HERE = Path(__file__).parent
