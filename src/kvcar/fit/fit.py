@@ -18,7 +18,7 @@ from ..plan import BitGroup, Block, Plan
 from ..planner.blocks import regular_blocks, without
 from ..planner.budget import bits_for
 from ..progress import OnProgress, counter, silent
-from ..shapes import KVGeometry, Slot
+from ..shapes import Kind, KVGeometry, Slot
 from ..version import __version__
 from .capture import capture
 from .effect import EffectProbe, damped, effect_metrics
@@ -181,7 +181,7 @@ def _attach_metrics(
     metrics = effect_metrics(probe, spread, on_progress)
     dim = geometry.head_dim
     for slots, moments in stats.items():
-        owners = list(dict.fromkeys((slot.layer, slot.kind) for slot in slots))
+        owners: list[tuple[int, Kind]] = list(dict.fromkeys((slot.layer, slot.kind) for slot in slots))
         parts, start = [], 0
         for owner in owners:
             heads = [s.head for s in slots if (s.layer, s.kind) == owner]

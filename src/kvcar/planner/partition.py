@@ -62,7 +62,7 @@ def run_cost(variances: Tensor, price: float) -> RunCost:
 
 def cut_into_runs(layers: int, candidates: Mapping[Run, RunCost], flops_price: float) -> list[Run]:
     """The runs that cover ``layers`` places in order at the least cost plus ``flops_price`` times FLOPs."""
-    best: list[tuple[float, Run | None]] = [(0.0, None)] + [(float("inf"), None)] * layers
+    best: list[tuple[float, Run | None]] = [(0.0, None), *((float("inf"), None) for _ in range(layers))]
     for end in range(1, layers + 1):
         for (first, count), own in candidates.items():
             if first + count == end:

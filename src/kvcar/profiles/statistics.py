@@ -109,7 +109,7 @@ def collect_statistics(
     stride = max(1, windows.shape[0] * (windows.shape[1] - sinks) // _SAMPLE_TOKENS)
     windows = own_share(windows)
     moments: dict[Kind, LayerMoments] = {kind: LayerMoments(layers, width, band, stride) for kind in KINDS}
-    sides = [(layer, kind) for layer in layers for kind in KINDS]
+    sides: list[tuple[int, Kind]] = [(layer, kind) for layer in layers for kind in KINDS]
     blocks = [tuple(Slot(layer, head, kind) for head in range(geometry.kv_heads)) for layer, kind in sides]
     count = counter(on_progress, "capture keys and values", windows.shape[0] * (windows.shape[1] - sinks))
     count(0)
