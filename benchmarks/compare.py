@@ -1,11 +1,11 @@
 """Every cache we can step, over the same text: kvcar's bundles, transformers' quantised caches, rival methods.
 
-python benchmarks/compare.py wikitext-2/valid.txt wikitext-2/test.txt --bundle layers5-5x=bundles/layers5-5x
+python benchmarks/compare.py wikitext-2/test.txt --fit-text wikitext-2/valid.txt --bundle layers5-5x=bundles/layers5-5x
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from baselines import BASELINES, BaselineCache, Calibration, Method
 
+from kvcar.bundle import Bundle
 from kvcar.cli.compare import named_bundles
 from kvcar.cli.console import errors, out, progress_bars
 from kvcar.cli.figures import fidelity_table
@@ -21,8 +22,7 @@ from kvcar.errors import InputError, KVCarError
 from kvcar.evaluate.contenders import Contender, bundle_contender, compare, groups, noise_floor
 from kvcar.evaluate.fidelity import fidelity_figures
 from kvcar.evaluate.quantized_caches import QUANTIZED, quantized_contenders
-from kvcar.fit.text import read_text, token_windows
-from kvcar.models.geometry import read_geometry
+from kvcar.fit.text import TextSource, joined, read_text, token_windows
 from kvcar.models.load import load_model
 from kvcar.progress import counter
 from kvcar.record import Record
@@ -33,8 +33,9 @@ _SIDE_BY_SIDE = 6
 
 
 def main(
-    fit_text: Path,
-    test_text: Path,
+    test_text: Annotated[Path, typer.Argument(help="A .txt or .jsonl file; file.jsonl[500:] takes part of one.")],
+    fit_text: Annotated[list[Path], typer.Option(help="What rivals are fitted on; repeatable, to join several.")],
+    name: Annotated[str | None, typer.Option(help="Of the text, in records. Default: its folder and name.")] = None,
     bundle: Annotated[list[str] | None, typer.Option("--bundle", "-b", help="[NAME=]BUNDLE; repeatable.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Rows to run; all by default. Repeatable.")] = None,
     model: str = "demo",
@@ -46,22 +47,18 @@ def main(
 ) -> None:
     """Step all rows; a record for each, ``compare-TEXT-ROW.json``, is written as soon as it is known."""
     results.mkdir(parents=True, exist_ok=True)
-    text_name = f"{test_text.resolve().parent.name}-{test_text.stem}"
+    text_name = name or f"{test_text.resolve().parent.name}-{test_text.stem}"
     bundles = named_bundles(bundle or [])
-    fit_source, source = read_text(fit_text), read_text(test_text)
+    sources, source = [read_text(path) for path in fit_text], read_text(test_text)
+    fit_source = joined(sources)
+    _tell_other_texts(bundles, fit_source)
     with progress_bars() as tell:
         loaded = load_model(model, on_step=tell)
         floor, lossless = noise_floor(loaded.model, model)
         names = _chosen([floor.name, *bundles, *QUANTIZED, *BASELINES], only)
-        pending = [name for name in names if again or not _record(results, text_name, name).exists()]
-        contenders = [floor] if floor.name in pending else []
-        contenders += [bundle_contender(name, each) for name, each in bundles.items() if name in pending]
-        wanted = [name for name in QUANTIZED if name in pending]
-        quantized, missing = quantized_contenders(loaded.model.config, read_geometry(loaded.model.config), wanted)
-        for name, reason in missing.items():
-            errors.print(f"[yellow]left out:[/] {name}: {reason}", soft_wrap=True)
-        calibration = Calibration(loaded.model, fit_windows(loaded, [fit_source]), tell)
-        contenders += quantized + baselines(calibration, [name for name in BASELINES if name in pending])
+        pending = [row for row in names if again or not _record(results, text_name, row).exists()]
+        calibration = Calibration(loaded.model, fit_windows(loaded, sources), tell)
+        contenders = _contenders(pending, floor, bundles, calibration)
         ids = token_windows(loaded.tokenizer, source.text, context, windows)
         on_chunk = counter(tell, "compare", ids.numel() * len(groups(contenders, side_by_side)))
         common = {"model": model, "text": source.name, "text_name": text_name, "text_sha256": source.sha256,
@@ -77,16 +74,35 @@ def main(
         out.print(fidelity_table(done))
 
 
+def _contenders(
+    pending: Sequence[str], floor: Contender, bundles: Mapping[str, Bundle], calibration: Calibration
+) -> list[Contender]:
+    """Contenders of the rows that are to be run, but for those whose package is missing, which it tells."""
+    found = [floor] if floor.name in pending else []
+    found += [bundle_contender(name, each) for name, each in bundles.items() if name in pending]
+    wanted = [name for name in QUANTIZED if name in pending]
+    quantized, missing = quantized_contenders(calibration.model.config, calibration.geometry, wanted)
+    for name, reason in missing.items():
+        errors.print(f"[yellow]left out:[/] {name}: {reason}", soft_wrap=True)
+    return found + quantized + baselines(calibration, [name for name in BASELINES if name in pending])
+
+
 def baselines(calibration: Calibration, names: Sequence[str]) -> list[Contender]:
     """Contenders of rival methods, fitted where they need it."""
-    return [_contender(name, BASELINES[name](calibration), calibration) for name in names]
+    return [_baseline(name, BASELINES[name](calibration), calibration) for name in names]
 
 
-def _contender(name: str, method: Method, calibration: Calibration) -> Contender:
+def _baseline(name: str, method: Method, calibration: Calibration) -> Contender:
     # Methods that code keys as the cache gets them have no use for the tables.
     rotary = calibration.rotary if method.keys_before_rope else {}
     make = partial(BaselineCache, method, calibration.geometry, rotary)
     return Contender(name, method.family, make, dict(method.config))
+
+
+def _tell_other_texts(bundles: Mapping[str, Bundle], fit_source: TextSource) -> None:
+    for name, bundle in bundles.items():
+        if bundle.fit.text_sha256 != fit_source.sha256:
+            errors.print(f"[yellow]note:[/] {name} was fitted on {bundle.fit.text}, the rivals on {fit_source.name}")
 
 
 def _chosen(known: Sequence[str], only: Sequence[str] | None) -> list[str]:

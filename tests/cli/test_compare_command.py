@@ -66,7 +66,19 @@ ROWS = ["identity", "mine", HQQ, "kivi-2bit", "turboquant-3bit", "palu-50-4bit",
 
 
 def test_the_benchmark_writes_a_record_a_row_and_goes_on_where_it_was(bundle, model_folder, text_file, tmp_path):  # noqa: F811
-    common = [text_file, text_file, "-b", f"mine={bundle}", "--model", model_folder, "--context", 200, "--windows", 1]
+    common = [
+        text_file,
+        "--fit-text",
+        text_file,
+        "-b",
+        f"mine={bundle}",
+        "--model",
+        model_folder,
+        "--context",
+        200,
+        "--windows",
+        1,
+    ]
     common += ["--results", tmp_path, "--side-by-side", 3]
     for row in ROWS[:3]:
         common += ["--only", row]
