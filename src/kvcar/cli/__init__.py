@@ -5,11 +5,24 @@ from __future__ import annotations
 import sys
 
 from ..errors import KVCarError
-from . import demo, evaluate, fit, generate, inspect, reproduce, similarity, size, train
+from . import demo, evaluate, fit, generate, inspect, reproduce, save, similarity, size, train
 from .app import app
 from .console import errors
 
-__all__ = ["app", "demo", "evaluate", "fit", "generate", "inspect", "main", "reproduce", "similarity", "size", "train"]
+__all__ = [
+    "app",
+    "demo",
+    "evaluate",
+    "fit",
+    "generate",
+    "inspect",
+    "main",
+    "reproduce",
+    "save",
+    "similarity",
+    "size",
+    "train",
+]
 
 
 def main() -> None:
