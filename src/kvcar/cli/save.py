@@ -17,7 +17,7 @@ from ..models.load import LoadedModel, load_model
 from ..record import Record
 from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
-from ..runtime.prefill import prefill
+from ..runtime.prefill import PREFILL_CHUNK_TOKENS, prefill
 from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Window
 from .console import check_writable, errors, progress_bars
@@ -39,6 +39,9 @@ def save(
     text: Annotated[Path, typer.Option(metavar="FILE", help="A .txt file, or a .jsonl file with a field 'text'.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to store the context.")],
     tokens: Annotated[int | None, typer.Option(min=1, help="First tokens of the text to store. Default: all.")] = None,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens computed at once. They see each other exactly; more take more memory.")
+    ] = PREFILL_CHUNK_TOKENS,
     keep_window: Annotated[
         bool, typer.Option("--keep-window", help="Store the most recent tokens exactly, which takes more bytes.")
     ] = False,
@@ -63,7 +66,7 @@ def save(
         with attach(loaded.model, loaded_bundle, window) as attachment:
             cache = attachment.new_cache()
             began = time.perf_counter()
-            prefill(loaded.model, cache, ids, on_progress=tell)
+            prefill(loaded.model, cache, ids, prefill_chunk, tell)
             prefilled = time.perf_counter()
             cache.save(output, keep_window=keep_window, token_ids=ids if token_ids else None)
             saved = time.perf_counter()
