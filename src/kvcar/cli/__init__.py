@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from ..errors import KVCarError
-from . import compare, demo, evaluate, fit, generate, inspect, reproduce, similarity, size, train
+from . import compare, demo, evaluate, fit, generate, inspect, reproduce, save, similarity, size, train
 from .app import app
 from .console import errors
 
@@ -19,6 +19,7 @@ __all__ = [
     "inspect",
     "main",
     "reproduce",
+    "save",
     "similarity",
     "size",
     "train",

@@ -15,6 +15,8 @@ from ..errors import InputError
 from ..models.load import LoadedModel, load_model
 from ..record import Record
 from ..runtime.attach import attach
+from ..runtime.cache import KVCarCache
+from ..runtime.context import read_context
 from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Window
 from .console import check_writable, errors, progress_bars
@@ -28,6 +30,8 @@ _EXAMPLES = """Continue a prompt with MODEL over a compressed cache, printing as
   kvcar generate demo --bundle demo-5x --chat --prompt "What is a KV cache?" --max-new-tokens 200
 
   kvcar generate demo --bundle demo-5x --prompt-file book.txt --temperature 0.7 --seed 1
+
+  kvcar generate demo --bundle demo-5x --context manual.ctx --prompt "In short, the manual says"
 """
 
 
@@ -38,6 +42,9 @@ def generate(
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A UTF-8 file with what to continue.")
+    ] = None,
+    context: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Go on from a context that 'kvcar save' stored.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
@@ -50,16 +57,19 @@ def generate(
 ) -> None:
     """Generate; the examples in the help text say the rest."""
     given = _prompt(prompt, prompt_file)
+    if context is not None and chat:
+        raise InputError("a chat template begins a text, so it cannot follow a stored context; leave out --chat")
+    padding, held_before = (0, 0) if context is None else _context_tokens(context)
     loaded_bundle = Bundle.load(bundle)
     check_writable(json)
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
-    inputs = _encode(loaded, given, chat)
+    inputs = _encode(loaded, given, chat, padding, held_before)
     tokens = inputs["input_ids"].shape[1]
-    _check_length(tokens, max_new_tokens, loaded_bundle.plan.geometry.max_positions)
+    _check_length(held_before + tokens, max_new_tokens, loaded_bundle.plan.geometry.max_positions)
     torch.manual_seed(seed)
     with attach(loaded.model, loaded_bundle, window) as attachment:
-        cache = attachment.new_cache()
+        cache = attachment.new_cache() if context is None else KVCarCache.load(context, loaded.model, window=window)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         )
@@ -72,16 +82,17 @@ def generate(
         held, stored = cache.get_seq_length(), cache.stored_bytes()
     full = loaded_bundle.plan.geometry.full_bytes(held)
     new = result.shape[1] - tokens
+    before = f"{held_before} stored + " if held_before else ""
     errors.print(
-        f"{tokens} prompt + {new} new tokens in {seconds:.1f} s; cache of {held} tokens: {stored:,} bytes, "
+        f"{before}{tokens} prompt + {new} new tokens in {seconds:.1f} s; cache of {held} tokens: {stored:,} bytes, "
         f"{full / stored:.2f} times smaller than full (bfloat16)",
         highlight=False,
     )
     if json is not None:
         text = loaded.tokenizer.decode(result[0, tokens:], skip_special_tokens=True)
         figures = {
-            "text": text, "prompt_tokens": tokens, "new_tokens": new, "seconds": seconds, "cache_tokens": held, "stored_bytes": stored,
-            "full_bytes": full, "times_smaller": full / stored,
+            "text": text, "context_tokens": held_before, "prompt_tokens": tokens, "new_tokens": new, "seconds": seconds,
+            "cache_tokens": held, "stored_bytes": stored, "full_bytes": full, "times_smaller": full / stored,
         }  # fmt: skip
         Record("generation", figures, {"model": model, "bundle": bundle.name, "prompt": given, "seed": seed}).write(
             json
@@ -102,7 +113,16 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     return prompt
 
 
-def _encode(loaded: LoadedModel, prompt: str, chat: bool) -> Any:
+def _context_tokens(context: Path) -> tuple[int, int]:
+    """Padding and tokens of a stored context; refuses, before the model is loaded, one that a single prompt cannot go on from."""
+    header = read_context(context).header
+    if len(header.padding) != 1:
+        raise InputError(f"{context} holds {len(header.padding)} sequences; only a single one can be continued here")
+    return header.padding[0], header.tokens
+
+
+def _encode(loaded: LoadedModel, prompt: str, chat: bool, padding: int, held: int) -> Any:
+    """Inputs of ``generate``; after ``held`` tokens of a stored context, the mask covers those too."""
     tokenizer = loaded.tokenizer
     if chat:
         if not tokenizer.chat_template:
@@ -112,9 +132,12 @@ def _encode(loaded: LoadedModel, prompt: str, chat: bool) -> Any:
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        # What begins a text stands at the beginning of the context already.
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not held)
     if not inputs["input_ids"].shape[1]:
         raise InputError("the prompt has no tokens to continue; give some text")
+    if held:
+        inputs["attention_mask"] = (torch.arange(held + inputs["input_ids"].shape[1]) >= padding).long()[None]
     return inputs.to(loaded.model.device)
 
 

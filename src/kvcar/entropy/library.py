@@ -16,3 +16,9 @@ def store_library(name: str) -> Any:
         raise InputError(
             f"stored contexts need the library {name}; install it with: pip install 'kvcar[store]'"
         ) from None
+
+
+def check_store() -> None:
+    """Make sure, before any work is done, that the extra is installed; raises InputError."""
+    for name in ("constriction", "zstandard"):
+        store_library(name)

@@ -17,15 +17,15 @@ from .shape import FIXED, Floats, Integers, code_probabilities
 LATENTS_PER_GROUP = 64
 """Latents that share one look at the context."""
 
-_FIRST_RUN_TOKENS = 64
+_FIRST_RUN_TOKENS = 16
 _LOUDNESS_PERCENT = (75, 90, 105, 125)
 CONTEXTS = len(_LOUDNESS_PERCENT) + 1
 _LOUDEST_CODE = 2
-_PRIOR_TOKENS, _CONTEXT_TOKENS, _WIDTH_TOKENS = 64, 32, 2
+_PRIOR_TOKENS, _CONTEXT_TOKENS, _WIDTH_TOKENS = 128, 64, 2
 
 
 def runs(tokens: int) -> Iterator[tuple[int, int]]:
-    """First and last-but-one token of each run: 64 tokens at least, and half of what came before."""
+    """First token of each run and of the next: 16 tokens at least, or half as many as came before."""
     start = 0
     while start < tokens:
         stop = min(tokens, start + max(_FIRST_RUN_TOKENS, start // 2))

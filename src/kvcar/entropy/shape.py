@@ -5,6 +5,7 @@ Exponentials come from ``decimal``, which rounds correctly everywhere; all else 
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal, localcontext
 from functools import cache
 from typing import Any
@@ -40,7 +41,8 @@ def _scales() -> tuple[Floats, Integers]:
     means = []
     for scale in scales:
         tails = 1.0 - _distribution(halves / scale)
-        means.append(int(2 * FIXED * sum(tails.tolist())))
+        # Rounded once: a plain sum differs between versions of Python.
+        means.append(int(2 * FIXED * math.fsum(tails.tolist())))
     return scales, np.array(means, dtype=np.int64)
 
 

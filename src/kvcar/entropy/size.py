@@ -30,7 +30,7 @@ def entropy_bits_per_token(codes: Tensor) -> float:
     if codes.numel() and int(codes.min()) < 0:
         raise InputError(f"codes start at 0, got {int(codes.min())}; subtract the lowest code first")
     tokens, total = codes.shape[0], 0.0
-    for part in codes.cpu().split(_LATENTS_AT_ONCE, dim=1):
+    for part in codes.cpu().split(_LATENTS_AT_ONCE, dim=1) if codes.numel() else ():
         own = part.numpy().astype(np.int64)
         levels = int(own.max()) + 1
         counts = np.bincount((own + np.arange(own.shape[1]) * levels).ravel())

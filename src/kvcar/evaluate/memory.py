@@ -18,8 +18,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import InputError
 from ..models.load import load_model
-from ..runtime.attach import PREFILL_CHUNK_TOKENS, attach
+from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
+from ..runtime.prefill import PREFILL_CHUNK_TOKENS
 from .full_cache import bfloat16_bytes, held_elements
 
 _WARM_UP_TOKENS = 700

@@ -26,8 +26,8 @@ from ..models.structure import find_decoder
 from .attention import set_current, stand_in_for
 from .cache import KVCarCache
 from .coder import PageCoder
+from .prefill import PREFILL_CHUNK_TOKENS
 
-PREFILL_CHUNK_TOKENS = 512
 _PREPARE = "_prepare_cache_for_generation"
 
 _attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from ..bundle import ModelIdentity
 from ..errors import ContextError
@@ -68,6 +68,14 @@ class ContextHeader(StrictModel):
     padding: tuple[Count, ...] = Field(strict=False, min_length=1)
     offset: tuple[int, ...] = Field(strict=False, min_length=1)
     parts: tuple[Part, ...] = Field(strict=False)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ContextHeader:
+        if len(self.offset) != len(self.padding):
+            raise ValueError(f"{len(self.offset)} offsets for {len(self.padding)} sequences")
+        if max(self.paged, *self.padding) > self.tokens:
+            raise ValueError(f"more coded tokens or more padding than the {self.tokens} tokens")
+        return self
 
 
 def write_file(path: Path, header: ContextHeader, payloads: Sequence[bytes]) -> None:
@@ -138,7 +146,7 @@ def _read_header(path: Path, text: bytes) -> ContextHeader:
         return ContextHeader.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(place) for place in first["loc"])
+        where = ".".join(str(place) for place in first["loc"]) or "its fields"
         raise _damaged(path, f"its header does not fit at {where}: {first['msg']}") from None
 
 

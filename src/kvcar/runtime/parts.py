@@ -62,7 +62,7 @@ def contents_of_parts(header: ContextHeader, tensors: Mapping[str, Tensor], code
     batch, paged, plan = len(header.padding), header.paged, coder.plan
     geometry = plan.geometry
     widths = [unit.unit.segment.latents - _raw_width(unit.unit) for unit in coder.units]
-    codes = tensors.get(CODES, torch.empty(batch, paged, 0, dtype=torch.uint8)).split(widths, dim=-1)
+    codes = tensors.get(CODES, torch.empty(batch, paged, sum(widths), dtype=torch.uint8)).split(widths, dim=-1)
     units = []
     for index, (unit, own) in enumerate(zip(coder.units, codes, strict=False)):
         none = torch.empty(batch, paged, 0, dtype=_raw_dtype(unit.unit, coder.dtype))

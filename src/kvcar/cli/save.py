@@ -1,0 +1,99 @@
+"""``kvcar save``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch import Tensor
+
+from ..bundle import Bundle
+from ..entropy.library import check_store
+from ..errors import InputError
+from ..fit.text import read_text
+from ..models.load import LoadedModel, load_model
+from ..record import Record
+from ..runtime.attach import attach
+from ..runtime.cache import KVCarCache
+from ..runtime.prefill import PREFILL_CHUNK_TOKENS, prefill
+from .app import app
+from .arguments import BundlePath, Device, Dtype, Json, Model, Window
+from .console import check_writable, errors, progress_bars
+
+_EXAMPLES = """Let MODEL read a text once and store its compressed cache in a file, to go on from it later.
+
+[bold]Examples[/]
+
+  kvcar save demo --bundle demo-5x --text manual.txt -o manual.ctx
+
+  kvcar generate demo --bundle demo-5x --context manual.ctx --prompt "In short, the manual says"
+"""
+
+
+@app.command(help=_EXAMPLES)
+def save(
+    model: Model,
+    bundle: BundlePath,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="A .txt file, or a .jsonl file with a field 'text'.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to store the context.")],
+    tokens: Annotated[int | None, typer.Option(min=1, help="First tokens of the text to store. Default: all.")] = None,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens computed at once. They see each other exactly; more take more memory.")
+    ] = PREFILL_CHUNK_TOKENS,
+    keep_window: Annotated[
+        bool, typer.Option("--keep-window", help="Store the most recent tokens exactly, which takes more bytes.")
+    ] = False,
+    token_ids: Annotated[bool, typer.Option(help="Store the tokens themselves too.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    window: Window = None,
+    json: Json = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """Store a context; the examples in the help text say the rest."""
+    check_store()
+    source, loaded_bundle = read_text(text), Bundle.load(bundle)
+    if output.exists() and not force:
+        raise InputError(f"{output} exists; choose another name, or replace it with --force")
+    check_writable(output)
+    check_writable(json)
+    KVCarCache(loaded_bundle, window)  # a bad window is told before the model is loaded
+    with progress_bars() as tell:
+        loaded = load_model(model, dtype, device, tell)
+        ids = _encode(loaded, source.text, tokens, loaded_bundle.plan.geometry.max_positions)
+        with attach(loaded.model, loaded_bundle, window) as attachment:
+            cache = attachment.new_cache()
+            began = time.perf_counter()
+            prefill(loaded.model, cache, ids, prefill_chunk, tell)
+            prefilled = time.perf_counter()
+            cache.save(output, keep_window=keep_window, token_ids=ids if token_ids else None)
+            saved = time.perf_counter()
+    stored, full = output.stat().st_size, loaded_bundle.plan.geometry.full_bytes(ids.shape[1])
+    errors.print(
+        f"{ids.shape[1]} tokens read in {prefilled - began:.1f} s, stored in {saved - prefilled:.1f} s: {stored:,} bytes, "
+        f"{full / stored:.2f} times smaller than the full cache (bfloat16)",
+        highlight=False,
+    )
+    if json is not None:
+        figures = {
+            "tokens": ids.shape[1], "prefill_seconds": prefilled - began, "save_seconds": saved - prefilled,
+            "file_bytes": stored, "full_bytes": full, "times_smaller": full / stored,
+        }  # fmt: skip
+        config = {"model": model, "bundle": bundle.name, "text": source.name, "keep_window": keep_window}
+        Record("save", figures, config).write(json)
+
+
+def _encode(loaded: LoadedModel, text: str, tokens: int | None, positions: int) -> Tensor:
+    """Token ids int64 ``[1, tokens]``, with what the tokenizer puts first by default."""
+    ids = loaded.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"]
+    if tokens is not None and ids.shape[1] < tokens:
+        raise InputError(f"the text has {ids.shape[1]} tokens, fewer than the {tokens} asked for; give more text")
+    ids = ids[:, :tokens]
+    if ids.shape[1] >= positions:
+        raise InputError(
+            f"the text has {ids.shape[1]} tokens, but the model has {positions} positions, of which some must be left to "
+            "go on; store fewer of them with --tokens"
+        )
+    return ids
