@@ -193,8 +193,13 @@ def _flags(names: Iterable[str]) -> str:
 
 def _tell_curve(found: ProfileFit) -> None:
     """What other sizes would cost."""
-    points = ", ".join(f"{p.times_smaller:g}x: {p.predicted_kl:.4f}" for p in found.curve)
-    out.print(f"expected KL divergence by size, before tuning: {points}")
+    if found.curve:
+        points = ", ".join(f"{p.times_smaller:g}x: {p.predicted_kl:.4f}" for p in found.curve)
+        out.print(f"expected KL divergence by size, before tuning: {points}")
+    else:
+        out.print(
+            f"saved with 'kvcar save', contexts take about {found.times_smaller:g} times less than the full cache"
+        )
     if found.history:
         out.print(f"tuning took it from {found.held_kl:.5f} to {found.tuned_kl:.5f} on held-back windows (two passes)")
 
