@@ -16,7 +16,7 @@ room too) against the model's own cache in bfloat16. Blocks and bits are chosen 
 decoders were tuned for. ± is one standard error. Nothing was fitted or chosen on these texts."""
 
 _STORED = """Rows of the profile `stored` are read with window 0, and their "times smaller" is that of codes in memory, in whole bits; on
-disk they are entropy-coded, and [stored.md](stored.md) has the size of the files."""
+disk they are entropy-coded: see "Stored contexts"."""
 
 
 def frontier_page() -> str:
@@ -25,7 +25,7 @@ def frontier_page() -> str:
     records = _load("frontier-*.json", "frontier")
     for text in dict.fromkeys(r["config"]["text_name"] for r in records):
         sections += _text(text, [r for r in records if r["config"]["text_name"] == text])
-    sections += _fits() + _scale()
+    sections += _stored() + _fits() + _scale()
     return "\n\n".join(sections) + "\n"
 
 
@@ -70,6 +70,41 @@ def _text(name: str, records: list[dict[str, Any]]) -> list[str]:
     if any(r["config"]["profile"] == "stored" for r in records):
         note += _STORED
     return [f"## {name}", _markdown(rows), note + f" Records: `frontier-{name}-*`"]
+
+
+def _stored() -> list[str]:
+    records = _load("stored-*.json", "stored")
+    if not records:
+        return []
+    head = [
+        "record",
+        "context",
+        "file (bytes)",
+        "times smaller",
+        "KL divergence of what follows",
+        "perplexity ratio",
+        "save (s)",
+    ]
+    rows = [[*head, "load (s)", "prefill, full cache (s)"]]
+    for r in records:
+        rows.append(
+            [
+                f"`{r['record']}`",
+                f"{r['config']['context']:,}",
+                f"{r['file_bytes']:,.0f}",
+                f"{r['times_smaller']:.1f}",
+                f"{r['kl_divergence']:.5f} ± {r['kl_divergence_stderr']:.5f}",
+                f"{r['perplexity_ratio']:.4f} ± {r['perplexity_ratio_stderr']:.4f}",
+                *(f"{r[f'{what}_seconds_median']:.1f}" for what in ("save", "load", "prefill_full")),
+            ]
+        )
+    first = records[0]["config"]
+    note = (
+        f"{first['text']}, {first['windows']} window(s): a context is prefilled, its window coded too, saved and loaded, and the "
+        f"{first['following']} tokens that follow are stepped from it, against the full cache. Bytes are those of the file, sinks "
+        "and headers included, against the model's own cache in bfloat16."
+    )
+    return ["## Stored contexts", _markdown(rows), note]
 
 
 def _fits() -> list[str]:
