@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .runtime.attach import attach as attach
     from .runtime.attach import detach as detach
     from .runtime.cache import KVCarCache as KVCarCache
+    from .runtime.context import read_context as read_context
     from .version import __version__ as __version__
 
 _HOMES = {
@@ -41,6 +42,7 @@ _HOMES = {
     "fit_bundle": ".fit.fit",
     "load_model": ".models.load",
     "measure_fidelity": ".evaluate.fidelity",
+    "read_context": ".runtime.context",
     "read_text": ".fit.text",
     "token_windows": ".fit.text",
 }
@@ -60,6 +62,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "fit_bundle",
     "load_model",
     "measure_fidelity",
+    "read_context",
     "read_text",
     "token_windows",
 ]
