@@ -26,7 +26,11 @@ if TYPE_CHECKING:
     from .runtime.attach import attach as attach
     from .runtime.attach import detach as detach
     from .runtime.cache import KVCarCache as KVCarCache
+<<<<<<< HEAD
     from .train.distill import distill as distill
+=======
+    from .runtime.context import read_context as read_context
+>>>>>>> store
     from .version import __version__ as __version__
 
 _HOMES = {
@@ -47,6 +51,7 @@ _HOMES = {
     "fit_profile": ".profiles.fit",
     "load_model": ".models.load",
     "measure_fidelity": ".evaluate.fidelity",
+    "read_context": ".runtime.context",
     "read_text": ".fit.text",
     "token_windows": ".fit.text",
 }
@@ -69,6 +74,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "fit_profile",
     "load_model",
     "measure_fidelity",
+    "read_context",
     "read_text",
     "token_windows",
 ]

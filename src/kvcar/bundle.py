@@ -125,7 +125,7 @@ class Bundle:
             for name, tensor in sorted(block.tensors().items()):
                 data = tensor.detach().cpu().contiguous()
                 digest.update(f"\n{index} {name} {data.dtype} {tuple(data.shape)}\n".encode())
-                digest.update(data.numpy())
+                digest.update(data.numpy().data)
         return digest.hexdigest()
 
     def check_model(self, model: PreTrainedModel) -> None:

@@ -122,5 +122,5 @@ def loudness(codes: Integers, centres: Integers) -> Integers:
 
 def context_of(loud: Integers) -> Integers:
     """Context of each token of a run, ``[T]``, from its loudness so far, relative to the run's mean."""
-    scaled, total = 100 * len(loud) * loud, loud.sum()
-    return sum((scaled > percent * total).astype(np.int64) for percent in _LOUDNESS_PERCENT)
+    steps = np.array(_LOUDNESS_PERCENT) * loud.sum()
+    return (100 * len(loud) * loud[:, None] > steps).sum(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def load_context(
     bundle, coder = _made_ready(path, header, model, bundle)
     parts = [part for part in header.parts if part.name != TOKEN_IDS]
     wanted = specs_of(coder, model.dtype, len(header.padding), header.tokens, header.paged)
-    _check_parts(path, {part.spec for part in parts}, wanted)
+    _check_parts(path, {part.name: part.spec for part in parts}, wanted)
     bits = code_bits(coder.plan)
     tensors = {part.name: decode_part(part, data[part.name], bits) for part in parts}
     contents = contents_of_parts(header, tensors, coder)
@@ -115,15 +116,16 @@ def _made_ready(
     return bundle, attachment.coder(bundle)
 
 
-def _check_parts(path: Path, found: set[PartSpec], wanted: set[PartSpec]) -> None:
+def _check_parts(path: Path, found: Mapping[str, PartSpec], wanted: Mapping[str, PartSpec]) -> None:
     """Refuse a context whose tensors are not those that this model and bundle would hold."""
-    if found == wanted:
-        return
-    text = {
-        which: ", ".join(sorted(f"{s.name} {s.dtype} {list(s.shape)}" for s in specs)) or "nothing"
-        for which, specs in (("found", found - wanted), ("wanted", wanted - found))
-    }
-    raise ContextError(
-        f"{path} holds {text['found']} where this model needs {text['wanted']}; load the model with the dtype that the "
-        "context was computed with, or save it again"
-    )
+    differing = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if differing:
+        raise ContextError(
+            f"{path} holds {_told(found, differing)} where this model needs {_told(wanted, differing)}; load the model "
+            "with the dtype that the context was computed with, or save it again"
+        )
+
+
+def _told(specs: Mapping[str, PartSpec], names: Sequence[str]) -> str:
+    parts = [specs[name] for name in names if name in specs]
+    return ", ".join(f"{part.name} ({part.dtype} {list(part.shape)})" for part in parts) or "nothing"

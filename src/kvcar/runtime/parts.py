@@ -16,9 +16,13 @@ from ..kernels.layout import PageUnit
 from ..plan import RAW_BITS, Plan
 from .coder import PageCoder
 from .contents import CacheContents, UnitContents
-from .context_file import ContextHeader, Part, PartSpec
+from .context_file import ContextHeader, DtypeName, Part, PartSpec
 
 CODES, EXACT, TOKEN_IDS = "codes", "exact", "token_ids"
+_DTYPES: dict[torch.dtype, DtypeName] = {
+    torch.uint8: "uint8", torch.int32: "int32", torch.float16: "float16", torch.bfloat16: "bfloat16",
+    torch.float32: "float32", torch.float64: "float64",
+}  # fmt: skip
 _LEVEL = 9  # of zstandard; higher ones gain nothing on mantissas
 
 
@@ -28,11 +32,11 @@ def code_bits(plan: Plan) -> list[int]:
     return [group.bits for group in groups for _ in range(group.count)]
 
 
-def specs_of(coder: PageCoder, model_dtype: torch.dtype, batch: int, tokens: int, paged: int) -> set[PartSpec]:
-    """The parts that a cache of that many tokens consists of; token ids come on top."""
+def specs_of(coder: PageCoder, model_dtype: torch.dtype, batch: int, tokens: int, paged: int) -> dict[str, PartSpec]:
+    """The parts, by name, that a cache of that many tokens consists of; token ids come on top."""
     plan, geometry = coder.plan, coder.plan.geometry
     heads, dim, layers = geometry.kv_heads, geometry.head_dim, len(plan.coded_layers)
-    shapes = {
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         CODES: (torch.uint8, (batch, paged, len(code_bits(plan)))),
         EXACT: (coder.dtype, (layers, 2, batch, heads, plan.sinks + tokens - paged, dim)),
     }
@@ -41,7 +45,7 @@ def specs_of(coder: PageCoder, model_dtype: torch.dtype, batch: int, tokens: int
     for layer in sorted(set(range(geometry.layers)) - set(plan.coded_layers)):
         kept = min(tokens, geometry.sliding_window - 1) if layer in geometry.sliding_layers else tokens
         shapes[f"plain.{layer}"] = (model_dtype, (2, batch, heads, kept, dim))
-    return {_spec(name, dtype, shape) for name, (dtype, shape) in shapes.items() if prod(shape)}
+    return {name: _spec(name, dtype, shape) for name, (dtype, shape) in shapes.items() if prod(shape)}
 
 
 def tensors_of(contents: CacheContents, token_ids: Tensor | None) -> dict[str, Tensor]:
@@ -110,13 +114,8 @@ def decode_part(part: Part, data: memoryview, bits: Sequence[int]) -> Tensor:
     return tensor
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as files have it."""
-    return str(dtype).removeprefix("torch.")
-
-
 def _spec(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> PartSpec:
-    return PartSpec(name=name, coding="range" if name == CODES else "zstd", dtype=dtype_name(dtype), shape=shape)
+    return PartSpec(name=name, coding="range" if name == CODES else "zstd", dtype=_DTYPES[dtype], shape=shape)
 
 
 def _raw_width(unit: PageUnit) -> int:
@@ -134,7 +133,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(_bytes(tensor).numpy()).hexdigest()
+    return hashlib.sha256(_bytes(tensor).numpy().data).hexdigest()
 
 
 def _planes(tensor: Tensor) -> bytes:

@@ -48,6 +48,7 @@ def cache_of(contents: CacheContents, bundle: Bundle, coder: PageCoder, window: 
         cache._coded[index].restore(contents.paged, keys.to(device), values.to(device))
     for index, (keys, values) in contents.plain.items():
         layer = cache.layers[index]
+        assert isinstance(layer, DynamicLayer)
         layer.lazy_initialization(keys.to(device), values.to(device))
         layer.keys, layer.values = keys.to(device), values.to(device)
         if isinstance(layer, DynamicSlidingWindowLayer):
