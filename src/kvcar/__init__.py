@@ -26,11 +26,8 @@ if TYPE_CHECKING:
     from .runtime.attach import attach as attach
     from .runtime.attach import detach as detach
     from .runtime.cache import KVCarCache as KVCarCache
-<<<<<<< HEAD
-    from .train.distill import distill as distill
-=======
     from .runtime.context import read_context as read_context
->>>>>>> store
+    from .train.distill import distill as distill
     from .version import __version__ as __version__
 
 _HOMES = {
