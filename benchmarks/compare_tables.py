@@ -62,7 +62,7 @@ def _section(text: str, rows: Sequence[dict[str, Any]], plot: str) -> list[str]:
     first = rows[0]
     head = (
         f"Model `{first['config']['model']}` in {first['config']['dtype']}, context {first['context']:,}, {first['windows']} "
-        f"windows; what is fitted is fitted on {first['config']['fit_text']}. Full cache: "
+        f"windows; rivals that need it are fitted on {first['config']['fit_text']}. Full cache: "
         f"{first['full_bytes'] / first['context']:,.0f} bytes per token, perplexity {first['perplexity_full']:.3f} ± "
         f"{first['perplexity_full_stderr']:.3f}. Records: `compare-{text}-*`."
     )

@@ -88,12 +88,16 @@ class Kvtc(Method):
 
 def fit(calibration: Calibration, times: float) -> Kvtc:
     """KVTC whose codes are ``times`` smaller than bfloat16 before entropy coding."""
+    calibration.moments([_block(calibration, kind) for kind in KINDS])  # both from one pass over the text
     return Kvtc(calibration.geometry, {kind: _transform(calibration, kind, times) for kind in KINDS}, times)
 
 
+def _block(calibration: Calibration, kind: Kind) -> tuple[Slot, ...]:
+    return tuple(calibration.geometry.slots(kind))
+
+
 def _transform(calibration: Calibration, kind: Kind, times: float) -> Transform:
-    block: tuple[Slot, ...] = tuple(calibration.geometry.slots(kind))
-    principal = calibration.principal(block)
+    principal = calibration.principal(_block(calibration, kind))
     width = len(principal.mean)
     groups = allocate_groups(principal.sample, int(FULL_BITS / times * width))
     columns = torch.cat([torch.arange(g.start, g.start + g.size) for g in groups])

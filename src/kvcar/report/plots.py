@@ -12,6 +12,7 @@ from ..planner.summary import LayerBits
 
 _KEY_COLOUR, _VALUE_COLOUR = "#2f6f9f", "#d08a2e"
 _MARKERS = "os^DvP*X<>"
+_TICKS = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def frontier(series: Mapping[str, Sequence[Point]], noise_floor: float | None = 
         series: points by family, of any order.
         noise_floor: divergence of a lossless cache; told in the axis' label, since it lies far below all others.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure, axes = _figure(8.0, 5.0)
     for index, (family, points) in enumerate(series.items()):
         shown = sorted((p for p in points if p.kl_divergence > 0), key=lambda p: p.times_smaller)
@@ -67,9 +70,11 @@ def frontier(series: Mapping[str, Sequence[Point]], noise_floor: float | None = 
             linewidth=1,
             label=family,
         )
-    axes.set_xscale("log", base=2)
+    axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=_TICKS, numticks=40))
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("times smaller than the full bfloat16 cache, all bytes counted")
     floor = "" if noise_floor is None else f"\nnoise floor (lossless cache): {noise_floor:.1e}"
     axes.set_ylabel(f"KL divergence from the full cache (nats per token){floor}")
