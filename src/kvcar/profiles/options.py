@@ -55,7 +55,7 @@ class ProfileOptions:
     max_kl: float | None = None
     effect_tokens: int = 8192
     tune_steps: int = 20
-    tune_rate: float = 1e-4
+    tune_rate: float = 3e-5
     window: int = 64
     sinks: int = 4
     page_tokens: int = 64

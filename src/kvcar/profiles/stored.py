@@ -24,7 +24,7 @@ from .statistics import Statistics
 
 _MOST_LEVELS = 255
 _SEARCHES = 24
-_UNSEEN = 1.02
+_UNSEEN = 1.03
 """Codes of text that was not fitted on take about this much more."""
 
 
