@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from ..errors import InputError
-from ..fit.options import DEFAULT_TIMES_SMALLER
+from ..fit.options import DEFAULT_TIMES_SMALLER, check_pages
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,7 @@ class ProfileOptions:
                 raise InputError(f"{name} must be above 0, got {value:g}")
         if self.effect_tokens < 1 or self.tune_steps < 0:
             raise InputError("effect_tokens must be at least 1 and tune_steps not negative")
-        if self.page_tokens < 32 or self.page_tokens % 32:
-            raise InputError(f"a page must hold a multiple of 32 tokens, got {self.page_tokens}")
-        if self.window < 0 or self.window % self.page_tokens:
-            raise InputError(f"window must be 0 or a multiple of the page size, {self.page_tokens}; got {self.window}")
-        if not 0 <= self.sinks <= min(self.page_tokens, 64):
-            raise InputError(f"sinks must be 0 to {min(self.page_tokens, 64)}, got {self.sinks}")
+        check_pages(self.page_tokens, self.window, self.sinks)
 
     @property
     def target(self) -> float:
