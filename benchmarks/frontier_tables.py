@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from pages import load, markdown
 
 _HEAD = """# Quality against bytes, by profile
 
@@ -22,18 +20,11 @@ disk they are entropy-coded: see "Stored contexts"."""
 def frontier_page() -> str:
     """The whole page."""
     sections = [_HEAD]
-    records = _load("frontier-*.json", "frontier")
+    records = load("frontier-*.json", "frontier")
     for text in dict.fromkeys(r["config"]["text_name"] for r in records):
         sections += _text(text, [r for r in records if r["config"]["text_name"] == text])
     sections += _stored() + _fits() + _scale()
     return "\n\n".join(sections) + "\n"
-
-
-def _load(pattern: str, kind: str) -> list[dict[str, Any]]:
-    loaded = [
-        json.loads(path.read_text(encoding="utf-8")) | {"record": path.stem} for path in sorted(RESULTS.glob(pattern))
-    ]
-    return [r for r in loaded if r["kind"] == kind]
 
 
 def _text(name: str, records: list[dict[str, Any]]) -> list[str]:
@@ -69,11 +60,11 @@ def _text(name: str, records: list[dict[str, Any]]) -> list[str]:
     )
     if any(r["config"]["profile"] == "stored" for r in records):
         note += _STORED
-    return [f"## {name}", _markdown(rows), note + f" Records: `frontier-{name}-*`"]
+    return [f"## {name}", markdown(rows), note + f" Records: `frontier-{name}-*`"]
 
 
 def _stored() -> list[str]:
-    records = _load("stored-*.json", "stored")
+    records = load("stored-*.json", "stored")
     if not records:
         return []
     head = [
@@ -104,11 +95,11 @@ def _stored() -> list[str]:
         f"{first['following']} tokens that follow are stepped from it, against the full cache. Bytes are those of the file, sinks "
         "and headers included, against the model's own cache in bfloat16."
     )
-    return ["## Stored contexts", _markdown(rows), note]
+    return ["## Stored contexts", markdown(rows), note]
 
 
 def _fits() -> list[str]:
-    records = _load("frontier-fit-*.json", "frontier-fit")
+    records = load("frontier-fit-*.json", "frontier-fit")
     if not records:
         return []
     rows = [
@@ -138,11 +129,11 @@ def _fits() -> list[str]:
         "Held-back KL is measured in two passes on two windows of the fitting text, before and after tuning; the curve is the "
         "quadratic model's, scaled to it."
     )
-    return ["## Fits", _markdown(rows), note]
+    return ["## Fits", markdown(rows), note]
 
 
 def _scale() -> list[str]:
-    records = _load("scale-*.json", "scale")
+    records = load("scale-*.json", "scale")
     if not records:
         return []
     rows = [
@@ -170,10 +161,4 @@ def _scale() -> list[str]:
         "`2 * (layers * band + layers) * (KV heads * head dim)^2 * 8` bytes (less a corner), `band` being the layers of the longest "
         "block that the profile allows; besides them a window's activations and the bases of the blocks that are solved."
     )
-    return ["## Fits at scale", _markdown(rows), note]
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    head, *body = rows
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])
+    return ["## Fits at scale", markdown(rows), note]

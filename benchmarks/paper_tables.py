@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from pages import load, markdown
+
 READING = Path(__file__).parent / "paper_reading.md"
 
 _HEAD = """# The paper's evaluation, redone
@@ -31,18 +31,13 @@ def paper_page() -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _load(pattern: str) -> list[dict[str, Any]]:
-    paths = sorted(RESULTS.glob(pattern))
-    return [json.loads(path.read_text(encoding="utf-8")) | {"record": path.stem} for path in paths]
-
-
 def _reproductions() -> list[str]:
-    return sorted({r["config"]["reproduction"] for r in _load("paper-*.json")})
+    return sorted({r["config"]["reproduction"] for r in load("paper-*.json")})
 
 
 def _reproduction(name: str) -> list[str]:
     fidelity = [
-        r for r in _load("paper-*.json") if r["kind"] == "paper-fidelity" and r["config"]["reproduction"] == name
+        r for r in load("paper-*.json") if r["kind"] == "paper-fidelity" and r["config"]["reproduction"] == name
     ]
     sections = [_title(name, fidelity)]
     for table in _in_order(r["config"]["setting"]["table"] for r in fidelity):
@@ -54,7 +49,7 @@ def _reproduction(name: str) -> list[str]:
 def _title(name: str, fidelity: list[dict[str, Any]]) -> str:
     model = fidelity[0]["config"]["model"]
     lines = [f"## {name}: `{model}`"]
-    for record in _load(f"pretraining-{Path(model).name}.json"):
+    for record in load(f"pretraining-{Path(model).name}.json"):
         c = record["config"]
         lines.append(
             f"A GPT-2 of {c['layers']} layers, {c['heads']} heads of {c['width'] // c['heads']}, "
@@ -83,7 +78,7 @@ def _table(title: str, records: list[dict[str, Any]]) -> list[str]:
     note = f"Context {records[0]['context']:,}, {records[0]['windows']} windows a text. Records: " + ", ".join(
         sorted({f"`paper-{r['config']['reproduction']}-fidelity-*-{r['config']['setting']['name']}`" for r in records})
     )
-    return [f"### {title[:1].upper()}{title[1:]}", _markdown(rows), note]
+    return [f"### {title[:1].upper()}{title[1:]}", markdown(rows), note]
 
 
 def _by_saving(item: tuple[str, dict[str, dict[str, Any]]]) -> tuple[float, str]:
@@ -111,7 +106,7 @@ def _row(name: str, by_text: dict[str, dict[str, Any]], texts: list[str]) -> lis
 
 
 def _tasks(name: str) -> list[str]:
-    records = _load(f"paper-{name}-tasks-*.json")
+    records = load(f"paper-{name}-tasks-*.json")
     if not records:
         return []
     full = next((r for r in records if r["record"].endswith("-tasks-full")), None)
@@ -133,7 +128,7 @@ def _tasks(name: str) -> list[str]:
         "of each file. Differences are in points, with the standard error of the paired difference. Records: "
         + ", ".join(f"`{r['record']}`" for r in records)
     )
-    return ["### Zero-shot accuracy", _markdown(rows), note]
+    return ["### Zero-shot accuracy", markdown(rows), note]
 
 
 def _paired(own: list[int], full: list[int]) -> str:
@@ -146,7 +141,7 @@ def _paired(own: list[int], full: list[int]) -> str:
 
 def _system(name: str) -> list[str]:
     sections: list[str] = []
-    for r in _load(f"paper-{name}-system-full.json"):
+    for r in load(f"paper-{name}-system-full.json"):
         longest, largest = r["longest_tokens"], r["largest_batch"]
         batches, lengths = list(next(iter(longest.values()))), list(next(iter(largest.values())))
         first = [["cache", *(f"batch {b}" for b in batches)]]
@@ -154,8 +149,8 @@ def _system(name: str) -> list[str]:
         second = [["cache", *(f"{int(t):,} tokens" for t in lengths)]]
         second += [[_cache(n), *(f"{by[t]:,}" for t in lengths)] for n, by in largest.items()]
         budget = f"{r['memory_bytes'] / 2**20:,.0f} MiB"
-        sections += [f"### Longest sequence in {budget} of cache, by batch size", _markdown(first)]
-        sections += [f"### Largest batch in {budget} of cache, by length", _markdown(second)]
+        sections += [f"### Longest sequence in {budget} of cache, by batch size", markdown(first)]
+        sections += [f"### Largest batch in {budget} of cache, by length", markdown(second)]
         if r["confirmed"]:
             sections += _confirmed(r, longest, budget)
     return sections
@@ -181,7 +176,7 @@ def _confirmed(r: dict[str, Any], longest: dict[str, dict[str, int]], budget: st
         "process also holds what allocators keep and, while it grows, transformers' full cache holds a second copy of a layer; "
         f"so what is reached lies below what is computed. Record: `{r['record']}`"
     )
-    return ["### Confirmed by running", _markdown(rows), note]
+    return ["### Confirmed by running", markdown(rows), note]
 
 
 def _cache(name: str) -> str:
@@ -190,7 +185,7 @@ def _cache(name: str) -> str:
 
 def _training(name: str) -> list[str]:
     rows = [["setting", "stage", "steps", "validation loss: start", "best", "training loss: first", "last five"]]
-    for r in _load(f"training-{name}-*.json"):
+    for r in load(f"training-{name}-*.json"):
         stages = list(dict.fromkeys(entry["stage"] for entry in r["history"]))
         for stage in stages if len(stages) <= 2 else (stages[0], stages[len(stages) // 2], stages[-1]):
             own = [e for e in r["history"] if e["stage"] == stage]
@@ -205,20 +200,14 @@ def _training(name: str) -> list[str]:
         "In nats per token; KL divergence to the full cache unless the setting trains on cross-entropy, token by token. Of runs "
         f"over single layers the first, the middle and the last stage are shown. Records: `training-{name}-*`"
     )
-    return ["### Training", _markdown(rows), note, *_curves(name)]
+    return ["### Training", markdown(rows), note, *_curves(name)]
 
 
 def _curves(name: str) -> list[str]:
     lines = []
-    for r in _load(f"training-{name}-*.json"):
+    for r in load(f"training-{name}-*.json"):
         held = [e for e in r["history"] if "validation_loss" in e and e["stage"] in ("all layers", "weights")]
         if len(held) > 3:
             curve = ", ".join(f"{e['step']}: {e['validation_loss']:.4f}" for e in held)
             lines.append(f"- `{r['config']['setting']['name']}`, validation loss by step: {curve}")
     return ["\n".join(lines)] if lines else []
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    head, *body = rows
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in body])

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -58,6 +59,14 @@ class FitProvenance(StrictModel):
     options: dict[str, str | int | float | bool | None]
 
 
+def identify(model: PreTrainedModel, name: str) -> tuple[Fingerprint, ModelIdentity]:
+    """What ties a bundle to a model: sampled weights, and who it is."""
+    print_ = fingerprint(model)
+    return print_, ModelIdentity(
+        name=name, architecture=type(model).__name__, dtype=print_.dtype, fingerprint=print_.digest
+    )
+
+
 @dataclass(frozen=True)
 class CodedBlock:
     """The codec and quantiser of one block; both None for a lossless one."""
@@ -76,6 +85,10 @@ class CodedBlock:
         if self.codec is None or self.quantizer is None:
             return x
         return self.codec.decode(self.quantizer.latents(self.quantizer.codes(self.codec.encode(x))))
+
+    def on(self, device: torch.device, block: Block, head_dim: int) -> CodedBlock:
+        """The same with its tensors on a device; ``block`` is the plan's."""
+        return CodedBlock.from_tensors({name: t.to(device) for name, t in self.tensors().items()}, block, head_dim)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], block: Block, head_dim: int) -> CodedBlock:

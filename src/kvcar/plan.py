@@ -206,6 +206,11 @@ class Plan(StrictModel):
             raise PlanError(_first_problem(error)) from None
 
 
+def step_tokens(page_tokens: int, window: int) -> int:
+    """Tokens that read each other exactly where effects are measured and codecs tuned: a page with a window, one without."""
+    return page_tokens if window else 1
+
+
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "plan"

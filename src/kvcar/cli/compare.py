@@ -24,9 +24,8 @@ from .app import app
 from .arguments import Device, Dtype, Json, Model, Text, Window
 from .console import check_writable, errors, out, progress_bars
 from .figures import fidelity_table
-from .texts import evaluation_text
+from .texts import evaluation_context, evaluation_text
 
-_CONTEXT = 2048
 _EXAMPLES = """Step MODEL through several caches over the same text, side by side, all bytes counted the same way.
 
 Rows are the full cache, a lossless bundle (the noise floor), bundles, and transformers' quantised caches.
@@ -81,7 +80,7 @@ def compare_caches(
         for name, reason in missing.items():
             errors.print(f"[yellow]left out:[/] {name}: {reason}", soft_wrap=True)
         contenders = [floor, *contenders, *quantized]
-        ids = token_windows(loaded.tokenizer, source.text, _context(context, geometry.max_positions), windows)
+        ids = token_windows(loaded.tokenizer, source.text, evaluation_context(context, geometry.max_positions), windows)
         on_chunk = counter(tell, "compare", ids.numel() * len(groups(contenders, side_by_side)))
         with attach(loaded.model, lossless):
             results = list(compare(loaded.model, ids, contenders, on_chunk, side_by_side))
@@ -134,13 +133,6 @@ def comparison_plot(results: Sequence[tuple[Contender, Fidelity]]) -> str:
         point = Point(contender.name, f.times_smaller, f.kl_divergence.value, f.kl_divergence.stderr)
         series.setdefault(contender.family, []).append(point)
     return frontier(series, floor)
-
-
-def _context(asked: int | None, most: int) -> int:
-    context = min(_CONTEXT, most) if asked is None else asked
-    if context > most:
-        raise InputError(f"a context of {context} tokens is longer than the model's {most} positions")
-    return context
 
 
 def _tell_flattered(bundles: Mapping[str, Bundle], source: TextSource) -> None:

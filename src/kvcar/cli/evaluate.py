@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from ..bundle import Bundle
-from ..errors import InputError
 from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
 from ..fit.text import token_windows
 from ..models.load import load_model
@@ -19,9 +18,8 @@ from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Text, Window
 from .console import check_writable, errors, out, progress_bars
 from .figures import fidelity_table
-from .texts import evaluation_text
+from .texts import evaluation_context, evaluation_text
 
-_CONTEXT = 2048
 _EXAMPLES = """Measure a bundle against MODEL's own full cache, stepped through both.
 
 [bold]Examples[/]
@@ -53,10 +51,7 @@ def evaluate(
     check_writable(json)
     source = evaluation_text(text)
     KVCarCache(loaded_bundle, window)  # a bad window is told before the model is loaded
-    most = loaded_bundle.plan.geometry.max_positions
-    context = min(_CONTEXT, most) if context is None else context
-    if context > most:
-        raise InputError(f"a context of {context} tokens is longer than the model's {most} positions")
+    context = evaluation_context(context, loaded_bundle.plan.geometry.max_positions)
     fitted_on_this = source.sha256 == loaded_bundle.fit.text_sha256
     if fitted_on_this:
         errors.print("[yellow]note:[/] the bundle was fitted on this very text, so the figures flatter it")

@@ -12,6 +12,7 @@ from ..errors import InputError
 from ..fit.text import TextSource, interleaved, read_text, split_text, token_windows
 
 HELD_OUT_FRACTION = 0.1
+_CONTEXT = 2048
 
 
 def fit_and_check_text(path: Path | None, hold_back: bool) -> tuple[TextSource, TextSource | None]:
@@ -40,6 +41,14 @@ def windows_of_all(tokenizer: Any, sources: Sequence[TextSource], context: int, 
 def evaluation_text(path: Path | None) -> TextSource:
     """The text to evaluate on: a file, or the held-out part of the embedded text."""
     return read_text(path) if path is not None else split_text(read_text(None), HELD_OUT_FRACTION)[1]
+
+
+def evaluation_context(asked: int | None, most: int) -> int:
+    """Tokens of a window to evaluate on: as asked, or 2,048 or what the model has; raises InputError above that."""
+    context = min(_CONTEXT, most) if asked is None else asked
+    if context > most:
+        raise InputError(f"a context of {context} tokens is longer than the model's {most} positions")
+    return context
 
 
 def up_to_windows(tokenizer: Any, text: str, context: int, most: int) -> Tensor:

@@ -138,9 +138,9 @@ def measure_fidelity(
         full = DynamicCache(config=model.config)
         stepped = {name: make() for name, make in caches.items()}
         for ids, targets in _chunks(window.to(model.device), chunk):
-            reference = _logits(model, ids, full)[: len(targets)]
+            reference = step_logits(model, ids, full)[: len(targets)]
             for name, cache in stepped.items():
-                logits = _logits(model, ids, cache)[: len(targets)]
+                logits = step_logits(model, ids, cache)[: len(targets)]
                 if len(targets):
                     scores[name].add(logits, reference, targets)
             if on_chunk is not None:
@@ -157,7 +157,8 @@ def _chunks(window: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield window[start : start + chunk], window[start + 1 : start + chunk + 1]
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+def step_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
+    """Logits ``[T, V]`` of one step over ``ids`` int64 ``[T]``, which the cache then holds too."""
     return model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
 
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import InputError
 from ..runtime.cache import KVCarCache
 from ..runtime.prefill import PREFILL_CHUNK_TOKENS, prefill
-from .fidelity import CHUNK_TOKENS, TokenScores
+from .fidelity import CHUNK_TOKENS, TokenScores, step_logits
 from .full_cache import bfloat16_bytes
 from .statistics import Estimate, mean_of, ratio_of
 
@@ -116,7 +116,7 @@ def measure_continuation(
             loaded = KVCarCache.load(path, model, cache.bundle)
         for start in range(context, len(window) - 1, chunk):
             stop = min(start + chunk, len(window) - 1)
-            logits, reference = (_logits(model, window[start:stop], each) for each in (loaded, full))
+            logits, reference = (step_logits(model, window[start:stop], each) for each in (loaded, full))
             scores.add(logits, reference, window[start + 1 : stop + 1])
         if on_window is not None:
             on_window(index + 1)
@@ -169,10 +169,6 @@ def continuation_figures(c: Continuation) -> dict[str, Any]:
         "following": c.following,
         "windows": c.windows,
     }
-
-
-def _logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
-    return model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
 
 
 def _summarise(

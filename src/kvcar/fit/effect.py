@@ -16,18 +16,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..models.attention_hook import AttentionHook
+from ..models.frozen import frozen
 from ..processes import own_share, total
 from ..progress import OnProgress, counter, silent
-from ..shapes import KINDS, Kind, KVGeometry
+from ..shapes import Kind, KVGeometry
 
 DAMPING = 0.3
 
 OnLayer = Callable[[int, Kind, Tensor], None]
-"""(layer, kind, vectors float32 ``[tokens, H * D]``) -> None."""
+"""(layer, kind, gradients float32 ``[tokens, H * D]``) -> None."""
 
 
 class EffectProbe(AttentionHook):
-    """Runs windows forwards and backwards and hands out keys, values, and the gradients that reach them.
+    """Runs windows forwards and backwards and hands out the gradients that reach keys and values.
 
     Args:
         model: a causal language model using sdpa attention; its parameters get no gradients.
@@ -45,21 +46,18 @@ class EffectProbe(AttentionHook):
         self.sinks, self._step_tokens, self._window = sinks, step_tokens, window
         self._seed = seed
 
-    def run(self, windows: Tensor, on_vectors: OnLayer, on_gradients: OnLayer) -> Iterator[int]:
+    def run(self, windows: Tensor, on_gradients: OnLayer) -> Iterator[int]:
         """Go over ``windows`` int64 ``[N, T]`` one by one, yielding the tokens that were taken in.
 
         Args:
             windows: token ids.
-            on_vectors: given each layer's keys (before RoPE) and values.
-            on_gradients: given the gradients at the same, per token.
+            on_gradients: given the gradients at each layer's keys (before RoPE) and values, per token.
         """
-        wanted = {p: p.requires_grad for p in self.model.parameters()}
+        self._gradients = on_gradients
         handle = self.model.get_input_embeddings().register_forward_hook(lambda *a: a[-1].detach().requires_grad_())
         try:
-            self.model.requires_grad_(False)
-            with self:
+            with frozen(self.model), self:
                 for window in windows:
-                    self._vectors, self._gradients = on_vectors, on_gradients
                     # By window, so that it does not matter which process runs it.
                     self._draw = torch.Generator().manual_seed(self._seed + int(window.sum()))
                     with torch.enable_grad():
@@ -68,8 +66,6 @@ class EffectProbe(AttentionHook):
                     yield len(window) - self.sinks
         finally:
             handle.remove()
-            for parameter, flag in wanted.items():
-                parameter.requires_grad_(flag)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
@@ -78,9 +74,6 @@ class EffectProbe(AttentionHook):
         if layer not in self.geometry.codable_layers:
             return None
         heads, tokens = key.shape[1], key.shape[2]
-        with torch.no_grad():
-            for kind, side in zip(KINDS, (self.before_rope(layer, key), value), strict=True):
-                self._vectors(layer, kind, self._flat(side))
         q = query.float().unflatten(1, (heads, -1)) * scaling
         scores = q @ key.float()[:, :, None].transpose(-1, -2)
         far = self._far(tokens, key.device)
@@ -138,7 +131,7 @@ def effect_metrics(
     own = own_share(windows)
     count = counter(on_progress, "measure the effect of errors", own.shape[0] * (own.shape[1] - probe.sinks))
     count(0)
-    for tokens in probe.run(own, lambda *_: None, add):
+    for tokens in probe.run(own, add):
         count(tokens)
     tokens = windows.shape[0] * (windows.shape[1] - probe.sinks)
     # In the same order everywhere: the backward pass reaches values before keys, last layer first.

@@ -10,11 +10,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity
+from ..bundle import Bundle, CodedBlock, FitProvenance, identify
 from ..errors import FitError, InputError
-from ..models.fingerprint import fingerprint
 from ..models.geometry import read_geometry
-from ..plan import BitGroup, Block, Plan
+from ..plan import BitGroup, Block, Plan, step_tokens
 from ..planner.blocks import regular_blocks, without
 from ..planner.budget import bits_for
 from ..progress import OnProgress, counter, silent
@@ -83,10 +82,7 @@ def fit_bundles(
     training = any(o.codec == "autoencoder" for o in options)
     stats = _collect(model, geometry, windows, distinct, sinks, training, on_progress) if distinct else {}
     _attach_metrics(model, geometry, windows, stats, options, on_progress)
-    print_ = fingerprint(model)
-    identity = ModelIdentity(
-        name=name, architecture=type(model).__name__, dtype=print_.dtype, fingerprint=print_.digest
-    )
+    print_, identity = identify(model, name)
     model_bytes = model.dtype.itemsize
     bundles = []
     for each, option in zip(blocks, options, strict=True):
@@ -173,11 +169,11 @@ def _attach_metrics(
     if len(asking) != len(lossy) or len({(o.window, o.page_tokens, o.sinks) for o in asking}) > 1:
         raise InputError("bundles fitted together must share the metric, and with 'effect' window, pages and sinks")
     first = asking[0]
-    # Without a window every token but the query's own is read decoded.
-    step = first.page_tokens if first.window else 1
     count = max(1, round(first.effect_tokens / windows.shape[1]))
     spread = windows[:: max(1, len(windows) // count)][:count]
-    probe = EffectProbe(model, geometry, first.sinks, step, first.window, first.seed)
+    probe = EffectProbe(
+        model, geometry, first.sinks, step_tokens(first.page_tokens, first.window), first.window, first.seed
+    )
     metrics = effect_metrics(probe, spread, on_progress)
     dim = geometry.head_dim
     for slots, moments in stats.items():

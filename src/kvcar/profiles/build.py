@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..bundle import CodedBlock
 from ..errors import FitError
-from ..fit.solve import groups_of, linear_codec
+from ..fit.solve import Basis, groups_of, linear_codec
 from ..plan import Block, Plan
 from ..planner.bits import allocate_bits
 from ..planner.budget import bits_for
@@ -80,10 +80,7 @@ def solve(
         FitError: what stays exact is already larger than the target allows.
     """
     budget = bits_for(plan, times_smaller, model_bytes)
-    bases = []
-    for index, block in enumerate(plan.blocks):
-        bases.append(statistics.basis(block.slots))
-        on_progress("fit linear codecs", index + 1, len(plan.blocks))
+    bases = bases_of(statistics, plan, on_progress)
     variances = [basis.variances for basis in bases]
     bits = allocate_bits(variances, budget)
     predicted = sum(error_of(v, b) for v, b in zip(variances, bits, strict=True))
@@ -95,6 +92,15 @@ def solve(
         coded.append(CodedBlock(codec, quantizer))
         blocks.append(block.model_copy(update={"groups": groups_of(own)}))
     return Solved(plan.model_copy(update={"blocks": tuple(blocks)}), tuple(coded), predicted)
+
+
+def bases_of(statistics: Statistics, plan: Plan, on_progress: OnProgress) -> list[Basis]:
+    """The basis of every block."""
+    bases = []
+    for index, block in enumerate(plan.blocks):
+        bases.append(statistics.basis(block.slots))
+        on_progress("fit linear codecs", index + 1, len(plan.blocks))
+    return bases
 
 
 def predicted_curve(

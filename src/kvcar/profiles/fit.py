@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..bundle import Bundle, ModelIdentity
+from ..bundle import Bundle, identify
 from ..errors import FitError, InputError
 from ..fit.fit import provenance
 from ..fit.text import TextSource
-from ..models.fingerprint import fingerprint
 from ..models.geometry import read_geometry
-from ..plan import Plan
+from ..plan import Plan, step_tokens
 from ..planner.budget import bits_for
 from ..progress import OnProgress, silent
 from ..shapes import KINDS, KVGeometry
@@ -117,8 +116,8 @@ def fit_profiles(
     fitted, held = windows[:-_HELD_WINDOWS], windows[-_HELD_WINDOWS:]
     band = max(longest_run(geometry, PROFILES[each.profile]) for each in options)
     statistics = collect_statistics(
-        model, geometry, fitted, _spread(fitted, first.effect_tokens), band, first.sinks, _step(first), first.window,
-        first.seed, on_progress,
+        model, geometry, fitted, _spread(fitted, first.effect_tokens), band, first.sinks,
+        step_tokens(first.page_tokens, first.window), first.window, first.seed, on_progress,
     )  # fmt: skip
     plans: dict[tuple[str, float], Plan] = {}
     for each in options:
@@ -126,11 +125,6 @@ def fit_profiles(
         if given not in plans:
             plans[given] = _plan(statistics, each, model.dtype.itemsize, on_progress)
         yield _fit_one(model, name, (fitted, held), source, each, statistics, plans[given], on_progress, on_step)
-
-
-def _step(options: ProfileOptions) -> int:
-    """Pages are read a page's step at a time where there is a window, and token by token where there is none."""
-    return options.page_tokens if options.window else 1
 
 
 def _plan(statistics: Statistics, options: ProfileOptions, model_bytes: int, on_progress: OnProgress) -> Plan:
@@ -155,10 +149,7 @@ def _fit_one(
     fitted, held = windows
     solver = _Solver(statistics, plan, options, model.dtype.itemsize)
     size, solved, held_kl = _to_target(solver, options, _Measure(model, plan, held), on_progress)
-    print_ = fingerprint(model)
-    identity = ModelIdentity(
-        name=name, architecture=type(model).__name__, dtype=print_.dtype, fingerprint=print_.digest
-    )
+    print_, identity = identify(model, name)
     fit = provenance(fitted, source, options.seed, options.as_dict() | {"times_smaller": size})
     bundle = Bundle(solved.plan, solved.blocks, print_, identity, fit)
     curve = solver.curve(held_kl / max(solved.predicted_kl, 1e-12))
@@ -196,7 +187,7 @@ class _Measure:
     """Two-pass divergence of solved plans on the same windows, their clean passes done once."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan, windows: Tensor) -> None:
-        self._passes = TwoPass(model, plan, plan.page_tokens if plan.window else 1, plan.window)
+        self._passes = TwoPass(model, plan, step_tokens(plan.page_tokens, plan.window), plan.window)
         with self._passes:
             self._prefilled = [self._passes.prefill(window) for window in windows]
 

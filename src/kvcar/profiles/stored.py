@@ -19,7 +19,7 @@ from ..plan import Plan
 from ..planner.budget import REFERENCE_TOKENS
 from ..progress import OnProgress
 from ..shapes import BFLOAT16_BYTES
-from .build import Solved
+from .build import Solved, bases_of
 from .statistics import Statistics
 
 _MOST_LEVELS = 255
@@ -34,10 +34,7 @@ def solve_stored(statistics: Statistics, plan: Plan, times_smaller: float, on_pr
     Raises:
         FitError: what stays exact is already larger than the target allows.
     """
-    bases = []
-    for index, block in enumerate(plan.blocks):
-        bases.append(statistics.basis(block.slots))
-        on_progress("fit linear codecs", index + 1, len(plan.blocks))
+    bases = bases_of(statistics, plan, on_progress)
     latents = [
         ((statistics.sample(block.slots).double() - basis.mean) @ basis.encoder)
         for block, basis in zip(plan.blocks, bases, strict=True)

@@ -124,8 +124,7 @@ class PageCoder:
         if unit.block is None:
             return UnitCoder(unit, CodedBlock(None, None), self.dtype)
         block = self.plan.blocks[unit.block]
-        tensors = {name: t.to(device) for name, t in bundle.blocks[unit.block].tensors().items()}
-        coded = CodedBlock.from_tensors(tensors, block, self.plan.geometry.head_dim)
+        coded = bundle.blocks[unit.block].on(device, block, self.plan.geometry.head_dim)
         return UnitCoder(unit, coded, self.dtype)
 
     def _layer_readers(self, layer: int, kind: Kind) -> tuple[Reader, ...]:

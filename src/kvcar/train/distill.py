@@ -18,13 +18,15 @@ from transformers import PreTrainedModel
 from ..bundle import Bundle, CodedBlock
 from ..codecs import LinearCodec, Quantizer
 from ..errors import InputError
-from ..plan import Plan
+from ..models.frozen import frozen
+from ..plan import Plan, step_tokens
 from ..progress import OnProgress, silent
 from .checkpoint import TrainState
 from .losses import kl_divergence
 from .run import OnStep, told_nobody
 from .trainer import Stage, mean, run_stage, window_order
 from .two_pass import Prefilled, TwoPass
+from .units import straight_through
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,7 @@ class TunedLinear(nn.Module):
             z = ((x - self._start.centre) / self.std) @ self.encoder * self.spread
         else:
             z = self._start.encode(x)
-        rounded = self._quantizer.latents(self._quantizer.codes(z.detach()))
-        # Straight through (Bengio et al. 2013, arXiv 1308.3432): the rounding's gradient counts as 1.
-        z = rounded + (z - z.detach())
+        z = straight_through(self._quantizer, z)
         return ((z / self.spread) @ self.weight + self.bias) * self.std + self._start.mean
 
     @torch.no_grad()
@@ -143,20 +143,14 @@ def distill(
         on_step(entry)
         on_progress("tune codecs", state.step, options.steps)
 
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    model.requires_grad_(False)
-    try:
-        with run.passes:
-            units = run.units()
-            trained = [p for p in units.parameters() if p.requires_grad]
-            stage = Stage(
-                "codecs", options.steps, options.learning_rate, trained, run.loss, run.validate, options.validate_every,
-                options.patience,
-            )  # fmt: skip
-            run_stage(stage, units, state, torch.optim.Adam(trained), run.windows_of, lambda: None, tell)
-    finally:
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
+    with frozen(model), run.passes:
+        units = run.units()
+        trained = [p for p in units.parameters() if p.requires_grad]
+        stage = Stage(
+            "codecs", options.steps, options.learning_rate, trained, run.loss, run.validate, options.validate_every,
+            options.patience,
+        )  # fmt: skip
+        run_stage(stage, units, state, torch.optim.Adam(trained), run.windows_of, lambda: None, tell)
     held = [entry["validation_loss"] for entry in state.history if "validation_loss" in entry]
     # Where nothing was better than the start, the start itself comes back, not its rounded image.
     result = run.result() if min(held) < held[0] else bundle
@@ -168,7 +162,7 @@ class _Distillation:
 
     def __init__(self, model: PreTrainedModel, bundle: Bundle, windows: Tensor, options: DistillOptions) -> None:
         plan: Plan = bundle.plan
-        self.passes = TwoPass(model, plan, plan.page_tokens, plan.window)
+        self.passes = TwoPass(model, plan, step_tokens(plan.page_tokens, plan.window), plan.window)
         self._bundle, self._options, self._device = bundle, options, next(model.parameters()).device
         self._train, self._held = windows[: -options.held_windows], windows[-options.held_windows :]
         self._units = nn.ModuleDict()
@@ -182,10 +176,8 @@ class _Distillation:
                 continue
             if not isinstance(coded.codec, LinearCodec) or coded.quantizer is None:
                 raise InputError(f"only linear codecs are tuned here, and block {index} has {coded.codec.name}")
-            moved = CodedBlock.from_tensors(
-                {name: t.to(self._device) for name, t in coded.tensors().items()},
-                self._bundle.plan.blocks[index], self._bundle.plan.geometry.head_dim,
-            )  # fmt: skip
+            plan = self._bundle.plan
+            moved = coded.on(self._device, plan.blocks[index], plan.geometry.head_dim)
             codec, quantizer = moved.codec, moved.quantizer
             assert isinstance(codec, LinearCodec)
             assert quantizer is not None

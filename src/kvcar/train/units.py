@@ -31,9 +31,12 @@ class Unit(nn.Module):
         """Reconstruction ``[..., W]`` of ``x`` ``[..., W]``, both float32."""
         flat = x.flatten(0, -2)
         z = self.codec.encode(flat)
-        rounded = self.quantizer.latents(self.quantizer.codes(z.detach()))
-        # Straight through (Bengio et al. 2013, arXiv 1308.3432): the rounding's gradient counts as 1.
-        return self.codec.decode(z + (rounded - z.detach())).view_as(x)
+        return self.codec.decode(straight_through(self.quantizer, z)).view_as(x)
+
+
+def straight_through(quantizer: Quantizer, z: Tensor) -> Tensor:
+    """Latents as the cache gives them back; the rounding's gradient counts as 1 (Bengio et al. 2013, arXiv 1308.3432)."""
+    return z + (quantizer.latents(quantizer.codes(z.detach())) - z.detach())
 
 
 def units_of(bundle: Bundle, device: torch.device) -> nn.ModuleDict:
