@@ -41,3 +41,7 @@ class CacheStateError(KVCarError):
 
 class ContextError(KVCarError):
     """A stored context that is missing, damaged, of an unknown version, or was saved with another bundle."""
+
+
+class KernelError(KVCarError):
+    """A kernel backend that is asked for and cannot be had here, or that cannot be compiled."""

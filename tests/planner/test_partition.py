@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcar.planner.bits import allocate_bits
-from kvcar.planner.partition import RunCost, bits_at_price, cut_into_runs, error_of, partition, price_for, run_cost
+from kvcar.planner.partition import (
+    Candidate,
+    Run,
+    RunCost,
+    bits_at_price,
+    cut_into_runs,
+    error_of,
+    partition,
+    price_for,
+    run_cost,
+)
 
 
 def covers(layers, longest):
@@ -17,9 +27,9 @@ def covers(layers, longest):
         runs, first = [], 0
         for place, cut in enumerate([*breaks, True], 1):
             if cut:
-                runs.append((first, place - first))
+                runs.append(Run(first, place - first))
                 first = place
-        if all(n <= longest for _, n in runs):
+        if all(run.count <= longest for run in runs):
             yield runs
 
 
@@ -27,7 +37,7 @@ def covers(layers, longest):
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 10**6), st.floats(0, 0.1))
 def test_the_cut_is_the_cheapest_of_all(layers, longest, seed, price):
     draw = torch.Generator().manual_seed(seed)
-    runs = [(a, n) for n in range(1, longest + 1) for a in range(layers - n + 1)]
+    runs = [Run(a, n) for n in range(1, longest + 1) for a in range(layers - n + 1)]
     costs = {run: RunCost(*torch.rand(2, generator=draw).mul(10).tolist()) for run in runs}
     total = lambda cut: sum(costs[r].cost + price * costs[r].flops for r in cut)  # noqa: E731
     best = min(total(cut) for cut in covers(layers, longest))
@@ -55,23 +65,36 @@ def correlated(layers, width, longest, own=0.3):
     )
     covariance = x.T @ x / len(x)
     return {
-        (a, n): torch.linalg.eigvalsh(covariance[a * width : (a + n) * width, a * width : (a + n) * width]).flip(0)
+        Run(a, n): Candidate(
+            torch.linalg.eigvalsh(covariance[a * width : (a + n) * width, a * width : (a + n) * width]).flip(0),
+            2.0 * n * width,
+        )
         for n in range(1, longest + 1)
         for a in range(layers - n + 1)
     }
 
 
 def flops(cuts, side, budget):
-    price = price_for([side[run] for cut in cuts for run in cut], budget)
+    price = price_for([side[run].variances for cut in cuts for run in cut], budget)
     return sum(run_cost(side[run], price).flops for cut in cuts for run in cut)
 
 
 def test_layers_that_share_are_joined_until_flops_run_out():
     side = correlated(layers=6, width=8, longest=6, own=1.0)
     free = partition(6, [side, side], 300, None)
-    assert free == [[(0, 6)], [(0, 6)]]
+    assert free == [[Run(0, 6)], [Run(0, 6)]]
     wide = flops(free, side, 300)
     tight = partition(6, [side, side], 300, wide / 2)
     assert flops(tight, side, 300) <= 1.1 * wide / 2
-    assert max(n for cut in tight for _, n in cut) < 6
-    assert [sum(n for _, n in cut) for cut in tight] == [6, 6]
+    assert max(run.count for cut in tight for run in cut) < 6
+    assert [sum(run.count for run in cut) for cut in tight] == [6, 6]
+
+
+def test_heads_apart_are_taken_where_flops_are_dear():
+    together = {Run(a, 1): Candidate(torch.tensor([4.0, 0.8, 0.8, 0.8]), 8.0) for a in range(3)}
+    apart = {Run(a, 1, 2): Candidate(torch.tensor([2.0, 1.2, 2.0, 1.2]), 4.0) for a in range(3)}
+    side = together | apart
+    assert partition(3, [side], 24, None) == [[Run(a, 1) for a in range(3)]]
+    price = price_for([c.variances for c in together.values()], 24)
+    cut = partition(3, [side], 24, 0.6 * sum(run_cost(c, price).flops for c in together.values()))[0]
+    assert [run.parts for run in cut] == [2, 2, 2]

@@ -107,5 +107,7 @@ def test_measured_and_predicted_divergence_agree_in_size():
         result = found(model, times_smaller=3.0, effect_tokens=2048)
     finally:
         fitting.collect_statistics = keep
-    predicted = fitting.solve(statistics[0], result.bundle.plan, 3.0, 4, lambda *_: None).predicted_kl
+    predicted = fitting.solve(
+        statistics[0], result.bundle.plan, PROFILES["balanced"], 3.0, 4, lambda *_: None
+    ).predicted_kl
     assert 0.3 < result.held_kl / predicted < 3

@@ -49,6 +49,13 @@ class RotaryTable:
         cos_b, sin_b = (table[fine] for table in self._fine)
         return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
 
+    def tables(self, positions: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(cos, sin) float32 ``[FINE_POSITIONS, F]`` of single steps and (cos, sin) float32 ``[n, F]`` of multiples of
+        ``FINE_POSITIONS``, which together reach all positions below ``positions``; not scaled."""
+        if positions > FINE_POSITIONS * len(self._coarse[0]):
+            self._cover(torch.tensor([positions - 1], device=self.inverse_frequency.device))
+        return self._fine, self._coarse
+
     @property
     def table_bytes(self) -> int:
         """Bytes of the tables; they depend on the longest sequence seen, not on the batch or the layers."""

@@ -9,14 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .bits import DISTORTION
 
-Run = tuple[int, int]
-"""(first place, number of layers) among the layers that may be coded."""
+class Run(NamedTuple):
+    """Adjacent layers among those that may be coded: one block, or, of a single layer, ``parts`` blocks of as many heads."""
+
+    first: int
+    count: int
+    parts: int = 1
+
+
+class Candidate(NamedTuple):
+    """What a run offers: variances of its latents, float ``[W]``, and what each of them costs, in FLOPs per token."""
+
+    variances: Tensor
+    flops_per_latent: float
+
+
+_PRICE_SEARCHES = 50
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,17 +41,21 @@ class RunCost:
 
     Attributes:
         cost: error plus price times bits, in the unit of the error.
-        flops: of decoding one token of the block.
+        flops: of one token.
     """
 
     cost: float
     flops: float
 
 
-def bits_at_price(variances: Tensor, price: float) -> Tensor:
-    """Bits 0 to 8, int64 ``[R]``, of latents whose error costs half their variance times the quantiser's distortion."""
+def bits_at_price(variances: Tensor, price: float, latent_cost: Tensor | float = 0.0) -> Tensor:
+    """Bits 0 to 8, int64 ``[R]``, of latents whose error costs half their variance times the quantiser's distortion.
+
+    ``latent_cost`` is what a latent costs that has any bits at all.
+    """
     steps = torch.tensor(DISTORTION, dtype=torch.float64)
     costs = 0.5 * variances.double()[:, None] * steps + price * torch.arange(len(steps))
+    costs[:, 1:] += latent_cost[:, None] if isinstance(latent_cost, Tensor) else latent_cost
     return costs.argmin(1)
 
 
@@ -53,22 +73,22 @@ def price_for(variances: Sequence[Tensor], budget_bits: float) -> float:
     return float(gains.topk(kept).values[-1])
 
 
-def run_cost(variances: Tensor, price: float) -> RunCost:
-    """Cost and FLOPs of a block with these variances."""
-    bits = bits_at_price(variances, price)
+def run_cost(candidate: Candidate, price: float, flops_price: float = 0.0) -> RunCost:
+    """Cost and FLOPs of a candidate at a price of a bit and one of a FLOP, which the cost leaves out."""
+    bits = bits_at_price(candidate.variances, price, flops_price * candidate.flops_per_latent)
     latents = int((bits > 0).sum())
-    return RunCost(error_of(variances, bits) + price * int(bits.sum()), 2.0 * latents * len(variances))
+    return RunCost(error_of(candidate.variances, bits) + price * int(bits.sum()), candidate.flops_per_latent * latents)
 
 
 def cut_into_runs(layers: int, candidates: Mapping[Run, RunCost], flops_price: float) -> list[Run]:
     """The runs that cover ``layers`` places in order at the least cost plus ``flops_price`` times FLOPs."""
     best: list[tuple[float, Run | None]] = [(0.0, None), *((float("inf"), None) for _ in range(layers))]
     for end in range(1, layers + 1):
-        for (first, count), own in candidates.items():
-            if first + count == end:
-                total = best[first][0] + own.cost + flops_price * own.flops
+        for run, own in candidates.items():
+            if run.first + run.count == end:
+                total = best[run.first][0] + own.cost + flops_price * own.flops
                 if total < best[end][0]:
-                    best[end] = (total, (first, count))
+                    best[end] = (total, run)
     runs: list[Run] = []
     place = layers
     while place:
@@ -76,53 +96,88 @@ def cut_into_runs(layers: int, candidates: Mapping[Run, RunCost], flops_price: f
         if run is None:
             raise ValueError("the candidates do not cover all layers")
         runs.append(run)
-        place = run[0]
+        place = run.first
     return runs[::-1]
 
 
 def partition(
-    layers: int, sides: Sequence[Mapping[Run, Tensor]], budget_bits: float, flops_budget: float | None
+    layers: int, sides: Sequence[Mapping[Run, Candidate]], budget_bits: float, flops_budget: float | None
 ) -> list[list[Run]]:
     """Runs of layers for every side (keys, values), the same prices for all.
 
     Args:
         layers: how many may be coded.
-        sides: variances of every candidate run, float ``[W]``, one mapping for keys and one for values.
+        sides: every candidate run, one mapping for keys and one for values.
         budget_bits: bits per token of all blocks together.
-        flops_budget: FLOPs of decoding one token of all blocks; None for no limit.
+        flops_budget: FLOPs of one token of all blocks; None for no limit.
     """
     cuts = [_widest(layers, side) for side in sides]
     for _ in range(2):
         # Which cut is best depends on the price of a bit, and that, a little, on the cut.
-        price = price_for([side[run] for side, cut in zip(sides, cuts, strict=True) for run in cut], budget_bits)
-        costs = [{run: run_cost(variances, price) for run, variances in side.items()} for side in sides]
-        cuts = _within_flops(lambda p, costs=costs: [cut_into_runs(layers, c, p) for c in costs], costs, flops_budget)
+        chosen = [side[run].variances for side, cut in zip(sides, cuts, strict=True) for run in cut]
+        price = price_for(chosen, budget_bits)
+        cuts = _within_flops(layers, sides, price, flops_budget)
     return cuts
 
 
 def _within_flops(
-    cut: Callable[[float], list[list[Run]]], costs: Sequence[Mapping[Run, RunCost]], budget: float | None
+    layers: int, sides: Sequence[Mapping[Run, Candidate]], price: float, budget: float | None
 ) -> list[list[Run]]:
-    """The cut at the lowest price of a FLOP that keeps to the budget; the narrowest one if none does."""
+    """The cuts at the lowest price of a FLOP that keeps to the budget; the narrowest ones if none does."""
 
-    def flops(cuts: list[list[Run]]) -> float:
-        return sum(side[run].flops for side, own in zip(costs, cuts, strict=True) for run in own)
+    def cut(flops_price: float) -> tuple[list[list[Run]], float]:
+        cuts, flops = [], 0.0
+        for side in sides:
+            costs = {run: run_cost(own, price, flops_price) for run, own in side.items()}
+            cuts.append(cut_into_runs(layers, costs, flops_price))
+            flops += sum(costs[run].flops for run in cuts[-1])
+        return cuts, flops
 
-    free = cut(0.0)
-    if budget is None or flops(free) <= budget:
+    return lowest_price(cut, budget)
+
+
+def lowest_price(at: Callable[[float], tuple[T, float]], budget: float | None) -> T:
+    """What ``at`` gives at the lowest price of a FLOP whose FLOPs keep to the budget; at a high one if none does."""
+    free, flops = at(0.0)
+    if budget is None or flops <= budget:
         return free
     low, high = 1e-18, 1.0
-    for _ in range(60):
+    for _ in range(_PRICE_SEARCHES):
         middle = (low * high) ** 0.5
-        low, high = (low, middle) if flops(cut(middle)) <= budget else (middle, high)
-    return cut(high)
+        low, high = (low, middle) if at(middle)[1] <= budget else (middle, high)
+    return at(high)[0]
 
 
-def _widest(layers: int, side: Mapping[Run, Tensor]) -> list[Run]:
+def allocate_bits_and_flops(
+    variances: Sequence[Tensor], flops_per_latent: Sequence[float], budget_bits: int, flops_budget: float
+) -> list[Tensor]:
+    """Bits 0 to 8, int64, for every latent of several blocks that share budgets of bits and of FLOPs per token.
+
+    Args:
+        variances: weighted variance of each latent, ``[R]`` for every block.
+        flops_per_latent: what a latent of the block costs that has any bits.
+        budget_bits, flops_budget: never exceeded, unless even one bit in all takes more FLOPs.
+    """
+    flat = torch.cat([v.double() for v in variances])
+    flops = torch.cat([torch.full((len(v),), f, dtype=torch.float64) for v, f in zip(variances, flops_per_latent, strict=True)])
+
+    def at(flops_price: float) -> tuple[Tensor, float]:
+        low, high = 1e-18, float(flat.max())
+        for _ in range(_PRICE_SEARCHES):
+            middle = (low * high) ** 0.5
+            spent = int(bits_at_price(flat, middle, flops_price * flops).sum())
+            low, high = (low, middle) if spent <= budget_bits else (middle, high)
+        bits = bits_at_price(flat, high, flops_price * flops)
+        return bits, float(flops[bits > 0].sum())
+
+    return list(lowest_price(at, flops_budget).split([len(v) for v in variances]))
+
+
+def _widest(layers: int, side: Mapping[Run, Candidate]) -> list[Run]:
     """Any cover to begin with: from each place the longest run."""
     runs, place = [], 0
     while place < layers:
-        run = max((r for r in side if r[0] == place), key=lambda r: r[1])
+        run = max((r for r in side if r.first == place), key=lambda r: (r.count, -r.parts))
         runs.append(run)
-        place += run[1]
+        place += run.count
     return runs

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..bundle import CodedBlock
@@ -13,12 +14,14 @@ from ..fit.solve import Basis, groups_of, linear_codec
 from ..plan import Block, Plan
 from ..planner.bits import allocate_bits
 from ..planner.budget import bits_for
-from ..planner.partition import Run, error_of, partition
+from ..planner.partition import Candidate, Run, allocate_bits_and_flops, error_of, partition
 from ..progress import OnProgress
 from ..shapes import KINDS, Kind, KVGeometry
 from .options import Profile, ProfileOptions
 from .statistics import Slots, Statistics
 
+# Of unpacking one code, in FLOPs that take as long.
+_UNPACK_FLOPS = 16.0
 _RUN_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80)
 
 
@@ -40,27 +43,71 @@ def longest_run(geometry: KVGeometry, profile: Profile) -> int:
 def choose_blocks(statistics: Statistics, profile: Profile, budget_bits: float, on_progress: OnProgress) -> list[Slots]:
     """Blocks of adjacent layers, keys and values apart, that cost least within the profile's limits.
 
-    Layers wider than the profile's widest block are cut into groups of heads instead.
+    Layers wider than the profile's widest block are cut into groups of heads.
     """
     geometry = statistics.geometry
-    layers, width = geometry.codable_layers, geometry.kv_heads * geometry.head_dim
-    if width > profile.widest_elements:
-        return [slots for layer in layers for kind in KINDS for slots in _head_groups(geometry, layer, kind, profile)]
-    most = longest_run(geometry, profile)
+    layers = geometry.codable_layers
     if profile.flops_per_element is None:
         # Wider never costs more bits, so without a limit on FLOPs the longest even runs are best.
-        return [_slots(geometry, run, kind) for run in _even_runs(len(layers), most) for kind in KINDS]
-    runs = [(first, n) for n in _RUN_LENGTHS if n <= most for first in range(len(layers) - n + 1)]
-    sides: list[dict[Run, Tensor]] = []
+        parts = min(_parts(geometry, profile))
+        runs = [Run(first, 1, parts) for first in range(len(layers))]
+        if parts == 1:
+            runs = list(_even_runs(len(layers), longest_run(geometry, profile)))
+        return [slots for run in runs for kind in KINDS for slots in _slots(geometry, run, kind)]
+    runs = _candidate_runs(geometry, profile)
+    sides: list[dict[Run, Candidate]] = []
     for kind in KINDS:
-        side: dict[Run, Tensor] = {}
+        side: dict[Run, Candidate] = {}
         for run in runs:
-            side[run] = statistics.variances(_slots(geometry, run, kind))
+            variances = torch.cat([statistics.variances(slots) for slots in _slots(geometry, run, kind)])
+            side[run] = Candidate(variances, _flops_per_latent(geometry, profile, run, kind))
             on_progress("try blocks", len(sides) * len(runs) + len(side), len(KINDS) * len(runs))
         sides.append(side)
-    flops = profile.flops_per_element * 2 * width * len(layers)
-    cuts = partition(len(layers), sides, budget_bits, flops)
-    return [_slots(geometry, run, kind) for kind, cut in zip(KINDS, cuts, strict=True) for run in cut]
+    cuts = partition(len(layers), sides, budget_bits, _flops_budget(geometry, profile))
+    return [s for kind, cut in zip(KINDS, cuts, strict=True) for run in cut for s in _slots(geometry, run, kind)]
+
+
+def _candidate_runs(geometry: KVGeometry, profile: Profile) -> list[Run]:
+    layers, parts = len(geometry.codable_layers), _parts(geometry, profile)
+    most = longest_run(geometry, profile) if 1 in parts else 0
+    runs = [Run(first, n) for n in _RUN_LENGTHS if n <= most for first in range(layers - n + 1)]
+    # Heads apart where that is all that is narrow enough, or where narrow blocks are what is looked for.
+    apart = [p for p in parts if p > 1] if profile.flops_of == "step" else [] if most else [min(parts)]
+    return runs + [Run(first, 1, p) for p in apart for first in range(layers)]
+
+
+def _parts(geometry: KVGeometry, profile: Profile) -> list[int]:
+    """Into how many groups of as many heads a layer may be cut so that each is narrow enough, fewest first."""
+    heads, dim = geometry.kv_heads, geometry.head_dim
+    found = [p for p in range(1, heads + 1) if heads % p == 0 and heads // p * dim <= profile.widest_elements]
+    return found or [heads]
+
+
+def _flops_per_latent(geometry: KVGeometry, profile: Profile, run: Run, kind: Kind) -> float:
+    """FLOPs per token and latent of a run's blocks: of decoding all of it, or of a decode step over its layers."""
+    width = geometry.kv_heads * geometry.head_dim / run.parts
+    if profile.flops_of == "decoding":
+        return 2.0 * run.count * width
+    # Keys that do not rotate are not decoded either: a latent meets every query head of its heads once.
+    meets = width if kind == "key" and geometry.rotary else geometry.query_heads / run.parts
+    return run.count * (2.0 * meets + _UNPACK_FLOPS)
+
+
+def _flops_budget(geometry: KVGeometry, profile: Profile) -> float:
+    assert profile.flops_per_element is not None
+    return profile.flops_per_element * geometry.layer_elements_per_token * len(geometry.codable_layers)
+
+
+def _bits(plan: Plan, profile: Profile, variances: list[Tensor], budget: int) -> list[Tensor]:
+    """Bits of all latents; where decode steps are limited, fewer latents may take them."""
+    if profile.flops_of == "decoding" or profile.flops_per_element is None:
+        return allocate_bits(variances, budget)
+    flops = []
+    for block in plan.blocks:
+        layers, heads = {s.layer for s in block.slots}, {s.head for s in block.slots}
+        run = Run(min(layers), len(layers), plan.geometry.kv_heads // len(heads))
+        flops.append(_flops_per_latent(plan.geometry, profile, run, block.slots[0].kind))
+    return allocate_bits_and_flops(variances, flops, budget, _flops_budget(plan.geometry, profile))
 
 
 def empty_plan(geometry: KVGeometry, blocks: list[Slots], options: ProfileOptions) -> Plan:
@@ -72,7 +119,12 @@ def empty_plan(geometry: KVGeometry, blocks: list[Slots], options: ProfileOption
 
 
 def solve(
-    statistics: Statistics, plan: Plan, times_smaller: float, model_bytes: int, on_progress: OnProgress
+    statistics: Statistics,
+    plan: Plan,
+    profile: Profile,
+    times_smaller: float,
+    model_bytes: int,
+    on_progress: OnProgress,
 ) -> Solved:
     """Bits and codecs of a plan's blocks at a size.
 
@@ -82,7 +134,7 @@ def solve(
     budget = bits_for(plan, times_smaller, model_bytes)
     bases = bases_of(statistics, plan, on_progress)
     variances = [basis.variances for basis in bases]
-    bits = allocate_bits(variances, budget)
+    bits = _bits(plan, profile, variances, budget)
     predicted = sum(error_of(v, b) for v, b in zip(variances, bits, strict=True))
     coded, blocks = [], []
     for block, basis, own in zip(plan.blocks, bases, bits, strict=True):
@@ -104,23 +156,26 @@ def bases_of(statistics: Statistics, plan: Plan, on_progress: OnProgress) -> lis
 
 
 def predicted_curve(
-    statistics: Statistics, plan: Plan, sizes: tuple[float, ...], model_bytes: int
+    statistics: Statistics, plan: Plan, profile: Profile, sizes: tuple[float, ...], model_bytes: int
 ) -> list[tuple[float, float]]:
     """(times smaller, predicted KL divergence) at the sizes that are within reach."""
     variances = [statistics.basis(block.slots).variances for block in plan.blocks]
     curve = []
     for size in sizes:
         try:
-            bits = allocate_bits(variances, bits_for(plan, size, model_bytes))
+            bits = _bits(plan, profile, variances, bits_for(plan, size, model_bytes))
         except FitError:
             break  # larger sizes are out of reach too
         curve.append((size, sum(error_of(v, b) for v, b in zip(variances, bits, strict=True))))
     return curve
 
 
-def _slots(geometry: KVGeometry, run: Run, kind: Kind) -> Slots:
-    layers = geometry.codable_layers[run[0] : run[0] + run[1]]
-    return tuple(s for layer in layers for s in geometry.slots(kind) if s.layer == layer)
+def _slots(geometry: KVGeometry, run: Run, kind: Kind) -> list[Slots]:
+    """Blocks of a run: one, or one for every group of heads."""
+    layers = geometry.codable_layers[run.first : run.first + run.count]
+    slots = [s for layer in layers for s in geometry.slots(kind) if s.layer == layer]
+    size = len(slots) // run.parts
+    return [tuple(slots[first : first + size]) for first in range(0, len(slots), size)]
 
 
 def _even_runs(layers: int, most: int) -> Iterator[Run]:
@@ -128,11 +183,5 @@ def _even_runs(layers: int, most: int) -> Iterator[Run]:
     first = 0
     for index in range(count):
         size = (layers - first) // (count - index)
-        yield first, size
+        yield Run(first, size)
         first += size
-
-
-def _head_groups(geometry: KVGeometry, layer: int, kind: Kind, profile: Profile) -> Iterator[Slots]:
-    slots = tuple(s for s in geometry.slots(kind) if s.layer == layer)
-    for first, size in _even_runs(len(slots), max(1, profile.widest_elements // geometry.head_dim)):
-        yield slots[first : first + size]

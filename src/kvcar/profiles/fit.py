@@ -168,18 +168,18 @@ class _Solver:
 
     def __init__(self, statistics: Statistics, plan: Plan, options: ProfileOptions, model_bytes: int) -> None:
         self._statistics, self._plan, self._model_bytes = statistics, plan, model_bytes
-        self._entropy_coded = PROFILES[options.profile].entropy_coded
+        self._profile = PROFILES[options.profile]
 
     def __call__(self, size: float, on_progress: OnProgress) -> Solved:
-        if self._entropy_coded:
+        if self._profile.entropy_coded:
             return solve_stored(self._statistics, self._plan, size, on_progress)
-        return solve(self._statistics, self._plan, size, self._model_bytes, on_progress)
+        return solve(self._statistics, self._plan, self._profile, size, self._model_bytes, on_progress)
 
     def curve(self, factor: float) -> tuple[CurvePoint, ...]:
         """Sizes within reach, predicted divergences times ``factor``; none for entropy-coded ones, each of which would take a search."""
-        if self._entropy_coded:
+        if self._profile.entropy_coded:
             return ()
-        points = predicted_curve(self._statistics, self._plan, CURVE_SIZES, self._model_bytes)
+        points = predicted_curve(self._statistics, self._plan, self._profile, CURVE_SIZES, self._model_bytes)
         return tuple(CurvePoint(size, factor * kl) for size, kl in points)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from ..errors import InputError
 from ..fit.options import DEFAULT_TIMES_SMALLER, check_pages
@@ -14,19 +15,22 @@ class Profile:
 
     Attributes:
         widest_elements: elements of the widest block.
-        flops_per_element: FLOPs of decoding one key or value element, the average over all; None for no limit.
+        flops_per_element: FLOPs per key or value element, the average over all; None for no limit.
         purpose: one line for help texts.
+        flops_of: what is counted. "decoding": of decoding keys and values, as a prefill does. "step": of a decode step, in
+            which keys are decoded and values are summed as latents; heads of a layer may then be coded apart.
         entropy_coded: whether sizes are those of a stored context, whose codes take their entropy.
     """
 
     widest_elements: int
     flops_per_element: float | None
     purpose: str
+    flops_of: Literal["decoding", "step"] = "decoding"
     entropy_coded: bool = False
 
 
 PROFILES = {
-    "fast": Profile(512, 768, "narrow blocks that stay bound by memory when they are decoded"),
+    "fast": Profile(1024, 110, "keys in narrow blocks, so that a decode step takes few FLOPs", flops_of="step"),
     "balanced": Profile(1024, 1200, "a few adjacent layers to a block"),
     "small": Profile(8192, None, "many or all layers to a block, for capacity"),
     "stored": Profile(8192, None, "contexts saved to disk, where codes take their entropy", entropy_coded=True),

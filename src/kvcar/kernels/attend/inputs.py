@@ -89,3 +89,8 @@ class PagedPast:
     key_readers: tuple[Reader, ...]
     value_readers: tuple[Reader, ...]
     rotary: RotaryTable | None
+
+
+def pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:
+    """Some heads of ``[B, H, ...]``, without a copy when they are all of them in order."""
+    return x if heads == tuple(range(x.shape[1])) else x[:, list(heads)]

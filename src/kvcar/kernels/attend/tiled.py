@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .inputs import ExactPast, PagedPast, Reader
+from .inputs import ExactPast, PagedPast, Reader, pick
+from .softmax import OnlineSoftmax, begin
 
 _SHORTEST_TILE = 512
 _LONGEST_TILE = 4096
@@ -23,89 +24,13 @@ def attend(
     query: Tensor, exact: ExactPast, paged: PagedPast | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
     """Same as ``naive.attend``."""
-    batch, query_heads, tokens, head_dim = query.shape
-    heads = exact.keys.shape[1]
-    # Query heads that share a KV head become more query rows of it: [B, H, G * T, D].
-    q = query.float().reshape(batch, heads, -1, head_dim) * scaling
-    mask = None
-    if exact.mask is not None:
-        groups = query_heads // heads
-        # [B, 1, T, S] -> [B, 1, G * T, S]; one query token needs no copy.
-        mask = exact.mask if tokens == 1 else exact.mask.repeat(1, 1, groups, 1)
-    state = _OnlineSoftmax(q, softcap)
-    state.add(q @ exact.keys.float().transpose(2, 3), mask, exact.values.float())
+    q, state = begin(query, exact, scaling, softcap)
     if paged is not None:
         _add_pages(state, q, paged)
-    return state.result().reshape(batch, query_heads, tokens, head_dim).to(query.dtype)
+    return state.result().reshape(query.shape).to(query.dtype)
 
 
-class _OnlineSoftmax:
-    """Running maximum, mass and weighted sums of a softmax that is seen piece by piece.
-
-    Source: Milakov and Gimelshein 2018 (arXiv 1805.02867); FlashAttention (arXiv 2205.14135).
-    """
-
-    def __init__(self, q: Tensor, softcap: float | None) -> None:
-        lead = q.shape[:-1]
-        self._softcap = softcap
-        self._most = torch.full((*lead, 1), -torch.inf, device=q.device)
-        self._mass = torch.zeros(*lead, 1, device=q.device)
-        self._sum = torch.zeros_like(q)
-        self._latent: dict[Reader, tuple[Tensor, Tensor]] = {}
-
-    def add(self, scores: Tensor, mask: Tensor | None, values: Tensor) -> None:
-        """Take in scores ``[B, H, Q, S]``, their mask, and values ``[B, H, S, D]``."""
-        self._sum += self.weights(scores, mask) @ values
-
-    def weights(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """Unnormalised weights of a piece, all earlier sums rescaled to the new maximum."""
-        if self._softcap is not None:
-            scores = self._softcap * torch.tanh(scores / self._softcap)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        most = torch.maximum(self._most, scores.amax(-1, keepdim=True))
-        # A row that has seen nothing yet has no maximum; 0 keeps its weights at exp(-inf) = 0.
-        anchor = most.masked_fill(most == -torch.inf, 0.0)
-        rescale = torch.exp(self._most - anchor)
-        weights = torch.exp(scores - anchor)
-        self._most = most
-        self._mass = self._mass * rescale + weights.sum(-1, keepdim=True)
-        self._sum *= rescale
-        for reader, (latents, mass) in self._latent.items():
-            own = _pick(rescale, reader.heads)
-            latents *= own
-            mass *= own
-        return weights
-
-    def add_decoded(self, weights: Tensor, heads: tuple[int, ...], values: Tensor) -> None:
-        """Sum values ``[B, len(heads), S, D]`` of some heads under weights ``[B, H, Q, S]``."""
-        if heads == tuple(range(weights.shape[1])):
-            self._sum += weights @ values
-        else:
-            self._sum[:, list(heads)] += weights[:, list(heads)] @ values
-
-    def add_latents(self, weights: Tensor, reader: Reader, stored: Tensor) -> None:
-        """Sum stored values ``[B, S, R]`` under the weights of the reader's heads."""
-        own = _pick(weights, reader.heads)
-        flat = own.flatten(1, 2) @ stored
-        latents, mass = flat.view(*own.shape[:3], -1), own.sum(-1, keepdim=True)
-        if reader in self._latent:
-            before = self._latent[reader]
-            latents, mass = before[0] + latents, before[1] + mass
-        self._latent[reader] = (latents, mass)
-
-    def result(self) -> Tensor:
-        """Normalised output ``[B, H, Q, D]``; rows that saw nothing are 0."""
-        for reader, (latents, mass) in self._latent.items():
-            assert reader.affine is not None
-            matrix, bias = reader.affine
-            matrix = matrix.view(matrix.shape[0], len(reader.heads), -1).transpose(0, 1)
-            decoded = latents @ matrix + mass * bias.view(len(reader.heads), 1, -1)
-            self._sum[:, list(reader.heads)] += decoded
-        return self._sum / self._mass.clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def _add_pages(state: _OnlineSoftmax, q: Tensor, paged: PagedPast) -> None:
+def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast) -> None:
     key_folds = {reader: _fold_query(q, reader) for reader in paged.key_readers if _folds_keys(q, reader, paged)}
     for start, pages, count in _tiles(paged, q.shape[1] * q.shape[2]):
         stored: dict[int, Tensor] = {}
@@ -165,7 +90,7 @@ def _scores(
             parts.append(flat.view(*folded.shape[:3], -1) + constant)
         else:
             keys = _decode_keys(reader, paged, u, start)
-            parts.append(_pick(q, reader.heads) @ keys.transpose(2, 3))
+            parts.append(pick(q, reader.heads) @ keys.transpose(2, 3))
     order = [head for reader in paged.key_readers for head in reader.heads]
     scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return scores if order == sorted(order) else scores[:, torch.argsort(torch.tensor(order))]
@@ -201,11 +126,6 @@ def _fold_query(q: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
     """Queries in latent space ``[B, h, Q, R]`` and the constant that the decoder's bias adds to their scores."""
     assert reader.affine is not None
     matrix, bias = reader.affine
-    own = _pick(q, reader.heads)
+    own = pick(q, reader.heads)
     matrix = matrix.view(matrix.shape[0], len(reader.heads), -1).permute(1, 2, 0)
     return own @ matrix, own @ bias.view(len(reader.heads), -1, 1)
-
-
-def _pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:
-    """Some heads of ``[B, H, ...]``, without a copy when they are all of them in order."""
-    return x if heads == tuple(range(x.shape[1])) else x[:, list(heads)]

@@ -1,0 +1,35 @@
+"""Attention by the backend that ``kernels.backend`` chose; what a compiled kernel does not serve goes to PyTorch, and is told."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backend import Backend, backend_for, tell_once
+from . import cpu, naive, tiled
+from .inputs import ExactPast, PagedPast
+
+
+def attend(
+    query: Tensor, exact: ExactPast, paged: PagedPast | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Same as ``naive.attend``."""
+    backend = backend_for(query.device)
+    if backend == "naive":
+        return naive.attend(query, exact, paged, scaling, softcap)
+    if backend == "torch" or paged is None:
+        return tiled.attend(query, exact, paged, scaling, softcap)
+    return _compiled(backend, query, exact, paged, scaling, softcap)
+
+
+def _compiled(
+    backend: Backend, query: Tensor, exact: ExactPast, paged: PagedPast, scaling: float, softcap: float | None
+) -> Tensor:
+    if backend == "triton":
+        from . import triton as kernel  # only here: importing it needs Triton
+    else:
+        kernel = cpu
+    reason = kernel.serves(query, paged)
+    if reason is not None:
+        tell_once("attention", backend, reason)
+        return tiled.attend(query, exact, paged, scaling, softcap)
+    return kernel.attend(query, exact, paged, scaling, softcap)

@@ -1,0 +1,412 @@
+/* Decode attention over packed pages and what is held exactly: unpack, decode and rotate a tile of keys, scores, online
+ * softmax, values summed as latents and decoded once. The sequence is split among threads; each keeps its own running
+ * maximum, mass and sums, merged at the end.
+ *
+ * Keys need rotating by position. A tile starts at some position; the queries are rotated back by that once, so that
+ * keys turn by their place in the tile only, which is one small table for all tiles, layers and sequences.
+ */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "tile.h"
+#include "unpack.h"
+#include "decode8.h"
+#include "softmax.h"
+
+#define TILE 64
+
+/* How a segment of the page gives some heads.
+ *
+ * Keys that rotate: `matrix` is [heads][blocks of COLUMNS][exact latents][COLUMNS], `bias` [heads][padded head dim], `query`
+ * [batch][heads of the layer][rows][padded head dim], all in the order (first of each rotated pair, second, the rest).
+ * `exact` latents come first; the decoder of the others is `narrow` [heads][pairs of latents][padded head dim][2] times
+ * `scale` [heads][padded head dim], null where all are exact; `stops` [heads][stops_stride], count first: see decode8.h.
+ * Keys that do not rotate: `matrix` is null, `query` [batch][heads of the layer][rows][latents] holds the decoder already and
+ * `constant` [batch][heads of the layer][rows] is what its bias adds to a score.
+ * Values: `matrix` [heads][latents][padded head dim], `bias` [heads][padded head dim]; `sums` [batch][splits][heads *
+ * rows][padded latents] is written. */
+typedef struct {
+    int64_t offset; /* bytes into the page */
+    int32_t latents, planes, heads, exact, stops_stride, spare;
+    const Plane *plane;
+    const int32_t *head;
+    const float *matrix, *bias;
+    const int8_t *narrow;
+    const float *scale;
+    const int32_t *stops;
+    const float *query, *constant;
+    float *sums;
+} Reader;
+
+typedef struct {
+    const uint8_t *base;
+    int64_t batch_stride, page_stride, pages;
+} Arena;
+
+/* Tokens held exactly: [batch][heads][tokens][head dim] by strides in elements, of float or bfloat16. */
+typedef struct {
+    const void *base;
+    int64_t batch_stride, head_stride, token_stride;
+} Side;
+
+typedef struct {
+    int32_t batch, heads, rows, head_dim, page_tokens, pairs, splits, threads;
+    int64_t tokens;
+    const int64_t *first, *offset; /* [batch]: first token attended; position of token 0 is -offset */
+    const int64_t *page_index;     /* [batch][pages]: which page each of these is, null: in order */
+    const float *fine_cos, *fine_sin, *coarse_cos, *coarse_sin; /* [TILE or more][pairs] each */
+    float softcap;                                              /* 0 for none */
+    int32_t key_readers, value_readers, arenas;
+    const Reader *keys, *values;
+    const Arena *arena;
+    float *most, *mass;                                /* [batch][splits + 1][heads * rows], the last of what is exact */
+    const float *query;                                /* [batch][heads][rows][head dim] in the model's order */
+    Side exact_keys, exact_values;
+    int64_t exact_tokens;
+    const uint8_t *mask;                               /* null: all may be attended */
+    int64_t mask_batch_stride, mask_row_stride, mask_token_stride;
+    int32_t mask_rows, exact_is_bfloat16;              /* row r of the queries has row r % mask_rows of the mask */
+    float *out;                                        /* [batch][heads][rows][head dim]; holds exact sums meanwhile */
+} Job;
+
+typedef struct {
+    uint8_t *codes;  /* of a segment, [page_tokens][padded latents] */
+    float *floats;   /* the same as floats */
+    float *tile;     /* decoded keys, [TILE][padded head dim] */
+    float *turned;   /* queries rotated to the tile's start, [rows][padded head dim] */
+    float *weights;  /* [heads * rows][TILE] scores, then weights */
+    float *shrink;   /* [heads * rows] */
+} Scratch;
+
+static const uint8_t *page_at(const Job *job, int b, int64_t page)
+{
+    for (int a = 0; a < job->arenas; a++) {
+        const Arena *arena = job->arena + a;
+        if (page < arena->pages)
+            return arena->base + b * arena->batch_stride + page * arena->page_stride;
+        page -= arena->pages;
+    }
+    return 0;
+}
+
+/* Queries of one head, turned back by the position of the tile's first token. */
+static void turn_queries(const Job *job, const float *query, int64_t position, float *out)
+{
+    const int pairs = job->pairs, width = rounded_up(job->head_dim), rows = job->rows;
+    /* A tile that begins with padding may start before position 0. */
+    const float sign = position < 0 ? -1.0f : 1.0f;
+    position = position < 0 ? -position : position;
+    const float *ca = job->coarse_cos + position / TILE * pairs, *sa = job->coarse_sin + position / TILE * pairs;
+    const float *cb = job->fine_cos + position % TILE * pairs, *sb = job->fine_sin + position % TILE * pairs;
+    memcpy(out, query, sizeof(float) * rows * width);
+    for (int row = 0; row < rows; row++) {
+        const float *q = query + (long)row * width;
+        float *o = out + (long)row * width;
+        for (int f = 0; f < pairs; f++) {
+            const float c = ca[f] * cb[f] - sa[f] * sb[f], s = sign * (sa[f] * cb[f] + ca[f] * sb[f]);
+            o[f] = q[f] * c + q[f + pairs] * s;
+            o[f + pairs] = q[f + pairs] * c - q[f] * s;
+        }
+    }
+}
+
+/* Scores of decoded keys, which turn by their place from `low` in the tile on. */
+static void score_turning(const Job *job, const Scratch *s, int low, int high, float *scores)
+{
+    const int pairs = job->pairs, width = rounded_up(job->head_dim), rows = job->rows;
+    for (int t = low; t < high; t++) {
+        float *restrict k = s->tile + (long)t * width;
+        const float *restrict c = job->fine_cos + (long)t * pairs, *restrict n = job->fine_sin + (long)t * pairs;
+        for (int f = 0; f < pairs; f++) {
+            const float x = k[f], y = k[f + pairs];
+            k[f] = x * c[f] - y * n[f];
+            k[f + pairs] = y * c[f] + x * n[f];
+        }
+        int row = 0;
+        for (; row + 3 <= rows; row += 3)
+            dots(3, width, s->turned + (long)row * width, width, k, scores + (long)row * TILE + t, TILE);
+        for (; row < rows; row++)
+            dots(1, width, s->turned + (long)row * width, width, k, scores + (long)row * TILE + t, TILE);
+    }
+}
+
+static void decode_and_score(const Job *job, const Reader *reader, int b, int64_t position, int tile, int low, int high, Scratch *s)
+{
+    const int width = rounded_up(job->head_dim), stride = rounded_up(reader->latents), some = high - low;
+    const uint8_t *codes = s->codes + (long)(tile * TILE + low) * stride;
+    float *keys = s->tile + (long)low * width;
+    /* Of all latents, or of the first ones, for which 8 bits of decoder are too few. */
+    to_floats(codes, some, reader->exact, stride, s->floats, stride);
+    for (int h = 0; h < reader->heads; h++) {
+        const int head = reader->head[h];
+        const float *bias = reader->bias + (long)h * width, *matrix = reader->matrix + (long)h * width * reader->exact;
+#if HAS_DECODE8
+        if (reader->narrow) {
+            const int32_t *stops = reader->stops + (long)h * reader->stops_stride;
+            decode8(
+                some, width, codes + reader->exact, stride,
+                reader->narrow + (long)h * ((reader->latents - reader->exact + 1) / 2) * 2 * width, stops + 1, stops[0],
+                reader->scale + (long)h * width, bias, keys, width);
+            bias = 0;
+        }
+#endif
+        if (bias || reader->exact)
+            for (int d = 0; d < width; d += COLUMNS)
+                rows_product(
+                    some, reader->exact, s->floats, stride, matrix + (long)d * reader->exact, COLUMNS, bias ? bias + d : 0,
+                    keys + d, width);
+        turn_queries(job, reader->query + ((long)b * job->heads + head) * job->rows * width, position, s->turned);
+        score_turning(job, s, low, high, s->weights + (long)head * job->rows * TILE);
+    }
+}
+
+/* Scores without decoding: the queries hold the decoder already. */
+static void score_folded(const Job *job, const Reader *reader, int b, int tile, int low, int high, Scratch *s)
+{
+    const int latents = reader->latents, stride = rounded_up(latents);
+    to_floats(s->codes + (long)(tile * TILE + low) * stride, high - low, latents, stride, s->floats, stride);
+    for (int h = 0; h < reader->heads; h++) {
+        const long at = ((long)b * job->heads + reader->head[h]) * job->rows;
+        for (int row = 0; row < job->rows; row++) {
+            const float *q = reader->query + (at + row) * latents;
+            float *scores = s->weights + ((long)reader->head[h] * job->rows + row) * TILE;
+            for (int t = low; t < high; t++) {
+                dots(1, latents, q, 0, s->floats + (long)(t - low) * stride, scores + t, 0);
+                scores[t] += reader->constant[at + row];
+            }
+        }
+    }
+}
+
+static void sum_values(const Job *job, const Reader *reader, int tile, int low, int high, Scratch *s, float *sums)
+{
+    const int stride = rounded_up(reader->latents), rows = job->rows;
+    to_floats(s->codes + (long)(tile * TILE + low) * stride, high - low, reader->latents, stride, s->floats, stride);
+    for (int h = 0; h < reader->heads; h++)
+        for (int row = 0; row < rows; row++) {
+            const float shrink = s->shrink[(long)reader->head[h] * rows + row];
+            float *own = sums + ((long)h * rows + row) * stride;
+            if (shrink != 1.0f)
+                for (int l = 0; l < stride; l++)
+                    own[l] *= shrink;
+        }
+    /* Blocks of latents outside, so that a block of the tile is read once for all heads. */
+    for (int l = 0; l < stride; l += COLUMNS)
+        for (int h = 0; h < reader->heads; h++)
+            rows_product(
+                rows, high - low, s->weights + (long)reader->head[h] * rows * TILE + low, TILE, s->floats + l, stride, 0,
+                sums + (long)h * rows * stride + l, stride);
+}
+
+static void attend_page(const Job *job, int b, int split, int64_t page, Scratch *s)
+{
+    const int64_t pages = (job->tokens + job->page_tokens - 1) / job->page_tokens;
+    const int64_t index = job->page_index ? job->page_index[b * pages + page] : page;
+    const uint8_t *data = page_at(job, b, page);
+    const int all = job->heads * job->rows;
+    const long place = (long)b * (job->splits + 1) + split;
+    float *most = job->most + place * all, *mass = job->mass + place * all;
+    for (int tile = 0; tile * TILE < job->page_tokens; tile++) {
+        /* Of tokens that are there and attended, by place in this tile. */
+        const int64_t start = page * job->page_tokens + (int64_t)tile * TILE, origin = index * job->page_tokens + (int64_t)tile * TILE;
+        int64_t low = job->first[b] - origin, high = job->tokens - start, room = job->page_tokens - tile * TILE;
+        low = low < 0 ? 0 : low;
+        high = high < TILE ? high : TILE;
+        high = high < room ? high : room;
+        if (low >= high)
+            continue;
+        for (int r = 0; r < job->key_readers; r++) {
+            const Reader *reader = job->keys + r;
+            unpack(data + reader->offset, reader->plane, reader->planes, s->codes, rounded_up(reader->latents));
+            if (reader->query && !reader->constant)
+                decode_and_score(job, reader, b, origin - job->offset[b], tile, low, high, s);
+            else
+                score_folded(job, reader, b, tile, low, high, s);
+        }
+        for (int row = 0; row < all; row++)
+            s->shrink[row] = soften(s->weights + (long)row * TILE, low, high, job->softcap, most + row, mass + row);
+        for (int r = 0; r < job->value_readers; r++) {
+            const Reader *reader = job->values + r;
+            const long size = (long)reader->heads * job->rows * rounded_up(reader->latents);
+            unpack(data + reader->offset, reader->plane, reader->planes, s->codes, rounded_up(reader->latents));
+            sum_values(job, reader, tile, low, high, s, reader->sums + ((long)b * job->splits + split) * size);
+        }
+    }
+}
+
+static long most_latents(const Job *job)
+{
+    int most = 1;
+    for (int r = 0; r < job->key_readers; r++)
+        most = job->keys[r].latents > most ? job->keys[r].latents : most;
+    for (int r = 0; r < job->value_readers; r++)
+        most = job->values[r].latents > most ? job->values[r].latents : most;
+    return rounded_up(most);
+}
+
+/* Everything of one split of the pages, from nothing seen. */
+static int attend_split(const Job *job, int b, int split)
+{
+    const int all = job->heads * job->rows, width = rounded_up(job->head_dim);
+    const long tokens = (job->page_tokens + TILE - 1) / TILE * TILE, codes = tokens * most_latents(job);
+    const long floats = TILE * most_latents(job), tile = (long)TILE * width, turned = (long)job->rows * width;
+    const long weights = (long)all * TILE;
+    float *room = calloc(codes / 4 + COLUMNS + floats + tile + turned + weights + all, sizeof(float));
+    if (!room)
+        return 1;
+    Scratch s;
+    s.floats = room;
+    s.tile = s.floats + floats;
+    s.turned = s.tile + tile;
+    s.weights = s.turned + turned;
+    s.shrink = s.weights + weights;
+    s.codes = (uint8_t *)(s.shrink + all);
+    start_rows(all, job->most + ((long)b * (job->splits + 1) + split) * all, job->mass + ((long)b * (job->splits + 1) + split) * all);
+    for (int r = 0; r < job->value_readers; r++) {
+        const long size = (long)job->values[r].heads * job->rows * rounded_up(job->values[r].latents);
+        memset(job->values[r].sums + ((long)b * job->splits + split) * size, 0, size * sizeof(float));
+    }
+    const int64_t pages = (job->tokens + job->page_tokens - 1) / job->page_tokens;
+    for (int64_t page = pages * split / job->splits; page < pages * (split + 1) / job->splits; page++)
+        attend_page(job, b, split, page, &s);
+    free(room);
+    return 0;
+}
+
+/* One vector of an exact side as floats: as it is, or widened into `room`. */
+static const float *exact_vector(const Job *job, const Side *side, int b, int head, int64_t token, float *room)
+{
+    const int64_t at = b * side->batch_stride + head * side->head_stride + token * side->token_stride;
+    if (!job->exact_is_bfloat16)
+        return (const float *)side->base + at;
+    const uint16_t *narrow = (const uint16_t *)side->base + at;
+    for (int d = 0; d < job->head_dim; d++) {
+        union { uint32_t i; float f; } wide = { .i = (uint32_t)narrow[d] << 16 };
+        room[d] = wide.f;
+    }
+    return room;
+}
+
+/* What is held exactly, its weighted values into `out`. */
+static int attend_exact(const Job *job, int b)
+{
+    const int all = job->heads * job->rows, dim = job->head_dim, rows = job->rows;
+    const int64_t tokens = job->exact_tokens;
+    float *most = job->most + ((long)b * (job->splits + 1) + job->splits) * all, *mass = job->mass + ((long)b * (job->splits + 1) + job->splits) * all;
+    float *room = malloc(sizeof(float) * (rows * tokens + dim));
+    if (!room)
+        return 1;
+    float *scores = room + dim;
+    start_rows(all, most, mass);
+    for (int head = 0; head < job->heads; head++) {
+        const long at = ((long)b * job->heads + head) * rows;
+        for (int64_t t = 0; t < tokens; t++) {
+            const float *k = exact_vector(job, &job->exact_keys, b, head, t, room);
+            for (int row = 0; row < rows; row++)
+                dots(1, dim, job->query + (at + row) * dim, 0, k, scores + row * tokens + t, 0);
+        }
+        for (int row = 0; row < rows; row++) {
+            const uint8_t *mask = job->mask ? job->mask + b * job->mask_batch_stride + row % job->mask_rows * job->mask_row_stride : 0;
+            soften_masked(scores + row * tokens, tokens, mask, job->mask_token_stride, job->softcap, most + head * rows + row, mass + head * rows + row);
+        }
+        memset(job->out + at * dim, 0, sizeof(float) * rows * dim);
+        for (int64_t t = 0; t < tokens; t++) {
+            const float *v = exact_vector(job, &job->exact_values, b, head, t, room);
+            for (int row = 0; row < rows; row++) {
+                const float weight = scores[row * tokens + t];
+                float *o = job->out + (at + row) * dim;
+                for (int d = 0; d < dim; d++)
+                    o[d] += weight * v[d];
+            }
+        }
+    }
+    free(room);
+    return 0;
+}
+
+/* Bring the sums of all splits of a sequence to one maximum and add them up in the first split's place. */
+static void merge(const Job *job, int b)
+{
+    const int all = job->heads * job->rows, splits = job->splits;
+    float *most = job->most + (long)b * (splits + 1) * all, *mass = job->mass + (long)b * (splits + 1) * all;
+    for (int split = 1; split < splits; split++) {
+        for (int row = 0; row < all; row++) {
+            const long other = (long)split * all + row;
+            const float top = most[row] > most[other] ? most[row] : most[other];
+            const float mine = exp_of(most[row] - top), theirs = exp_of(most[other] - top);
+            most[row] = top;
+            mass[row] = mass[row] * mine + mass[other] * theirs;
+            /* Kept for the sums below. */
+            most[other] = theirs;
+            mass[other] = mine;
+        }
+        for (int r = 0; r < job->value_readers; r++) {
+            const Reader *reader = job->values + r;
+            const int stride = rounded_up(reader->latents);
+            const long size = (long)reader->heads * job->rows * stride;
+            float *to = reader->sums + (long)b * splits * size, *from = to + split * size;
+            for (int h = 0; h < reader->heads; h++)
+                for (int row = 0; row < job->rows; row++) {
+                    const long at = ((long)h * job->rows + row) * stride, place = (long)split * all + (long)reader->head[h] * job->rows + row;
+                    for (int l = 0; l < reader->latents; l++)
+                        to[at + l] = to[at + l] * mass[place] + from[at + l] * most[place];
+                }
+        }
+    }
+}
+
+/* Decode the summed values, add the exact ones, divide by the mass; a row that saw nothing is 0. */
+static int finish(const Job *job, int b)
+{
+    const int all = job->heads * job->rows, width = rounded_up(job->head_dim), rows = job->rows, dim = job->head_dim;
+    const float *most = job->most + (long)b * (job->splits + 1) * all, *mass = job->mass + (long)b * (job->splits + 1) * all;
+    const float *exact_most = most + (long)job->splits * all, *exact_mass = mass + (long)job->splits * all;
+    float *decoded = malloc(sizeof(float) * rows * width);
+    if (!decoded)
+        return 1;
+    for (int r = 0; r < job->value_readers; r++) {
+        const Reader *reader = job->values + r;
+        const int stride = rounded_up(reader->latents);
+        const float *sums = reader->sums + (long)b * job->splits * reader->heads * rows * stride;
+        for (int h = 0; h < reader->heads; h++) {
+            const long first = (long)reader->head[h] * rows;
+            for (int row = 0; row < rows; row++)
+                for (int d = 0; d < width; d++)
+                    decoded[(long)row * width + d] = mass[first + row] * reader->bias[(long)h * width + d];
+            for (int d = 0; d < width; d += COLUMNS)
+                rows_product(
+                    rows, reader->latents, sums + (long)h * rows * stride, stride,
+                    reader->matrix + (long)h * reader->latents * width + d, width, 0, decoded + d, width);
+            for (int row = 0; row < rows; row++) {
+                const long at = first + row;
+                const float top = most[at] > exact_most[at] ? most[at] : exact_most[at];
+                const float paged = exp_of(most[at] - top), exact = exp_of(exact_most[at] - top);
+                const float total = mass[at] * paged + exact_mass[at] * exact;
+                float *o = job->out + ((long)b * all + at) * dim;
+                for (int d = 0; d < dim; d++)
+                    o[d] = total > 0 ? (decoded[(long)row * width + d] * paged + o[d] * exact) / total : 0;
+            }
+        }
+    }
+    free(decoded);
+    return 0;
+}
+
+int kvcar_columns(void) { return COLUMNS; }
+int kvcar_has_decode8(void) { return HAS_DECODE8; }
+
+/* Attention into `out`; 0, or 1 where memory is missing. */
+int kvcar_attend(const Job *job)
+{
+    int failed = 0;
+    const int parts = job->splits + 1, jobs = job->batch * parts;
+#pragma omp parallel for num_threads(job->threads) schedule(dynamic, 1) reduction(| : failed)
+    for (int i = 0; i < jobs; i++)
+        failed |= i % parts < job->splits ? attend_split(job, i / parts, i % parts) : attend_exact(job, i / parts);
+    for (int b = 0; b < job->batch && !failed; b++) {
+        merge(job, b);
+        failed |= finish(job, b);
+    }
+    return failed;
+}

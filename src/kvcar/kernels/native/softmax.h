@@ -1,0 +1,101 @@
+/* Online softmax of rows of scores. Source: Milakov and Gimelshein 2018 (arXiv 1805.02867). */
+#ifndef KVCAR_SOFTMAX_H
+#define KVCAR_SOFTMAX_H
+
+#include <math.h>
+#include <stdint.h>
+
+#include "tile.h"
+
+#define NOTHING (-1e30f) /* maximum of a row that has seen no token */
+
+/* exp(x) for x <= 0, to a few units in the last place. */
+static inline float exp_of(float x)
+{
+    x = x < -87.0f ? -87.0f : x;
+    const float n = __builtin_floorf(x * 1.44269504f + 0.5f);
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    union { int32_t i; float f; } scale = { .i = ((int32_t)n + 127) << 23 };
+    return p * scale.f;
+}
+
+/* out[i * out_stride] = q[i] . k for `rows` rows of q that share k. */
+static inline __attribute__((always_inline)) void dots(
+    const int rows, const int n, const float *q, const int q_stride, const float *k, float *out, const int out_stride)
+{
+    vec sums[4];
+    float rest[4];
+    const int whole = n / LANES * LANES;
+    for (int i = 0; i < rows; i++)
+        sums[i] = (vec){ 0 };
+    for (int d = 0; d < whole; d += LANES) {
+        const vec x = *(const vec *)(k + d);
+        for (int i = 0; i < rows; i++)
+            sums[i] += x * *(const vec *)(q + (long)i * q_stride + d);
+    }
+    for (int i = 0; i < rows; i++) {
+        rest[i] = 0;
+        for (int d = whole; d < n; d++)
+            rest[i] += q[(long)i * q_stride + d] * k[d];
+        for (int lane = 0; lane < LANES; lane++)
+            rest[i] += sums[i][lane];
+        out[(long)i * out_stride] = rest[i];
+    }
+}
+
+static inline void start_rows(int rows, float *most, float *mass)
+{
+    for (int row = 0; row < rows; row++) {
+        most[row] = NOTHING;
+        mass[row] = 0;
+    }
+}
+
+/* Scores of one row to weights, the running maximum and mass brought up to date; returns what earlier sums shrink by. */
+static inline float soften(float *scores, int64_t low, int64_t high, float softcap, float *most, float *mass)
+{
+    if (softcap > 0)
+        for (int64_t t = low; t < high; t++)
+            scores[t] = softcap * tanhf(scores[t] / softcap);
+    float top = *most;
+    for (int64_t t = low; t < high; t++)
+        top = scores[t] > top ? scores[t] : top;
+    float sum = 0;
+    for (int64_t t = low; t < high; t++) {
+        scores[t] = exp_of(scores[t] - top);
+        sum += scores[t];
+    }
+    const float shrink = top > *most ? exp_of(*most - top) : 1.0f;
+    *most = top;
+    *mass = *mass * shrink + sum;
+    return shrink;
+}
+
+/* The same of a row of which only some tokens may be seen, where `mask` is given; the others weigh 0. */
+static inline void soften_masked(
+    float *scores, int64_t tokens, const uint8_t *mask, int64_t mask_stride, float softcap, float *most, float *mass)
+{
+    if (!mask) {
+        soften(scores, 0, tokens, softcap, most, mass);
+        return;
+    }
+    for (int64_t t = 0; t < tokens; t++) {
+        if (softcap > 0)
+            scores[t] = softcap * tanhf(scores[t] / softcap);
+        if (mask[t * mask_stride] && scores[t] > *most)
+            *most = scores[t];
+    }
+    for (int64_t t = 0; t < tokens; t++) {
+        scores[t] = mask[t * mask_stride] ? exp_of(scores[t] - *most) : 0;
+        *mass += scores[t];
+    }
+}
+
+#endif

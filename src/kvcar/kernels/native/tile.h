@@ -1,0 +1,62 @@
+/* Small matrix products on tiles that stay in cache.
+ *
+ * Vectors are GCC's and clang's own vector types, so that the same source becomes AVX2, AVX-512 or NEON.
+ */
+#ifndef KVCAR_TILE_H
+#define KVCAR_TILE_H
+
+#if defined(__AVX512F__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define COLUMNS (2 * LANES) /* of one product: two vectors side by side */
+#define ROWS 6              /* of one product: 12 accumulators, what 16 registers hold with room for operands */
+
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+/* c[m][COLUMNS] = start[COLUMNS] (or what c holds, where start is null) + a[m][k] b[k][COLUMNS]. */
+static inline __attribute__((always_inline)) void product(
+    const int m, const int k, const float *a, const int a_stride, const float *b, const int b_stride,
+    const float *start, float *c, const int c_stride)
+{
+    vec left[ROWS], right[ROWS];
+    for (int i = 0; i < m; i++) {
+        const float *from = start ? start : c + (long)i * c_stride;
+        left[i] = *(const vec *)from;
+        right[i] = *(const vec *)(from + LANES);
+    }
+    for (int l = 0; l < k; l++) {
+        const vec b0 = *(const vec *)(b + (long)l * b_stride), b1 = *(const vec *)(b + (long)l * b_stride + LANES);
+        for (int i = 0; i < m; i++) {
+            const float x = a[(long)i * a_stride + l];
+            left[i] += x * b0;
+            right[i] += x * b1;
+        }
+    }
+    for (int i = 0; i < m; i++) {
+        *(vec *)(c + (long)i * c_stride) = left[i];
+        *(vec *)(c + (long)i * c_stride + LANES) = right[i];
+    }
+}
+
+/* The same for any number of rows; every case has its own count of rows, so that accumulators are registers. */
+static void rows_product(
+    int m, const int k, const float *a, const int a_stride, const float *b, const int b_stride, const float *start,
+    float *c, const int c_stride)
+{
+    for (; m >= ROWS; m -= ROWS, a += (long)ROWS * a_stride, c += (long)ROWS * c_stride)
+        product(ROWS, k, a, a_stride, b, b_stride, start, c, c_stride);
+    switch (m) {
+    case 5: product(5, k, a, a_stride, b, b_stride, start, c, c_stride); break;
+    case 4: product(4, k, a, a_stride, b, b_stride, start, c, c_stride); break;
+    case 3: product(3, k, a, a_stride, b, b_stride, start, c, c_stride); break;
+    case 2: product(2, k, a, a_stride, b, b_stride, start, c, c_stride); break;
+    case 1: product(1, k, a, a_stride, b, b_stride, start, c, c_stride); break;
+    default: break;
+    }
+}
+
+static inline int rounded_up(int n) { return (n + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
+#endif

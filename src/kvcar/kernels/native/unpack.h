@@ -1,0 +1,94 @@
+/* Packed planes of a page to codes; docs/format.md has the layout. */
+#ifndef KVCAR_UNPACK_H
+#define KVCAR_UNPACK_H
+
+#include <stdint.h>
+#include <string.h>
+
+typedef struct {
+    int32_t bits, shift, start, count, rows, offset;
+} Plane;
+
+typedef uint32_t words __attribute__((vector_size(16), aligned(1), may_alias));
+
+/* Bits of `from` above `down` under `mask`, moved up by `shift`, for as many bytes as a word or vector has: what crosses a
+ * byte's border is masked off. */
+#define PART(from, down, mask, shift) ((((from) >> (down)) & ((mask) * 0x01010101u)) << (shift))
+
+static inline void unpack_words(const uint8_t *from, const int down, const uint32_t mask, const int shift, uint8_t *to)
+{
+    words part = PART(*(const words *)from, down, mask, shift);
+    if (shift)
+        part |= *(const words *)to;
+    *(words *)to = part;
+}
+
+static inline void unpack_word(const uint8_t *from, const int down, const uint32_t mask, const int shift, uint8_t *to)
+{
+    uint32_t word, before;
+    memcpy(&word, from, 4);
+    memcpy(&before, to, 4);
+    word = PART(word, down, mask, shift);
+    word = shift ? before | word : word;
+    memcpy(to, &word, 4);
+}
+
+/* to[j] = (or |=, where `shift`) the part of from[j], `count` bytes. The last vector or word may overlap the one before: doing
+ * a byte twice changes nothing. */
+static inline __attribute__((always_inline)) void unpack_row(
+    const uint8_t *from, const int count, const int down, const uint32_t mask, const int shift, uint8_t *to)
+{
+    int j = 0;
+    if (count >= 16) {
+        for (; j + 16 <= count; j += 16)
+            unpack_words(from + j, down, mask, shift, to + j);
+        if (j < count)
+            unpack_words(from + count - 16, down, mask, shift, to + count - 16);
+    } else if (count >= 4) {
+        for (; j + 4 <= count; j += 4)
+            unpack_word(from + j, down, mask, shift, to + j);
+        if (j < count)
+            unpack_word(from + count - 4, down, mask, shift, to + count - 4);
+    } else
+        for (; j < count; j++) {
+            const uint8_t part = (uint8_t)(((from[j] >> down) & mask) << shift);
+            to[j] = shift ? to[j] | part : part;
+        }
+}
+
+/* A plane of `bits` bits, known when this is compiled. */
+static inline __attribute__((always_inline)) void unpack_plane(
+    const int bits, const uint8_t *data, const Plane plane, uint8_t *out, const int stride)
+{
+    for (int place = 0; place < 8 / bits; place++)
+        for (int row = 0; row < plane.rows; row++) {
+            const uint8_t *from = data + plane.offset + (long)row * plane.count;
+            uint8_t *to = out + (long)(row + place * plane.rows) * stride + plane.start;
+            if (plane.shift)
+                unpack_row(from, plane.count, place * bits, (1u << bits) - 1, plane.shift, to);
+            else
+                unpack_row(from, plane.count, place * bits, (1u << bits) - 1, 0, to);
+        }
+}
+
+/* Codes [page_tokens][stride] of the segment at `data`. Planes of low bits come before those that add to them. */
+static void unpack(const uint8_t *data, const Plane *planes, int n, uint8_t *out, int stride)
+{
+    for (int p = 0; p < n; p++)
+        switch (planes[p].bits) {
+        case 1: unpack_plane(1, data, planes[p], out, stride); break;
+        case 2: unpack_plane(2, data, planes[p], out, stride); break;
+        case 4: unpack_plane(4, data, planes[p], out, stride); break;
+        default: unpack_plane(8, data, planes[p], out, stride); break;
+        }
+}
+
+/* The first `count` codes of each of `tokens` rows as floats. */
+static void to_floats(const uint8_t *codes, int tokens, int count, int stride, float *out, int out_stride)
+{
+    for (int t = 0; t < tokens; t++)
+        for (int j = 0; j < count; j++)
+            out[(long)t * out_stride + j] = (float)(int)codes[(long)t * stride + j];
+}
+
+#endif
