@@ -1,0 +1,241 @@
+"""The C kernel of attention against the specification; its 8-bit decoders; which backend runs."""
+
+import logging
+import os
+
+import pytest
+import torch
+from structures import HEAD_DIM, MODEL, STRUCTURES, paged_past, slots
+
+from bundles import by_hand
+from kvcar.errors import InputError, KernelError
+from kvcar.kernels import backend
+from kvcar.kernels.attend import ExactPast, attend, cpu, naive
+from kvcar.kernels.attend.decode8 import decoder_in_8_bits
+from kvcar.kernels.native import build, find_compiler, native_library
+from kvcar.kernels.rotary import RotaryTable
+from kvcar.runtime.coder import PageCoder
+
+NOT_SERVED = {"raw latents", "values exact", "one key head exact", "autoencoder", "lossless", "plain quantiser"}
+
+
+@pytest.fixture(scope="module", params=list(STRUCTURES), ids=str)
+def structure(request):
+    return request.param, PageCoder(STRUCTURES[request.param](), torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture
+def in_float(monkeypatch):
+    monkeypatch.setattr(cpu, "IN_8_BITS", False)
+    cpu.forget_jobs()
+    yield
+    cpu.forget_jobs()
+
+
+def rotary(style, pairs=8, scale=1.0):
+    return RotaryTable(1.0 / 10000 ** (torch.arange(pairs, dtype=torch.float64) / 8), scale, style)
+
+
+def exact_past(count, dtype=torch.float32):
+    mask = torch.ones(count, 5 + count, dtype=torch.bool).tril(5)[None, None].expand(2, -1, -1, -1)
+    return ExactPast(
+        torch.randn(2, 2, 5 + count, HEAD_DIM).to(dtype), torch.randn(2, 2, 5 + count, HEAD_DIM).to(dtype), mask
+    )
+
+
+ROTARIES = {
+    "half": lambda: rotary("half"),
+    "interleaved, some elements, scaled": lambda: rotary("interleaved", 6, 1.3),
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize("turning", ROTARIES)
+@pytest.mark.parametrize(("tokens", "count"), [(1, 1), (33, 1), (63, 7), (1000, 1), (1000, 3)])
+def test_it_is_the_specification(structure, in_float, tokens, count, turning):
+    name, coder = structure
+    paged = paged_past(coder, 1, tokens, 2, ROTARIES[turning](), [0, min(9, tokens - 1)])
+    query, exact = torch.randn(2, 4, count, HEAD_DIM), exact_past(count)
+    reason = cpu.serves(query, paged)
+    assert (reason is not None) == (name in NOT_SERVED)
+    if reason is not None:
+        with pytest.raises(KernelError, match="does not serve"):
+            cpu.attend(query, exact, paged, 0.25)
+        return
+    for softcap in (None, 5.0):
+        expected = naive.attend(query, exact, paged, 0.25, softcap)
+        torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25, softcap), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes(dtype, in_float):
+    coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), dtype)
+    paged = paged_past(coder, 0, 200, 2, rotary("half"), [0, 40])
+    query, exact = torch.randn(2, 4, 1, HEAD_DIM).to(dtype), exact_past(1, dtype)
+    got, expected = cpu.attend(query, exact, paged, 0.25), naive.attend(query, exact, paged, 0.25)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_and_arenas_do_not_matter(in_float, threads):
+    coder = PageCoder(STRUCTURES["blocks over layers"](), torch.device("cpu"), torch.float32)
+    paged = paged_past(coder, 2, 3000, 1, rotary("half"), [0])
+    assert len(paged.tiles) > 2
+    query, exact = torch.randn(1, 4, 1, HEAD_DIM), ExactPast(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        got = cpu.attend(query, exact, paged, 0.25)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
+
+
+def test_unfilled_room_and_old_scratch_are_never_read(monkeypatch):
+    coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
+    paged = paged_past(coder, 0, 40, 1, rotary("half"), [0])
+    query, exact = torch.randn(1, 4, 1, HEAD_DIM), ExactPast(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), None)
+    before = cpu.attend(query, exact, paged, 0.25)
+    for arena in paged.tiles:
+        arena[:, 2:] = 255  # 40 tokens fill one page and part of the second
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    assert torch.equal(cpu.attend(query, exact, paged, 0.25), before)
+
+
+def test_a_query_that_sees_nothing_gives_zeros():
+    coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
+    paged = paged_past(coder, 0, 3, 1, rotary("half"), [0])  # all of them sinks
+    nothing = ExactPast(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), torch.zeros(1, 1, 2, 3, dtype=torch.bool))
+    assert torch.equal(cpu.attend(torch.randn(1, 4, 2, 16), nothing, paged, 1.0), torch.zeros(1, 4, 2, 16))
+
+
+@pytest.mark.skipif(not native_library().kvcar_has_decode8(), reason="this CPU has no kernel for 8-bit decoders")
+@pytest.mark.parametrize("bits", [[8, 7, 6, 5], [5, 5, 4, 3, 2, 1], [4]], ids=str)
+def test_decoders_in_8_bits_change_keys_by_what_they_say(bits):
+    coder = PageCoder(by_hand(MODEL, [slots([i], k) for i in range(4) for k in ("key", "value")], bits=bits), torch.device("cpu"), torch.float32)
+    paged = paged_past(coder, 1, 500, 2, rotary("half"), [0, 5])
+    query, exact = torch.randn(2, 4, 1, HEAD_DIM), exact_past(1)
+    cpu.forget_jobs()
+    # The same rounding, done in floats, must give the same output.
+    reader = paged.key_readers[0]
+    matrix, bias = reader.affine
+    rounded, biases = matrix.clone(), bias.clone()
+    for head in range(len(reader.heads)):
+        own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+        decoder = decoder_in_8_bits(matrix[:, own], bias[own], torch.tensor(sorted(bits * 32, reverse=True))[: len(matrix)])
+        rounded[decoder.exact :, own] = decoder.rounded.float() * decoder.scale
+        biases[own] = decoder.bias
+    expected = naive.attend(query, exact, with_keys(paged, rounded, biases), 0.25)
+    torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-4, rtol=2e-4)
+
+
+def with_keys(paged, matrix, bias):
+    """The same past with another decoder of keys."""
+    from dataclasses import replace
+
+    reader = replace(paged.key_readers[0], affine=(matrix, bias), decode=lambda u: u @ matrix + bias)
+    return replace(paged, key_readers=(reader,))
+
+
+def test_rounding_decoders_adds_little_to_the_codes_own_noise():
+    draw = torch.Generator().manual_seed(0)
+    bits = torch.tensor([8, 7, 6, 6, 5, 5, 5, *[4] * 16, *[3] * 20, *[2] * 15])
+    # Water-filling gives all latents about the same step; directions are orthonormal.
+    matrix = torch.linalg.qr(torch.randn(64, 64, generator=draw))[0][: len(bits)]
+    decoder = decoder_in_8_bits(matrix, torch.zeros(64), bits)
+    assert decoder.exact == 2
+    codes = (torch.rand(4000, len(bits), generator=draw) * (2.0**bits - 1)).round()
+    exact = codes @ matrix
+    rounded = codes[:, :2] @ matrix[:2] + (codes[:, 2:] @ decoder.rounded.float()) * decoder.scale + decoder.bias
+    noise = (torch.rand(4000, len(bits), generator=draw) - 0.5) @ matrix
+    assert (rounded - exact).square().mean() < 0.06 * noise.square().mean()
+
+
+def test_sums_of_16_bits_cannot_overflow():
+    draw = torch.Generator().manual_seed(1)
+    bits = torch.tensor([6] * 40 + [5] * 30 + [1] * 31)
+    decoder = decoder_in_8_bits(torch.randn(101, 16, generator=draw), torch.zeros(16), bits)
+    highest, start = 2**bits - 1, 0
+    for stop in decoder.stops:
+        own = decoder.rounded[2 * start : 2 * stop].long() * highest[2 * start : 2 * stop, None]
+        assert own.clamp_min(0).sum(0).max() <= 32767
+        assert (-own).clamp_min(0).sum(0).max() <= 32767
+        start = stop
+    assert 2 * start >= 101
+
+
+# Backends
+
+
+@pytest.fixture
+def fresh_choice():
+    backend._backend.cache_clear()
+    backend._tell.cache_clear()
+    yield
+    backend._backend.cache_clear()
+
+
+def test_the_default_on_a_cpu_with_a_compiler_is_c(fresh_choice, monkeypatch, caplog):
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    with caplog.at_level(logging.INFO, "kvcar.kernels"):
+        assert backend.backend_for(torch.device("cpu")) == "cpu"
+    assert find_compiler().version in caplog.text
+
+
+def test_without_a_compiler_it_is_pytorch_and_said_so(fresh_choice, monkeypatch, caplog):
+    monkeypatch.delenv(backend.VARIABLE, raising=False)
+    monkeypatch.setattr(backend, "find_compiler", lambda: None)
+    assert backend.backend_for(torch.device("cpu")) == "torch"
+    assert "no C compiler" in caplog.text
+
+
+def test_a_choice_that_cannot_be_is_refused(fresh_choice, monkeypatch):
+    monkeypatch.setenv(backend.VARIABLE, "fast")
+    with pytest.raises(InputError, match="must be one of naive, torch, cpu, triton"):
+        backend.backend_for(torch.device("cpu"))
+    monkeypatch.setenv(backend.VARIABLE, "cpu")
+    with pytest.raises(KernelError, match="the model is on cuda"):
+        backend.backend_for(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("name", ["naive", "torch", "cpu"])
+def test_the_variable_decides(fresh_choice, monkeypatch, name, caplog):
+    monkeypatch.setenv(backend.VARIABLE, name)
+    coder = PageCoder(STRUCTURES["autoencoder"](), torch.device("cpu"), torch.float32)
+    paged = paged_past(coder, 0, 100, 1, rotary("half"), [0])
+    query, exact = torch.randn(1, 4, 1, 16), ExactPast(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), None)
+    with caplog.at_level(logging.INFO, "kvcar.kernels"):
+        got = attend(query, exact, paged, 0.25)
+    assert f"kernels on cpu: {name}" in caplog.text
+    assert ("does not serve this: a codec is not affine" in caplog.text) == (name == "cpu")
+    torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
+
+
+def test_kernels_are_compiled_once_into_the_folder_that_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path))
+    build.native_library.cache_clear()
+    try:
+        first = native_library()
+        made = list(tmp_path.iterdir())
+        assert [path.suffix for path in made] == [".so"]
+        stamp = os.stat(made[0]).st_mtime_ns
+        build.native_library.cache_clear()
+        assert native_library()._name == first._name == str(made[0])
+        assert os.stat(made[0]).st_mtime_ns == stamp
+    finally:
+        build.native_library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
+    monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_FLAGS", ("-no-such-flag",))
+    build.native_library.cache_clear()
+    try:
+        with pytest.raises(KernelError, match=r"could not compile the CPU kernels; set KVCAR_KERNELS=torch"):
+            native_library()
+    finally:
+        monkeypatch.undo()
+        build.native_library.cache_clear()
+    assert not list(tmp_path.iterdir())
