@@ -252,6 +252,11 @@ class KVCarCache(Cache):
         """Sequences held, -1 before the first pass."""
         return -1 if self._state is None else len(self._state.padding)
 
+    @property
+    def pages(self) -> int:
+        """Pages that hold tokens, of each sequence, a partly filled one counted."""
+        return 0 if self._pages is None else -(-self._pages.tokens // self.plan.page_tokens)
+
     # Accounting
 
     def stored_bytes(self) -> int:
