@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from attend_pages_tables import attend_pages_page
 from compare_tables import compare_pages
 from frontier_tables import frontier_page
 from paper_tables import paper_page
@@ -75,7 +76,13 @@ def memory_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"fidelity.md": fidelity_page, "memory.md": memory_page, "paper.md": paper_page, "frontier.md": frontier_page}
+PAGES = {
+    "fidelity.md": fidelity_page,
+    "memory.md": memory_page,
+    "paper.md": paper_page,
+    "frontier.md": frontier_page,
+    "attend-pages.md": attend_pages_page,
+}
 
 
 def main() -> None:

@@ -27,6 +27,11 @@ def test_tables_are_what_the_records_say(name):
     assert page.count("\n|") > 2, "there is at least one record"
 
 
+def test_attending_to_a_few_pages_is_what_its_records_say():
+    page = (ROOT / "docs" / "results" / "attend-pages.md").read_text(encoding="utf-8")
+    assert page == load_tables().PAGES["attend-pages.md"](), "run: python benchmarks/tables.py"
+
+
 def test_the_comparison_is_what_its_records_say():
     load_tables()  # so that its neighbours can be imported
     from compare_tables import compare_pages

@@ -36,6 +36,15 @@ Window = Annotated[
         help="Recent tokens kept exact, a multiple of the page size; 0 codes every past token. Default: the bundle's.",
     ),
 ]
+AttendPages = Annotated[
+    int | None,
+    typer.Option(
+        "--attend-pages",
+        metavar="PAGES",
+        min=1,
+        help="Decode and attend to this many pages a step, chosen by summaries, instead of all: faster, and approximate.",
+    ),
+]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures, with their provenance, as JSON.")
 ]

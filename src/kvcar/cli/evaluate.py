@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from ..bundle import Bundle
+from ..errors import InputError
+from ..evaluate.attended import FOLLOWING_TOKENS, attended_figures, measure_attended
 from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
 from ..fit.text import token_windows
 from ..models.load import load_model
@@ -15,7 +17,8 @@ from ..record import Record
 from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
 from .app import app
-from .arguments import BundlePath, Device, Dtype, Json, Model, Text, Window
+from .arguments import AttendPages, BundlePath, Device, Dtype, Json, Model, Text, Window
+from .attended import attended_table
 from .console import check_writable, errors, out, progress_bars
 from .figures import fidelity_table
 from .texts import evaluation_context, evaluation_text
@@ -29,6 +32,8 @@ _EXAMPLES = """Measure a bundle against MODEL's own full cache, stepped through 
   kvcar eval demo --bundle demo-5x --text test.txt --context 4096 --windows 4 --json figures.json
 
   kvcar eval demo --bundle demo-5x --window 0
+
+  kvcar eval demo --bundle demo-5x --attend-pages 16 --context 8000 --windows 1     # token by token, at the end
 """
 
 
@@ -42,6 +47,10 @@ def evaluate(
     ] = None,
     windows: Annotated[int, typer.Option(help="Windows, spread evenly over the text.")] = 2,
     window: Window = None,
+    attend_pages: AttendPages = None,
+    following: Annotated[
+        int, typer.Option(min=1, help="Tokens at the end of a window to step one by one, with --attend-pages.")
+    ] = FOLLOWING_TOKENS,
     json: Json = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -52,26 +61,35 @@ def evaluate(
     source = evaluation_text(text)
     KVCarCache(loaded_bundle, window)  # a bad window is told before the model is loaded
     context = evaluation_context(context, loaded_bundle.plan.geometry.max_positions)
+    if attend_pages is not None and context < following + 2:
+        raise InputError(f"a context of {context} tokens is too short to step its last {following}; give --following")
     fitted_on_this = source.sha256 == loaded_bundle.fit.text_sha256
     if fitted_on_this:
         errors.print("[yellow]note:[/] the bundle was fitted on this very text, so the figures flatter it")
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
         ids = token_windows(loaded.tokenizer, source.text, context, windows)
-        on_chunk = counter(tell, "evaluate", ids.numel())
-        with attach(loaded.model, loaded_bundle, window):
-            result = measure_fidelity(
-                loaded.model, ids, {bundle.name: lambda: KVCarCache(loaded_bundle, window, keep_decoded=True)}, on_chunk
-            )[bundle.name]
-    out.print(fidelity_table({bundle.name or str(bundle): result}))
-    _tell_worst(result)
-    if json is not None:
         config = {
             "model": model, "bundle": bundle.name, "text": source.name, "text_sha256": source.sha256, "dtype": str(loaded.model.dtype),
             "window": loaded_bundle.plan.window if window is None else window, "fitted_on_this_text": fitted_on_this,
             "fit": loaded_bundle.fit.model_dump(mode="json"),
         }  # fmt: skip
-        Record("fidelity", fidelity_figures(result), config).write(json)
+        with attach(loaded.model, loaded_bundle, window):
+            if attend_pages is not None:
+                found = measure_attended(
+                    loaded.model, loaded_bundle, ids, [attend_pages], following, window, on_progress=tell
+                )
+                out.print(attended_table(found))
+                record = Record("attend-pages", attended_figures(found[attend_pages]), config)
+            else:
+                on_chunk = counter(tell, "evaluate", ids.numel())
+                caches = {bundle.name: lambda: KVCarCache(loaded_bundle, window, keep_decoded=True)}
+                result = measure_fidelity(loaded.model, ids, caches, on_chunk)[bundle.name]
+                out.print(fidelity_table({bundle.name or str(bundle): result}))
+                _tell_worst(result)
+                record = Record("fidelity", fidelity_figures(result), config)
+    if json is not None:
+        record.write(json)
 
 
 def _tell_worst(result: Fidelity) -> None:

@@ -18,7 +18,7 @@ from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
 from ..runtime.context import read_context
 from .app import app
-from .arguments import BundlePath, Device, Dtype, Json, Model, Window
+from .arguments import AttendPages, BundlePath, Device, Dtype, Json, Model, Window
 from .console import check_writable, errors, progress_bars
 
 _EXAMPLES = """Continue a prompt with MODEL over a compressed cache, printing as it goes.
@@ -32,6 +32,8 @@ _EXAMPLES = """Continue a prompt with MODEL over a compressed cache, printing as
   kvcar generate demo --bundle demo-5x --prompt-file book.txt --temperature 0.7 --seed 1
 
   kvcar generate demo --bundle demo-5x --context manual.ctx --prompt "In short, the manual says"
+
+  kvcar generate demo --bundle demo-5x --prompt-file book.txt --attend-pages 32
 """
 
 
@@ -51,6 +53,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     window: Window = None,
+    attend_pages: AttendPages = None,
     json: Json = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -68,8 +71,10 @@ def generate(
     tokens = inputs["input_ids"].shape[1]
     _check_length(held_before + tokens, max_new_tokens, loaded_bundle.plan.geometry.max_positions)
     torch.manual_seed(seed)
-    with attach(loaded.model, loaded_bundle, window) as attachment:
-        cache = attachment.new_cache() if context is None else KVCarCache.load(context, loaded.model, window=window)
+    with attach(loaded.model, loaded_bundle, window, attend_pages=attend_pages) as attachment:
+        cache = attachment.new_cache()
+        if context is not None:
+            cache = KVCarCache.load(context, loaded.model, window=window, attend_pages=attend_pages)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         )
@@ -94,9 +99,10 @@ def generate(
             "text": text, "context_tokens": held_before, "prompt_tokens": tokens, "new_tokens": new, "seconds": seconds,
             "cache_tokens": held, "stored_bytes": stored, "full_bytes": full, "times_smaller": full / stored,
         }  # fmt: skip
-        Record("generation", figures, {"model": model, "bundle": bundle.name, "prompt": given, "seed": seed}).write(
-            json
-        )
+        config = {
+            "model": model, "bundle": bundle.name, "prompt": given, "seed": seed, "attend_pages": attend_pages
+        }  # fmt: skip
+        Record("generation", figures, config).write(json)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

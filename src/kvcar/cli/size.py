@@ -15,7 +15,7 @@ from ..models.geometry import read_geometry
 from ..models.load import load_config
 from ..record import Record
 from .app import app
-from .arguments import Json, Model
+from .arguments import AttendPages, Json, Model
 from .console import check_writable, out, progress_bars
 
 _EXAMPLES = """Say how much fits into memory with MODEL's own cache and with a compressed one. Reads no weights.
@@ -37,6 +37,7 @@ def size(
     memory: Annotated[str, typer.Option(help="Memory for the cache alone, weights left out.")] = "24GiB",
     batch: Annotated[int, typer.Option(min=1, help="Sequences, for the longest length.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the largest batch.")] = 4096,
+    attend_pages: AttendPages = None,
     json: Json = None,
 ) -> None:
     """Compute sizes; the examples in the help text say the rest."""
@@ -53,7 +54,7 @@ def size(
             raise ModelMismatchError(
                 f"this bundle was fitted for {loaded.model.name}, whose cache has another shape than {model}'s"
             )
-        sizes[str(bundle)] = compressed_size(loaded.plan, model_bytes=2)
+        sizes[str(bundle)] = compressed_size(loaded.plan, model_bytes=2, summaries=attend_pages is not None)
     fits = {name: what_fits(of, budget, batch, tokens, geometry.max_positions) for name, of in sizes.items()}
     out.print(_table(sizes, fits, memory, batch, tokens))
     if json is not None:
@@ -64,7 +65,10 @@ def size(
             }
             for name, of, fit in zip(("full", "compressed"), sizes.values(), fits.values(), strict=False)
         }  # fmt: skip
-        Record("size", figures, {"model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens}).write(json)
+        config = {
+            "model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens, "attend_pages": attend_pages
+        }  # fmt: skip
+        Record("size", figures, config).write(json)
 
 
 def _table(sizes: dict[str, SizeOf], fits: dict[str, Fits], memory: str, batch: int, tokens: int) -> Table:

@@ -21,9 +21,12 @@ def full_size(geometry: KVGeometry) -> SizeOf:
     return lambda tokens, batch: geometry.full_bytes(tokens) * batch
 
 
-def compressed_size(plan: Plan, model_bytes: int) -> SizeOf:
-    """Bytes of a compressed cache, everything counted, for a model that computes in ``model_bytes`` per element."""
-    return lambda tokens, batch: stored_bytes(plan, tokens, model_bytes, batch)
+def compressed_size(plan: Plan, model_bytes: int, summaries: bool = False) -> SizeOf:
+    """Bytes of a compressed cache, everything counted, for a model that computes in ``model_bytes`` per element.
+
+    ``summaries``: with those of a cache that chooses the pages it attends to.
+    """
+    return lambda tokens, batch: stored_bytes(plan, tokens, model_bytes, batch, summaries)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from ..plan import Plan
 from ..shapes import BFLOAT16_BYTES
 from .layout import page_layout
+from .select import CHOSEN_SUMMARY, SUMMARIES
 
 WINDOW_STEP_TOKENS = 16
 FINE_POSITIONS = 64
+SUMMARY_ELEMENT_BYTES = 2
 _FEWEST_PAGES = 8
 _GROWTH_DIVISOR = 8
 
@@ -58,11 +60,18 @@ def table_bytes(plan: Plan, tokens: int, batch: int) -> int:
     return state + (FINE_POSITIONS + rotary_table_entries(coded)) * plan.geometry.head_dim * 4
 
 
-def stored_bytes(plan: Plan, tokens: int, model_bytes: int, batch: int = 1) -> int:
+def summary_bytes(plan: Plan, tokens: int) -> int:
+    """Bytes of the summaries of full pages (as allocated) of one sequence that chooses the pages it attends to."""
+    full = coded_tokens(tokens, plan.window, plan.page_tokens) // plan.page_tokens
+    vectors = SUMMARIES[CHOSEN_SUMMARY].vectors * plan.geometry.kv_heads * len(plan.coded_layers)
+    return allocated_pages(full) * vectors * plan.geometry.head_dim * SUMMARY_ELEMENT_BYTES
+
+
+def stored_bytes(plan: Plan, tokens: int, model_bytes: int, batch: int = 1, summaries: bool = False) -> int:
     """Bytes of the compressed cache's tensors for ``batch`` sequences of ``tokens`` tokens.
 
-    Counts pages (as allocated), sinks, window (as allocated), position tables, and the ordinary cache of layers that
-    are not coded.
+    Counts pages (as allocated), sinks, window (as allocated), position tables, the ordinary cache of layers that
+    are not coded, and with ``summaries`` what a cache with ``attend_pages`` has besides.
     """
     geometry, exact_bytes = plan.geometry, exact_element_bytes(plan, model_bytes)
     coded = coded_tokens(tokens, plan.window, plan.page_tokens)
@@ -74,4 +83,5 @@ def stored_bytes(plan: Plan, tokens: int, model_bytes: int, batch: int = 1) -> i
             seen = min(tokens, geometry.sliding_window - 1) if layer in geometry.sliding_layers else tokens
             kept += seen * geometry.layer_elements_per_token * model_bytes
     tables = table_bytes(plan, tokens, batch) if plan.coded_layers else 2 * 8 * batch
-    return batch * (pages + exact * len(plan.coded_layers) + kept) + tables
+    summarised = summary_bytes(plan, tokens) if summaries else 0
+    return batch * (pages + summarised + exact * len(plan.coded_layers) + kept) + tables

@@ -40,7 +40,14 @@ class Attachment:
     (any cache of transformers works as before) or told not to use one. Long prompts are prefilled in chunks.
     """
 
-    def __init__(self, model: PreTrainedModel, bundle: Bundle, window: int | None, prefill_chunk: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        bundle: Bundle,
+        window: int | None,
+        prefill_chunk: int,
+        attend_pages: int | None,
+    ) -> None:
         bundle.check_model(model)
         prepare = getattr(type(model), _PREPARE, None)
         if prepare is None:
@@ -49,7 +56,7 @@ class Attachment:
                 "install a version that kvcar's requirements name"
             )
         self.model, self.bundle = model, bundle
-        self._window, self._prefill_chunk = window, prefill_chunk
+        self._window, self._prefill_chunk, self._attend_pages = window, prefill_chunk, attend_pages
         self._checked = {id(bundle): bundle}
         self._coders: dict[int, PageCoder] = {}
         self._tables: dict[int, RotaryTable] = {}
@@ -64,8 +71,8 @@ class Attachment:
         model.__dict__[_PREPARE] = partial(_prepare_cache, self, partial(prepare, model))
 
     def new_cache(self) -> KVCarCache:
-        """An empty cache for this model, with the window given to ``attach``."""
-        return KVCarCache(self.bundle, window=self._window)
+        """An empty cache for this model, with the options given to ``attach``."""
+        return KVCarCache(self.bundle, window=self._window, attend_pages=self._attend_pages)
 
     def detach(self) -> None:
         """Restore the model; caches made meanwhile can no longer be used with it. Doing it twice is harmless."""
@@ -159,6 +166,7 @@ def attach(
     bundle: Bundle | str | Path,
     window: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK_TOKENS,
+    attend_pages: int | None = None,
 ) -> Attachment:
     """Let ``model`` run over compressed caches made from ``bundle``.
 
@@ -167,6 +175,7 @@ def attach(
         bundle: a bundle fitted for this model, or its folder.
         window: recent tokens kept exact; see ``KVCarCache``.
         prefill_chunk: most tokens of a prompt that ``generate`` computes at once.
+        attend_pages: pages that a decode step attends to, of all that there are; see ``KVCarCache``.
 
     Returns:
         The attachment; ``detach()`` it, or use it as a context manager.
@@ -179,7 +188,7 @@ def attach(
     if model in _attached:
         raise AttachError("this model is attached already; detach it first")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-    attachment = Attachment(model, bundle, window, prefill_chunk)
+    attachment = Attachment(model, bundle, window, prefill_chunk, attend_pages)
     _attached[model] = attachment
     return attachment
 

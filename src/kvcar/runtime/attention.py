@@ -74,8 +74,9 @@ def _attention(
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     softcap = kwargs.pop("softcap", None)
     _refuse_unknown(dropout, kwargs)
-    exact, paged = cache.past(layer)
-    output = attend(query, exact, paged, scaling or float(query.shape[-1]) ** -0.5, softcap)
+    scale: float = scaling or float(query.shape[-1]) ** -0.5
+    exact, paged = cache.past(layer, query, scale)
+    output = attend(query, exact, paged, scale, softcap)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -22,6 +22,7 @@ from .layer import CodedLayer
 from .masks import exact_mask, sink_places
 from .pages import PageStore
 from .sequence import SequenceState
+from .summaries import PageSummaries
 
 
 class KVCarCache(Cache):
@@ -36,18 +37,28 @@ class KVCarCache(Cache):
             token as soon as its forward pass is over, as the paper does.
         keep_decoded: decode pages once and keep what comes out, for measuring quality only: the numbers are the same and
             come much faster, but the memory saved is taken back (``stored_bytes`` does not count it).
+        attend_pages: a layer of a pass of few tokens attends to sinks, window and this many pages alone, chosen by
+            summaries of their keys; attention is then approximate, and what is stored grows by the summaries. A page
+            that is partly filled is always one of them. None attends to all.
 
     Raises:
-        InputError: the window is no multiple of the page size.
+        InputError: the window is no multiple of the page size, or fewer pages than 1.
     """
 
-    def __init__(self, bundle: Bundle | str | Path, window: int | None = None, keep_decoded: bool = False) -> None:
+    def __init__(
+        self,
+        bundle: Bundle | str | Path,
+        window: int | None = None,
+        keep_decoded: bool = False,
+        attend_pages: int | None = None,
+    ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.plan = _with_window(self.bundle.plan, window)
         super().__init__(layers=[self._new_layer(layer) for layer in range(self.plan.geometry.layers)])
         self._coded = {layer: self._coded_layer(layer) for layer in self.plan.coded_layers}
         self._host: Host | None = None
         self._keeps_decoded = keep_decoded
+        self.attend_pages = _checked(attend_pages)
         self._clear()
 
     # What attach calls around and inside a forward pass
@@ -98,29 +109,19 @@ class KVCarCache(Cache):
         """Whether attention of ``layer`` must come through ``past``."""
         return layer in self._coded
 
-    def past(self, layer: int) -> tuple[ExactPast, PagedPast | None]:
-        """What attention of a coded layer attends to in the pass under way."""
-        assert self._host is not None
+    def past(self, layer: int, query: Tensor, scaling: float) -> tuple[ExactPast, PagedPast | None]:
+        """What ``query`` ``[B, Hq, T, D]`` of a coded layer attends to in the pass under way."""
         assert self._next_state is not None
         keys, values = self._coded[layer].exact()
         exact = ExactPast(keys, values, self._exact_mask())
         assert self._pages is not None
         if self._pages.tokens == 0:
             return exact, None
-        coder, state = self._host.coder(self.bundle), self._next_state
-        paged = PagedPast(
-            tiles=self._pages.arenas,
-            tokens=self._pages.tokens,
-            first=state.padding + self.plan.sinks,
-            first_most=state.padding_most + self.plan.sinks,
-            offset=state.offset,
-            key_readers=coder.readers(layer, "key"),
-            value_readers=coder.readers(layer, "value"),
-            rotary=self._host.rotary(layer),
-        )
+        paged = self._paged(layer, self._next_state)
+        chosen = None if self._summaries is None else self._summaries.choose(layer, query, paged, scaling)
         if self._decoded is not None:
-            return self._decoded.extend(layer, exact, paged), None
-        return exact, paged
+            return self._decoded.extend(layer, exact, paged, chosen), None
+        return exact, paged if chosen is None else paged.only(chosen, gather=False)
 
     # What transformers calls
 
@@ -173,6 +174,8 @@ class KVCarCache(Cache):
             self._pages.crop(paged)
         if self._decoded is not None:
             self._decoded.crop(paged)
+        if self._summaries is not None:
+            self._summaries.crop(paged)
         self._seen = kept
 
     @torch.no_grad()
@@ -222,6 +225,7 @@ class KVCarCache(Cache):
         model: PreTrainedModel,
         bundle: Bundle | str | Path | None = None,
         window: int | None = None,
+        attend_pages: int | None = None,
     ) -> KVCarCache:
         """Read a cache that ``save`` wrote; its codes are those that were saved, bit for bit.
 
@@ -230,22 +234,28 @@ class KVCarCache(Cache):
             model: the model that the context was computed with; attach it before or after.
             bundle: the bundle that it was saved with, or its folder; None takes the one ``model`` is attached with.
             window: of the tokens to come, see ``KVCarCache``; None takes the saved cache's.
+            attend_pages: see ``KVCarCache``. Files hold no summaries: the first pass makes them of decoded keys.
 
         Raises:
             ContextError: there is no such file, it is damaged or of an unknown version, or it was saved with another
                 bundle or another exact dtype.
             ModelMismatchError: the bundle was fitted for another model.
             AttachError: no bundle is given and the model is not attached.
-            InputError: the window is no multiple of the page size, or the extra ``store`` is not installed.
+            InputError: as for ``KVCarCache``, or the extra ``store`` is not installed.
         """
         from .context import load_context
 
-        return load_context(Path(path), model, bundle, window)
+        return load_context(Path(path), model, bundle, window, attend_pages)
 
     @property
     def batch_size(self) -> int:
         """Sequences held, -1 before the first pass."""
         return -1 if self._state is None else len(self._state.padding)
+
+    @property
+    def pages(self) -> int:
+        """Pages that hold tokens, of each sequence, a partly filled one counted."""
+        return 0 if self._pages is None else -(-self._pages.tokens // self.plan.page_tokens)
 
     # Accounting
 
@@ -254,10 +264,11 @@ class KVCarCache(Cache):
         return sum(self.stored_bytes_by_part().values())
 
     def stored_bytes_by_part(self) -> dict[str, int]:
-        """``stored_bytes`` in parts: pages, exact (sinks and window), plain (layers not coded), tables."""
+        """``stored_bytes`` in parts: pages, summaries, exact (sinks and window), plain (layers not coded), tables."""
         state = 0 if self._state is None else self._state.nbytes
         return {
             "pages": 0 if self._pages is None else self._pages.nbytes,
+            "summaries": 0 if self._summaries is None else self._summaries.nbytes,
             "exact": sum(layer.nbytes for layer in self._coded.values()),
             "plain": self._plain_bytes(),
             "tables": state + self._table_bytes(),
@@ -300,6 +311,8 @@ class KVCarCache(Cache):
         self._next_state: SequenceState | None = None
         self._pages: PageStore | None = None
         self._decoded = DecodedPast() if self._keeps_decoded else None
+        most = self.attend_pages
+        self._summaries = None if most is None else PageSummaries(most, self.plan.page_tokens)
         self._mask: Tensor | None = None
         self._mask_known = False
         self._broken = False
@@ -357,10 +370,33 @@ class KVCarCache(Cache):
         start = self._pages.tokens
         coder = self._host.coder(self.bundle)
         if leave:
-            encode_oldest(self._coded, self._pages, coder, self._state, self._host.rotary, leave)
+            encode_oldest(self._coded, self._pages, coder, self._state, self._host.rotary, leave, self._summaries)
+            self._complete_summaries(self._state)
         places = sink_places(self._state, start, leave, self.plan.sinks)
         for coded in self._coded.values():
             coded.store(leave, places, coder.dtype)
+
+    def _complete_summaries(self, state: SequenceState) -> None:
+        """Summarise pages whose tokens did not all leave together."""
+        if self._summaries is not None:
+            for layer in self._coded:
+                self._summaries.catch_up(layer, self._paged(layer, state))
+
+    def _paged(self, layer: int, state: SequenceState) -> PagedPast:
+        """All pages, as attention of a coded layer reads them."""
+        assert self._host is not None
+        assert self._pages is not None
+        coder = self._host.coder(self.bundle)
+        return PagedPast(
+            tiles=self._pages.arenas,
+            tokens=self._pages.tokens,
+            first=state.padding + self.plan.sinks,
+            first_most=state.padding_most + self.plan.sinks,
+            offset=state.offset,
+            key_readers=coder.readers(layer, "key"),
+            value_readers=coder.readers(layer, "value"),
+            rotary=self._host.rotary(layer),
+        )
 
     def _exact_mask(self) -> Tensor | None:
         """Mask over what attention sees exactly; the same for all layers of a pass, so built once."""
@@ -380,11 +416,19 @@ class KVCarCache(Cache):
             self._pages.map_batch(change)
         if self._decoded is not None:
             self._decoded.map_batch(change)
+        if self._summaries is not None:
+            self._summaries.map_batch(change)
         if self._state is not None:
             state = SequenceState(0, self._state.padding.device)
             state.padding, state.offset = change(self._state.padding), change(self._state.offset)
             state.padding_most = int(state.padding.max())
             self._state = state
+
+
+def _checked(attend_pages: int | None) -> int | None:
+    if attend_pages is not None and attend_pages < 1:
+        raise InputError(f"attend_pages must be at least 1 page, got {attend_pages}; leave it out to attend to all")
+    return attend_pages
 
 
 def _with_window(plan: Plan, window: int | None) -> Plan:

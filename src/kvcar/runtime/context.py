@@ -74,7 +74,11 @@ def save_context(cache: KVCarCache, path: Path, keep_window: bool, token_ids: Te
 
 
 def load_context(
-    path: Path, model: PreTrainedModel, bundle: Bundle | str | Path | None, window: int | None
+    path: Path,
+    model: PreTrainedModel,
+    bundle: Bundle | str | Path | None,
+    window: int | None,
+    attend_pages: int | None,
 ) -> KVCarCache:
     """See ``KVCarCache.load``."""
     header, data = read_file(path)
@@ -85,7 +89,7 @@ def load_context(
     bits = code_bits(coder.plan)
     tensors = {part.name: decode_part(part, data[part.name], bits) for part in parts}
     contents = contents_of_parts(header, tensors, coder)
-    return cache_of(contents, bundle, coder, header.window if window is None else window)
+    return cache_of(contents, bundle, coder, header.window if window is None else window, attend_pages)
 
 
 def _made_ready(

@@ -22,9 +22,16 @@ class DecodedPast:
         self._sides: dict[int, tuple[Tensor, Tensor]] = {}
         self._tokens: dict[int, int] = {}
 
-    def extend(self, layer: int, exact: ExactPast, paged: PagedPast) -> ExactPast:
-        """``exact`` with the pages' tokens in front of it, decoded as attention over pages would."""
-        keys, values = self._up_to(layer, exact, paged)
+    def extend(self, layer: int, exact: ExactPast, paged: PagedPast, pages: Tensor | None = None) -> ExactPast:
+        """``exact`` with the pages' tokens in front of it, decoded as attention over pages would.
+
+        With ``pages`` int64 ``[B, K]`` only the tokens of those.
+        """
+        keys, values = self._up_to(layer, paged)
+        if pages is not None:
+            paged = paged.only(pages, gather=False)
+            index = paged.token_index(0, paged.tokens)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+            keys, values = keys.gather(2, index), values.gather(2, index)
         mask = _joined_mask(exact, paged)
         return ExactPast(
             torch.cat([keys, exact.keys.to(keys.dtype)], dim=2),
@@ -40,10 +47,10 @@ class DecodedPast:
         """Replace what is held by ``change`` of it, which works on the batch axis (0)."""
         self._sides = {layer: (change(k), change(v)) for layer, (k, v) in self._sides.items()}
 
-    def _up_to(self, layer: int, exact: ExactPast, paged: PagedPast) -> tuple[Tensor, Tensor]:
+    def _up_to(self, layer: int, paged: PagedPast) -> tuple[Tensor, Tensor]:
         held = self._tokens.get(layer, 0)
         if held < paged.tokens:
-            fresh = _decode(paged, held, exact.keys.shape[1])
+            fresh = _decode(paged, held)
             self._sides[layer] = self._grown(layer, held, paged.tokens, fresh)
             self._tokens[layer] = paged.tokens
         keys, values = self._sides[layer]
@@ -64,32 +71,36 @@ class DecodedPast:
         return grown[0], grown[1]
 
 
-def _decode(paged: PagedPast, first: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Keys after RoPE and values ``[B, H, N, D]`` of the tokens from ``first`` on."""
-    page_tokens = paged.key_readers[0].segment.page_tokens
-    pages = _pages_from(paged, first // page_tokens)
-    start = first // page_tokens * page_tokens
-    keys = _side(paged.key_readers, pages, heads, paged.tokens - start)
-    values = _side(paged.value_readers, pages, heads, paged.tokens - start)
+def decoded_keys(paged: PagedPast, page: int) -> Tensor:
+    """Keys after RoPE ``[B, H, N, D]`` of the tokens of ``page`` and all later ones."""
+    start = page * paged.page_tokens
+    keys = _side(paged.key_readers, _pages_from(paged, page), paged.tokens - start)
     if paged.rotary is not None:
         positions = torch.arange(start, paged.tokens, device=keys.device) - paged.offset[:, None]
         turned = [head for reader in paged.key_readers if not reader.rotated for head in reader.heads]
         keys[:, turned] = paged.rotary.rotate(keys[:, turned], positions)
-    return keys[:, :, first - start :], values[:, :, first - start :]
+    return keys
 
 
-def _side(readers: tuple[Reader, ...], pages: list[Tensor], heads: int, tokens: int) -> Tensor:
-    parts: list[Tensor | None] = [None] * heads
+def _decode(paged: PagedPast, first: int) -> tuple[Tensor, Tensor]:
+    """Keys after RoPE and values ``[B, H, N, D]`` of the tokens from ``first`` on."""
+    page, skipped = divmod(first, paged.page_tokens)
+    keys = decoded_keys(paged, page)
+    values = _side(paged.value_readers, _pages_from(paged, page), keys.shape[2])
+    return keys[:, :, skipped:], values[:, :, skipped:]
+
+
+def _side(readers: tuple[Reader, ...], pages: list[Tensor], tokens: int) -> Tensor:
+    parts: dict[int, Tensor] = {}
     for reader in readers:
         decoded = reader.decode(reader.restored(*pages)[:, :tokens]).unflatten(-1, (len(reader.heads), -1))
-        for place, head in enumerate(reader.heads):
-            parts[head] = decoded[:, :, place]
-    return torch.stack([part for part in parts if part is not None], dim=1)
+        parts |= {head: decoded[:, :, place] for place, head in enumerate(reader.heads)}
+    return torch.stack([parts[head] for head in range(len(parts))], dim=1)
 
 
 def _pages_from(paged: PagedPast, page: int) -> list[Tensor]:
     """The filled pages from ``page`` on."""
-    last = -(-paged.tokens // paged.key_readers[0].segment.page_tokens)
+    last = -(-paged.tokens // paged.page_tokens)
     found, seen = [], 0
     for arena in paged.tiles:
         low, high = max(page - seen, 0), min(last - seen, arena.shape[1])
@@ -101,12 +112,15 @@ def _pages_from(paged: PagedPast, page: int) -> list[Tensor]:
 
 def _joined_mask(exact: ExactPast, paged: PagedPast) -> Tensor | None:
     """Mask over the pages' tokens and the exact ones after them."""
-    if paged.first_most == 0 and exact.mask is None:
+    visible = paged.visible(0, paged.tokens)
+    if visible is None and exact.mask is None:
         return None
-    index = torch.arange(paged.tokens, device=exact.keys.device)
-    pages = (index >= paged.first[:, None])[:, None, None, :]
+    device = exact.keys.device
+    if visible is None:
+        visible = torch.ones(1, paged.tokens, dtype=torch.bool, device=device)
+    pages = visible[:, None, None, :]
     if exact.mask is None:
-        own = torch.ones(1, 1, 1, exact.keys.shape[2], dtype=torch.bool, device=index.device)
+        own = torch.ones(1, 1, 1, exact.keys.shape[2], dtype=torch.bool, device=device)
     else:
         own = exact.mask
     batch, tokens = max(pages.shape[0], own.shape[0]), own.shape[2]

@@ -14,6 +14,7 @@ from .coder import PageCoder
 from .layer import CodedLayer
 from .pages import PageStore
 from .sequence import SequenceState
+from .summaries import PageSummaries
 
 _PAGES_AT_ONCE = 4
 
@@ -27,8 +28,11 @@ def encode_oldest(
     state: SequenceState,
     rotary_of: RotaryOf,
     leave: int,
+    summaries: PageSummaries | None = None,
 ) -> None:
     """Append the oldest ``leave`` tokens of all layers to ``pages``, a few pages at a time so that little exists at once.
+
+    ``summaries`` are given the exact keys while they are at hand.
 
     Raises:
         CacheStateError: keys or values are NaN or infinite; nothing was stored then.
@@ -36,7 +40,12 @@ def encode_oldest(
     _refuse_non_finite(layers, leave)
     step = _PAGES_AT_ONCE * coder.plan.page_tokens
     for first in range(0, leave, step):
-        fetch = _fetcher(layers, state, rotary_of, pages.tokens, first, min(step, leave - first))
+        count = min(step, leave - first)
+        if summaries is not None:
+            for layer, coded in layers.items():
+                keys, _ = coded.oldest(first, count)
+                summaries.add(layer, keys, pages.tokens, state.padding + coder.plan.sinks)
+        fetch = _fetcher(layers, state, rotary_of, pages.tokens, first, count)
         pages.append([unit.stored(fetch) for unit in coder.units])
 
 

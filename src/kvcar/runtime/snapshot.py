@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -22,7 +24,7 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
     if cache._state is None or cache._pages is None or cache._seen == 0:
         raise CacheStateError("the cache holds no tokens yet, so there is nothing to save; run the model over some")
     plain = {index: _plain_kept(layer) for index, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer)}
-    held = cache if keep_window else _flushed(cache, cache._pages)
+    held = cache if keep_window else _flushed(cache)
     assert held._pages is not None
     return CacheContents(
         tokens=cache._seen,
@@ -35,9 +37,11 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
     )
 
 
-def cache_of(contents: CacheContents, bundle: Bundle, coder: PageCoder, window: int | None) -> KVCarCache:
-    """A cache that holds ``contents``, on the device of ``coder``; raises InputError for a window that is no multiple."""
-    cache, device = KVCarCache(bundle, window), coder.device
+def cache_of(
+    contents: CacheContents, bundle: Bundle, coder: PageCoder, window: int | None, attend_pages: int | None
+) -> KVCarCache:
+    """A cache that holds ``contents``, on the device of ``coder``; raises InputError as ``KVCarCache`` does."""
+    cache, device = KVCarCache(bundle, window, attend_pages=attend_pages), coder.device
     cache._state = SequenceState(0, device)
     cache._state.padding, cache._state.offset = contents.padding.to(device), contents.offset.to(device)
     cache._state.padding_most = int(contents.padding.max())
@@ -56,16 +60,32 @@ def cache_of(contents: CacheContents, bundle: Bundle, coder: PageCoder, window: 
     return cache
 
 
-def _flushed(cache: KVCarCache, pages: PageStore) -> KVCarCache:
-    """A cache of the same tokens, all of them coded."""
-    copy = KVCarCache(cache.bundle, cache.plan.window)
-    copy.layers = [layer if isinstance(layer, DynamicLayer) else copy.layers[i] for i, layer in enumerate(cache.layers)]
-    copy._state, copy._seen, copy._host, copy._pages = cache._state, cache._seen, cache._host, pages.fork()
+def fork_of(cache: KVCarCache, attend_pages: int | None) -> KVCarCache:
+    """A cache of the same tokens, to be added to without changing ``cache``; codes of full arenas are shared.
+
+    Args:
+        cache: between two passes, and holding tokens.
+        attend_pages: of the fork, see ``KVCarCache``. Summaries are taken over where ``cache`` has them.
+    """
+    fork = KVCarCache(cache.bundle, cache.plan.window, attend_pages=attend_pages)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicLayer):
+            # Its tensors are replaced, never written to.
+            fork.layers[index] = copy(layer)
+    assert cache._pages is not None
+    fork._state, fork._seen, fork._host, fork._pages = cache._state, cache._seen, cache._host, cache._pages.fork()
     for index, layer in cache._coded.items():
-        # Coding the window makes new buffers, so these may be shared.
-        copy._coded[index].restore(layer.paged, *layer.kept())
-    copy.flush_window()
-    return copy
+        fork._coded[index].restore(layer.paged, *(side.clone() for side in layer.kept()))
+    if cache._summaries is not None and attend_pages is not None:
+        fork._summaries = cache._summaries.fork(attend_pages)
+    return fork
+
+
+def _flushed(cache: KVCarCache) -> KVCarCache:
+    """A cache of the same tokens, all of them coded."""
+    fork = fork_of(cache, None)
+    fork.flush_window()
+    return fork
 
 
 def _plain_kept(layer: DynamicLayer) -> KeysValues:

@@ -14,11 +14,10 @@ def attend(
 ) -> Tensor:
     """Same as ``naive.attend``."""
     backend = backend_for(query.device)
-    if backend == "naive":
-        return naive.attend(query, exact, paged, scaling, softcap)
-    if backend == "torch" or paged is None:
-        return tiled.attend(query, exact, paged, scaling, softcap)
-    return _compiled(backend, query, exact, paged, scaling, softcap)
+    if backend in ("cpu", "triton") and paged is not None:
+        return _compiled(backend, query, exact, paged, scaling, softcap)
+    plain = naive if backend == "naive" else tiled
+    return plain.attend(query, exact, None if paged is None else paged.gathered(), scaling, softcap)
 
 
 def _compiled(
@@ -31,5 +30,6 @@ def _compiled(
     reason = kernel.serves(query, paged)
     if reason is not None:
         tell_once("attention", backend, reason)
-        return tiled.attend(query, exact, paged, scaling, softcap)
-    return kernel.attend(query, exact, paged, scaling, softcap)
+        return tiled.attend(query, exact, paged.gathered(), scaling, softcap)
+    # The C kernel reads pages where they lie.
+    return kernel.attend(query, exact, paged if backend == "cpu" else paged.gathered(), scaling, softcap)

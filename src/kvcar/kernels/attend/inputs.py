@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -71,14 +71,20 @@ class ExactPast:
 class PagedPast:
     """Tokens held as pages. Token ``i`` of a sequence lies in page ``i // page_tokens``.
 
+    With ``pages``, the tiles hold only some pages: what follows calls *place* where a token lies in the tiles, and *index*
+    which token of its sequence it is. The two are the same where all pages are there.
+
     Attributes:
         tiles: consecutive runs of pages, uint8 ``[B, pages, page_bytes]``; the last page may be partly filled.
-        tokens: tokens that are really there.
+        tokens: tokens that are really there, in the tiles.
         first: first token of each sequence that is attended here, int64 ``[B]``; those before are padding or sinks.
         first_most: the largest of ``first``, known without asking the device.
         offset: position of token ``i`` is ``i - offset``, int64 ``[B]``.
         key_readers, value_readers: together they give every KV head once.
         rotary: the layer's rotation, or None for models without.
+        pages: int64 ``[B, K]``, ascending, which pages of each sequence the tiles hold; None for all pages in order. A
+            page that is partly filled is the last one of every sequence.
+        scattered: with ``pages``, the tiles hold all pages nevertheless; ``gathered`` makes them hold those alone.
     """
 
     tiles: Sequence[Tensor]
@@ -89,6 +95,66 @@ class PagedPast:
     key_readers: tuple[Reader, ...]
     value_readers: tuple[Reader, ...]
     rotary: RotaryTable | None
+    pages: Tensor | None = None
+    scattered: bool = False
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+        return self.key_readers[0].segment.page_tokens
+
+    def token_index(self, start: int, count: int) -> Tensor:
+        """Indices int64 ``[B or 1, count]`` of the tokens at places ``start`` on; less ``offset``, their positions."""
+        place = torch.arange(start, start + count, device=self.offset.device)[None]
+        if self.pages is None:
+            return place
+        page = self.pages.index_select(1, place[0] // self.page_tokens)
+        return page * self.page_tokens + place % self.page_tokens
+
+    def visible(self, start: int, count: int) -> Tensor | None:
+        """Which tokens at places ``start`` on may be attended, bool ``[B, count]``; None for all of them."""
+        if (start if self.pages is None else 0) >= self.first_most:
+            return None
+        return self.token_index(start, count) >= self.first[:, None]
+
+    def only(self, pages: Tensor, gather: bool = True) -> PagedPast:
+        """The same past with nothing but ``pages`` int64 ``[B, K]``, ascending; all pages must be there now.
+
+        Args:
+            pages: which pages of each sequence; one that is partly filled is taken for all sequences or for none.
+            gather: copy what the readers need of them into one tile; otherwise the result is ``scattered``.
+
+        Raises:
+            ValueError: a partly filled page is taken for some sequences only.
+        """
+        tokens, missing = pages.shape[1] * self.page_tokens, -self.tokens % self.page_tokens
+        with_last = set((pages[:, -1] == self.tokens // self.page_tokens).tolist()) if missing else {False}
+        if len(with_last) > 1:
+            raise ValueError("the partly filled page must be among the pages of every sequence or of none")
+        if True in with_last:
+            tokens -= missing
+        some = replace(self, tokens=tokens, pages=pages, scattered=True)
+        return some.gathered() if gather else some
+
+    def gathered(self) -> PagedPast:
+        """The same past with tiles that hold no page but those it attends to."""
+        if self.pages is None or not self.scattered:
+            return self
+        return replace(self, tiles=(_gathered(self, self.pages),), scattered=False)
+
+
+def _gathered(paged: PagedPast, pages: Tensor) -> Tensor:
+    """One tile uint8 ``[B, K, page_bytes]`` of some pages; only the bytes that the readers read are filled in."""
+    segments = {reader.segment.offset: reader.segment for reader in (*paged.key_readers, *paged.value_readers)}
+    places = [(arena, index) for arena in paged.tiles for index in range(arena.shape[1])]
+    tile = paged.tiles[0].new_empty(*pages.shape, paged.tiles[0].shape[2])
+    for sequence, wanted in enumerate(pages.tolist()):
+        taken = [arena[sequence, index : index + 1] for arena, index in (places[page] for page in wanted)]
+        for segment in segments.values():
+            # Three times as fast on a CPU as indexing the arenas, of which there are many.
+            columns = slice(segment.offset, segment.end)
+            tile[sequence, :, columns] = torch.cat([page[:, columns] for page in taken])
+    return tile
 
 
 def pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:

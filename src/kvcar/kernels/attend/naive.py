@@ -45,7 +45,7 @@ def attend(
 def _decode_all(paged: PagedPast, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """Keys and values ``[B, H, N, D]`` of all pages, and which tokens may be seen, bool ``[B, N]``."""
     pages = torch.cat(list(paged.tiles), dim=1)
-    index = torch.arange(paged.tokens, device=pages.device)
+    index = paged.token_index(0, paged.tokens)
     keys = _assemble(pages, paged.key_readers, heads, paged.tokens)
     if paged.rotary is not None:
         rotated = paged.rotary.rotate(keys, index - paged.offset[:, None])

@@ -45,7 +45,7 @@ class _Job(ctypes.Structure):
         ("keys", _POINTER), ("values", _POINTER), ("arena", _POINTER), ("most", _POINTER), ("mass", _POINTER),
         ("query", _POINTER), ("exact_keys", _Side), ("exact_values", _Side), ("exact_tokens", _I64), ("mask", _POINTER),
         ("mask_batch_stride", _I64), ("mask_row_stride", _I64), ("mask_token_stride", _I64), ("mask_rows", _I32),
-        ("exact_is_bfloat16", _I32), ("out", _POINTER),
+        ("exact_is_bfloat16", _I32), ("scattered", _I32), ("spare", _I32), ("out", _POINTER),
     ]  # fmt: skip
 
 
@@ -184,15 +184,24 @@ class NativeJob:
     def _pages(self, paged: PagedPast) -> object:
         job = self.struct
         first, offset = paged.first.contiguous(), paged.offset.contiguous()
-        job.tokens, job.first, job.offset, job.page_index = paged.tokens, first.data_ptr(), offset.data_ptr(), None
+        job.tokens, job.first, job.offset = paged.tokens, first.data_ptr(), offset.data_ptr()
+        index = None if paged.pages is None else paged.pages.contiguous()
+        job.page_index, job.scattered = None if index is None else index.data_ptr(), int(paged.scattered)
         arenas = (_Arena * len(paged.tiles))(*(_arena(tile) for tile in paged.tiles))
         job.arenas, job.arena = len(arenas), ctypes.addressof(arenas)
         if paged.rotary is None:
-            return first, offset, arenas
-        fine, coarse = paged.rotary.tables(paged.tokens)
+            return first, offset, arenas, index
+        # Of some pages, the last may lie as far back as the tiles reach, or, gathered, farther.
+        fine, coarse = paged.rotary.tables(self._reach(paged))
         job.fine_cos, job.fine_sin = fine[0].data_ptr(), fine[1].data_ptr()
         job.coarse_cos, job.coarse_sin = coarse[0].data_ptr(), coarse[1].data_ptr()
-        return first, offset, arenas, fine, coarse
+        return first, offset, arenas, index, fine, coarse
+
+    def _reach(self, paged: PagedPast) -> int:
+        """A position that no attended token goes beyond, plus one."""
+        if paged.pages is None:
+            return paged.tokens
+        return (int(paged.pages[:, -1].max()) + 1) * paged.page_tokens
 
     def _exact(self, exact: ExactPast, tokens: int) -> object:
         job, (keys, values) = self.struct, (exact.keys, exact.values)

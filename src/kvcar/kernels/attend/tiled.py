@@ -35,11 +35,8 @@ def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast) -> None:
     for start, pages, count in _tiles(paged, q.shape[1] * q.shape[2]):
         stored: dict[int, Tensor] = {}
         scores = _scores(q, paged, pages, start, count, key_folds, stored)
-        mask = None
-        if start < paged.first_most:
-            index = torch.arange(start, start + count, device=q.device)
-            mask = (index >= paged.first[:, None])[:, None, None, :]
-        weights = state.weights(scores, mask)
+        visible = paged.visible(start, count)
+        weights = state.weights(scores, None if visible is None else visible[:, None, None, :])
         for reader in paged.value_readers:
             u = _stored_once(reader, pages, count, stored)
             if _sums_latents(q, reader):
@@ -101,7 +98,7 @@ def _decode_keys(reader: Reader, paged: PagedPast, u: Tensor, start: int) -> Ten
     keys = reader.decode(u).unflatten(-1, (len(reader.heads), -1)).transpose(1, 2)
     if paged.rotary is None or reader.rotated:
         return keys
-    positions = torch.arange(start, start + u.shape[1], device=u.device) - paged.offset[:, None]
+    positions = paged.token_index(start, u.shape[1]) - paged.offset[:, None]
     return paged.rotary.rotate(keys, positions)
 
 

@@ -67,6 +67,7 @@ typedef struct {
     const uint8_t *mask;                               /* null: all may be attended */
     int64_t mask_batch_stride, mask_row_stride, mask_token_stride;
     int32_t mask_rows, exact_is_bfloat16;              /* row r of the queries has row r % mask_rows of the mask */
+    int32_t scattered, spare;                          /* whether arenas hold all pages, not those of `page_index` alone */
     float *out;                                        /* [batch][heads][rows][head dim]; holds exact sums meanwhile */
 } Job;
 
@@ -203,7 +204,7 @@ static void attend_page(const Job *job, int b, int split, int64_t page, Scratch 
 {
     const int64_t pages = (job->tokens + job->page_tokens - 1) / job->page_tokens;
     const int64_t index = job->page_index ? job->page_index[b * pages + page] : page;
-    const uint8_t *data = page_at(job, b, page);
+    const uint8_t *data = page_at(job, b, job->scattered ? index : page);
     const int all = job->heads * job->rows;
     const long place = (long)b * (job->splits + 1) + split;
     float *most = job->most + place * all, *mass = job->mass + place * all;

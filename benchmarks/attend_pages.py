@@ -1,0 +1,68 @@
+"""Attending to a few pages at a decode step: quality and time against the number of pages, at a long context.
+
+python benchmarks/attend_pages.py --bundle BUNDLE --text wikitext-2/test.txt --context 8000 --pages 8 --pages 16 --pages 32
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcar.bundle import Bundle
+from kvcar.evaluate.attended import FOLLOWING_TOKENS, attended_figures, measure_attended
+from kvcar.fit.text import read_text, token_windows
+from kvcar.models.load import load_model
+from kvcar.record import Record
+from kvcar.runtime.attach import attach
+from kvcar.runtime.prefill import PREFILL_CHUNK_TOKENS
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(
+    bundle: Annotated[Path, typer.Option(help="Folder of a bundle; its name names the records.")],
+    text: Annotated[Path, typer.Option()],
+    pages: Annotated[list[int], typer.Option(help="Pages attended to; may be repeated. All pages come first anyway.")],
+    context: Annotated[int, typer.Option(help="Tokens of a window, the following ones included.")] = 8000,
+    following: Annotated[
+        int, typer.Option(help="Tokens at the end of a window, stepped and scored.")
+    ] = FOLLOWING_TOKENS,
+    windows: int = 1,
+    step_tokens: int = 1,
+    model: str = "demo",
+    prefill_chunk: int = PREFILL_CHUNK_TOKENS,
+    output: Annotated[Path, typer.Option(help="Folder of the records.")] = RESULTS,
+) -> None:
+    """Fill one cache for each window, step the rest of it with every number of pages; a record for each number."""
+    source, loaded_bundle, loaded = read_text(text), Bundle.load(bundle), load_model(model)
+    ids = token_windows(loaded.tokenizer, source.text, context, windows)
+    with attach(loaded.model, loaded_bundle):
+        results = measure_attended(
+            loaded.model, loaded_bundle, ids, pages, following, None, step_tokens, prefill_chunk, _tell
+        )
+    config = {
+        "model": model, "bundle": bundle.name, "text": source.name, "text_sha256": source.sha256, "context": context,
+        "following": following, "windows": windows, "step_tokens": step_tokens, "prefill_chunk": prefill_chunk,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."), "bundle_sha256": loaded_bundle.digest,
+        "page_tokens": loaded_bundle.plan.page_tokens, "fitted_on_this_text": source.sha256 == loaded_bundle.fit.text_sha256,
+        "fit": loaded_bundle.fit.model_dump(mode="json"),
+    }  # fmt: skip
+    output.mkdir(exist_ok=True)
+    for count, result in results.items():
+        name = f"attend-pages-{source.name.split('.')[0]}-{bundle.name}-{context}-{'all' if count is None else count}"
+        Record("attend-pages", attended_figures(result), config).write(output / f"{name}.json")
+        print(
+            f"{name}: KL divergence {result.kl_divergence.value:.5f}, perplexity x {result.perplexity_ratio.value:.4f}, "
+            f"{result.seconds_per_step:.3f} s a step (full cache {result.seconds_per_step_full:.3f} s)"
+        )
+
+
+def _tell(what: str, done: int, total: int) -> None:
+    if done >= total:
+        print(what, done, flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
