@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compare_tables import compare_pages
+from decode_tables import decode_pages
 from frontier_tables import frontier_page
 from paper_tables import paper_page
 
@@ -81,7 +82,7 @@ PAGES = {"fidelity.md": fidelity_page, "memory.md": memory_page, "paper.md": pap
 def main() -> None:
     """Write all pages."""
     DOCS.mkdir(parents=True, exist_ok=True)
-    for name, page in ({name: make() for name, make in PAGES.items()} | compare_pages()).items():
+    for name, page in ({name: make() for name, make in PAGES.items()} | compare_pages() | decode_pages()).items():
         (DOCS / name).write_text(page, encoding="utf-8")
         print(DOCS / name)
 
