@@ -47,6 +47,8 @@ def measure_peak_growth(
 ) -> MemoryRun:
     """Run ``tokens`` tokens through a cache in a child process; ``bundle`` None uses the model's own full cache.
 
+    What a warm-up has freed is given back first, so that all of the run's own transient memory counts as growth.
+
     Raises:
         InputError: the child failed; its last lines are in the message.
     """
@@ -58,6 +60,16 @@ def measure_peak_growth(
         "dtype": dtype,
     }
     return MemoryRun(**_in_child(given))
+
+
+def measure_chunk_transient(model: str, dtype: str = "auto", chunk: int = PREFILL_CHUNK_TOKENS) -> int:
+    """Bytes that the model needs for a prompt of one chunk besides weights and full cache, in a child process.
+
+    Raises:
+        InputError: as ``measure_peak_growth``.
+    """
+    run = measure_peak_growth(model, None, chunk, decode_tokens=0, dtype=dtype)
+    return run.peak_growth_bytes - run.cache_bytes
 
 
 def fill_memory(
@@ -191,8 +203,8 @@ def _child(given: dict[str, Any]) -> MemoryRun:
 
     tokens, decode = int(given["tokens"] or 0), int(given["decode"] or 0)
     _run(loaded.model, new_cache(), min(_WARM_UP_TOKENS, tokens), min(2, decode))
+    before = resident_bytes()
     forget_peak()
-    before = status_bytes("VmRSS")
     cache = new_cache()
     _run(loaded.model, cache, tokens, decode)
     peak = status_bytes("VmHWM")
