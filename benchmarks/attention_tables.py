@@ -24,7 +24,7 @@ def attention_sections() -> list[str]:
 def _record(r: dict[str, Any]) -> list[str]:
     c, shape = r["config"], r["config"]["shape"]
     matmul = ", ".join(
-        f"{kind} {flops / 1e9:,.0f} GFLOP/s" for kind, flops in r["ceilings"]["matmul_flop_per_second"].items()
+        f"{kind} {flops / 1e9:,.3g} GFLOP/s" for kind, flops in r["ceilings"]["matmul_flop_per_second"].items()
     )
     about = (
         f"{shape['query_heads']} query heads, {shape['kv_heads']} KV heads of {shape['head_dim']}, batch {c['batch']}; blocks of "

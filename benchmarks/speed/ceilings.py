@@ -10,6 +10,7 @@ import torch
 from .device import seconds_of
 
 _REPEATS = 7
+_ENOUGH_SECONDS = 5.0
 
 
 def copy_bytes_per_second(device: torch.device, mib: int = 256) -> float:
@@ -27,5 +28,9 @@ def matmul_flop_per_second(device: torch.device, dtype: torch.dtype, size: int |
 
 
 def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """After a first call, of several; of few where each takes long, as emulated bfloat16 does."""
     call()
-    return median(seconds_of(call, device) for _ in range(_REPEATS))
+    seconds = [seconds_of(call, device)]
+    while len(seconds) < _REPEATS and sum(seconds) < _ENOUGH_SECONDS:
+        seconds.append(seconds_of(call, device))
+    return median(seconds)
