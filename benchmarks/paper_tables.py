@@ -172,9 +172,9 @@ def _confirmed(r: dict[str, Any], longest: dict[str, dict[str, int]], budget: st
             ]
         )
     note = (
-        f"Each in a process of its own, fed 64 tokens a sequence at a time until the resident size had grown by {budget}. The "
-        "process also holds what allocators keep and, while it grows, transformers' full cache holds a second copy of a layer; "
-        f"so what is reached lies below what is computed. Record: `{r['record']}`"
+        f"Each in a process of its own, fed 64 tokens a sequence at a time until the resident size had grown by {budget}; the model "
+        f"computes in {r['config']['dtype']}, the caches hold bfloat16. What was freed is given back before the size is read; what "
+        f"allocators keep still counts, so what is reached lies below what is computed. Record: `{r['record']}`"
     )
     return ["### Confirmed by running", markdown(rows), note]
 

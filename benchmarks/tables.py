@@ -11,7 +11,9 @@ from typing import Any
 
 from attend_pages_tables import attend_pages_page
 from compare_tables import compare_pages
+from decode_tables import decode_pages
 from frontier_tables import frontier_page
+from memory_tables import memory_page
 from paper_tables import paper_page
 
 HERE = Path(__file__).parent
@@ -53,29 +55,6 @@ def fidelity_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def memory_page() -> str:
-    """Peak memory."""
-    lines = [
-        "# Peak memory of a long run",
-        "",
-        "Generated from the records in `benchmarks/results/` by `benchmarks/tables.py`. Growth of the resident size from",
-        "after a warm-up to the peak of prefill (in chunks of 512) and decode, each run in a process of its own, in turn;",
-        "medians. Weights and codecs are loaded before and left out. The model runs in float32, so its full cache takes 4",
-        "bytes per element.",
-        "",
-        "| record | tokens | runs each | full cache: peak growth (bytes) | compressed: peak growth (bytes) | ratio "
-        "| full cache's tensors | compressed cache's tensors |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, r in records("memory"):
-        full, small = (r["runs"][k][0]["cache_bytes"] for k in ("full", "compressed"))
-        lines.append(
-            f"| `{name}` | {r['config']['tokens']:,} | {r['config']['repeats']} | {r['full_peak_growth_bytes']:,} "
-            f"| {r['compressed_peak_growth_bytes']:,} | {r['ratio']:.2f} | {full:,} | {small:,} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 PAGES = {
     "fidelity.md": fidelity_page,
     "memory.md": memory_page,
@@ -88,7 +67,7 @@ PAGES = {
 def main() -> None:
     """Write all pages."""
     DOCS.mkdir(parents=True, exist_ok=True)
-    for name, page in ({name: make() for name, make in PAGES.items()} | compare_pages()).items():
+    for name, page in ({name: make() for name, make in PAGES.items()} | compare_pages() | decode_pages()).items():
         (DOCS / name).write_text(page, encoding="utf-8")
         print(DOCS / name)
 

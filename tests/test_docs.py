@@ -42,6 +42,16 @@ def test_the_comparison_is_what_its_records_say():
         assert (folder / "compare.md").read_text(encoding="utf-8") == pages["compare.md"]
 
 
+def test_the_page_of_speed_is_what_its_records_say():
+    load_tables()
+    from decode_tables import decode_pages
+
+    pages, folder = decode_pages(), ROOT / "docs" / "results"
+    assert sorted(pages) == sorted(path.name for path in folder.glob("decode*")), "run: python benchmarks/tables.py"
+    for name, page in pages.items():
+        assert (folder / name).read_text(encoding="utf-8") == page, "run: python benchmarks/tables.py"
+
+
 def test_every_record_names_its_command_and_versions():
     paths = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
     assert paths

@@ -21,10 +21,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("compressed", [False, True])
-def test_positions_end_a_run_with_much_memory(folder, compressed):
+@pytest.mark.parametrize(
+    ("compressed", "dtype"), [(False, "bfloat16"), (True, "bfloat16"), (False, "float32"), (True, "float32")]
+)
+def test_positions_end_a_run_with_much_memory(folder, compressed, dtype):
     bundle = folder / "bundle" if compressed else None
-    run = fill_memory(str(folder / "model"), bundle, 2**30, batch=3, window=0)
+    run = fill_memory(str(folder / "model"), bundle, 2**30, batch=3, window=0, dtype=dtype)
     assert run["tokens"] == POSITIONS
     assert run["limited_by_positions"] == 1
     full = 3 * POSITIONS * 4 * 2 * 2 * 16 * 2

@@ -1,16 +1,21 @@
-"""Accounting of transformers' own caches, plain and quantised."""
+"""Transformers' own caches, plain and quantised: their accounting, and a full one that holds bfloat16."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..shapes import BFLOAT16_BYTES
 
 # Where layers of transformers keep tokens; masks and sizes that they also keep as tensors are no part of the cache.
 _HELD = ("keys", "values", "_quantized_keys", "_quantized_values")
+# Little, because room that is not filled yet counts against the full cache that it is measured for.
+_ROOM_STEP_TOKENS = 64
 
 
 def held_elements(cache: Cache) -> int:
@@ -47,3 +52,85 @@ def _tensor_bytes(held: object) -> int:
     if held.is_floating_point():
         return held.numel() * min(held.itemsize, BFLOAT16_BYTES)
     return held.nbytes
+
+
+class Bfloat16Layer(DynamicLayer):
+    """A full layer held in bfloat16, whatever dtype the model computes in.
+
+    Attention gets a copy in the model's dtype, which is gone when the layer is done. ``keys`` and ``values`` are views
+    ``[B, H, N, D]`` of buffers that grow in steps.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._buffers: dict[str, Tensor] = {}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """As its base does, in bfloat16."""
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = _narrow(self.keys), _narrow(self.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens ``[B, H, T, D]``; gives all of them in the dtype of these."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._appended("keys", self.keys, key_states)
+        self.values = self._appended("values", self.values, value_states)
+        return self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
+
+    def reset(self) -> None:
+        """Forget all tokens, and give their memory back."""
+        super().reset()
+        self._buffers.clear()
+
+    def _appended(self, side: str, held: Tensor | None, new: Tensor) -> Tensor:
+        seen = 0 if held is None or held.numel() == 0 else held.shape[2]
+        total = seen + new.shape[2]
+        buffer = self._buffers.get(side)
+        if buffer is None or not _begins(held, buffer) or buffer.shape[2] < total:
+            room = -(-total // _ROOM_STEP_TOKENS) * _ROOM_STEP_TOKENS
+            buffer = torch.empty(*new.shape[:2], room, new.shape[3], dtype=torch.bfloat16, device=new.device)
+            if held is not None and seen:
+                buffer[:, :, :seen] = held
+            self._buffers[side] = buffer
+        buffer[:, :, seen:total] = new
+        return buffer[:, :, :total]
+
+
+class Bfloat16SlidingLayer(DynamicSlidingWindowLayer):
+    """A sliding layer that holds its window in bfloat16."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As its base does; what is kept is narrowed afterwards."""
+        # Joining the kept window with wider tokens widens it for this pass alone.
+        given = super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = _narrow(self.keys), _narrow(self.values)
+        return given
+
+
+class Bfloat16Cache(DynamicCache):
+    """Transformers' full cache, held in bfloat16 while a model computes in float32."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        hold_in_bfloat16(self)
+
+
+def hold_in_bfloat16(cache: Cache) -> None:
+    """Let the full layers of an empty cache hold bfloat16; layers of other kinds stay as they are."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = Bfloat16Layer()
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = Bfloat16SlidingLayer(sliding_window=layer.sliding_window)
+
+
+def _begins(held: Tensor | None, buffer: Tensor) -> bool:
+    """Whether ``held`` is still a view of the buffer; picking sequences makes a tensor of its own of it."""
+    return held is not None and held.data_ptr() == buffer.data_ptr() and len(held) == len(buffer)
+
+
+def _narrow(held: Tensor | None) -> Tensor | None:
+    # A copy, also of a narrow view: the wider tensor that it is a part of must not stay.
+    return None if held is None else held.to(torch.bfloat16).contiguous()

@@ -6,6 +6,7 @@ taken their working memory, notes its resident size, then prefills and decodes, 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from ..models.load import load_model
 from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
 from ..runtime.prefill import PREFILL_CHUNK_TOKENS
-from .full_cache import bfloat16_bytes, held_elements
+from .full_cache import Bfloat16Cache, bfloat16_bytes, held_elements, hold_in_bfloat16
 
 _WARM_UP_TOKENS = 700
 
@@ -46,6 +47,8 @@ def measure_peak_growth(
 ) -> MemoryRun:
     """Run ``tokens`` tokens through a cache in a child process; ``bundle`` None uses the model's own full cache.
 
+    What a warm-up has freed is given back first, so that all of the run's own transient memory counts as growth.
+
     Raises:
         InputError: the child failed; its last lines are in the message.
     """
@@ -59,13 +62,27 @@ def measure_peak_growth(
     return MemoryRun(**_in_child(given))
 
 
+def measure_chunk_transient(model: str, dtype: str = "auto", chunk: int = PREFILL_CHUNK_TOKENS) -> int:
+    """Bytes that the model needs for a prompt of one chunk besides weights and full cache, in a child process.
+
+    Raises:
+        InputError: as ``measure_peak_growth``.
+    """
+    run = measure_peak_growth(model, None, chunk, decode_tokens=0, dtype=dtype)
+    return run.peak_growth_bytes - run.cache_bytes
+
+
 def fill_memory(
-    model: str, bundle: Path | None, memory_bytes: int, batch: int, window: int | None = None
+    model: str, bundle: Path | None, memory_bytes: int, batch: int, window: int | None = None, dtype: str = "bfloat16"
 ) -> dict[str, int]:
     """Feed ``batch`` sequences in a child process until its resident size has grown by ``memory_bytes``.
 
-    Weights and codecs are loaded before, the model's transient memory is warmed up before, and the model runs in
-    bfloat16, as the full cache that savings are quoted against. ``bundle`` None uses the model's own full cache.
+    Weights and codecs are loaded before, the model's transient memory is warmed up before, and what libraries have
+    freed is given back before the size is read. ``bundle`` None uses the model's own full cache.
+
+    ``dtype`` is what the model computes in. Caches hold bfloat16 either way, as the full cache that savings are quoted
+    against: float32 is for processors that emulate bfloat16, where it is many times faster. (A plan whose exact dtype
+    is the model's keeps float32 then.)
 
     Returns:
         ``tokens`` of each sequence that fitted, ``cache_bytes`` of the cache's tensors then, and
@@ -80,6 +97,7 @@ def fill_memory(
         "memory": memory_bytes,
         "batch": batch,
         "window": window,
+        "dtype": dtype,
     }
     return _in_child(given)
 
@@ -121,21 +139,39 @@ def forget_peak() -> None:
         raise InputError(f"this system cannot reset a process' peak memory ({error.strerror}); Linux can") from None
 
 
+def trim_heap() -> None:
+    """Give freed memory back to the system, so that the resident size is what is in use; only glibc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def resident_bytes() -> int:
+    """Resident size of this process without what was freed."""
+    trim_heap()
+    return status_bytes("VmRSS")
+
+
 _FILL_CHUNK_TOKENS = 64
 
 
 @torch.no_grad()
 def _fill_child(given: dict[str, Any]) -> dict[str, int]:
     """Grow one cache until the resident size has grown by as much as is allowed."""
-    loaded = load_model(str(given["model"]), dtype="bfloat16", device="cpu")
+    loaded = load_model(str(given["model"]), dtype=str(given["dtype"]), device="cpu")
     attachment = attach(loaded.model, given["bundle"], given["window"]) if given["bundle"] else None
-    batch = int(given["batch"])
+    batch, wide = int(given["batch"]), loaded.model.dtype == torch.float32
     text_config = loaded.model.config.get_text_config()
     vocabulary = text_config.vocab_size
     most = text_config.max_position_embeddings // _FILL_CHUNK_TOKENS * _FILL_CHUNK_TOKENS
 
     def new_cache() -> Cache:
-        return attachment.new_cache() if attachment else DynamicCache(config=loaded.model.config)
+        if attachment is None:
+            return Bfloat16Cache(loaded.model.config) if wide else DynamicCache(config=loaded.model.config)
+        cache = attachment.new_cache()
+        if wide:
+            hold_in_bfloat16(cache)  # its layers that are not coded
+        return cache
 
     def step(cache: Cache) -> None:
         ids = (torch.arange(_FILL_CHUNK_TOKENS)[None] + 100 * torch.arange(batch)[:, None]) % vocabulary
@@ -145,10 +181,10 @@ def _fill_child(given: dict[str, Any]) -> dict[str, int]:
     for _ in range(8):
         step(warm)
     del warm
-    before, cache, tokens, held, growth = status_bytes("VmRSS"), new_cache(), 0, 0, 0
+    before, cache, tokens, held, growth = resident_bytes(), new_cache(), 0, 0, 0
     while tokens < most:
         step(cache)
-        grown = status_bytes("VmRSS") - before
+        grown = resident_bytes() - before
         if grown > int(given["memory"]):
             break
         tokens, growth = tokens + _FILL_CHUNK_TOKENS, grown
@@ -167,8 +203,8 @@ def _child(given: dict[str, Any]) -> MemoryRun:
 
     tokens, decode = int(given["tokens"] or 0), int(given["decode"] or 0)
     _run(loaded.model, new_cache(), min(_WARM_UP_TOKENS, tokens), min(2, decode))
+    before = resident_bytes()
     forget_peak()
-    before = status_bytes("VmRSS")
     cache = new_cache()
     _run(loaded.model, cache, tokens, decode)
     peak = status_bytes("VmHWM")

@@ -101,7 +101,7 @@ class Tasks(_Strict):
 
 class System(_Strict):
     """How much fits into ``memory`` bytes: longest sequence by batch size, largest batch by length; and, to confirm, runs
-    of ``confirm_batches`` in child processes.
+    of ``confirm_batches`` in child processes, computing in ``dtype`` over caches that hold bfloat16.
     """
 
     memory: str
@@ -109,6 +109,7 @@ class System(_Strict):
     lengths: tuple[int, ...]
     settings: tuple[str, ...]
     confirm_batches: tuple[int, ...] = ()
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 class Reproduction(_Strict):

@@ -189,7 +189,7 @@ class Reproducer:
         for batch in given.confirm_batches:
             for name in (None, *bundles):
                 folder = None if name is None else self._builder.path(name)
-                run = fill_memory(self._config.model, folder, memory, batch, window=0)
+                run = fill_memory(self._config.model, folder, memory, batch, window=0, dtype=given.dtype)
                 runs.append({"setting": name or "full", "batch": batch, **run})
                 self._tell("confirm by running", len(runs), len(given.confirm_batches) * (1 + len(bundles)))
         return runs

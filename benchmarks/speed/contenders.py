@@ -1,0 +1,143 @@
+"""Caches whose decode steps are timed, each with the model that it is used with."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicLayer
+
+from kvcar.bundle import Bundle
+from kvcar.cli.compare import named_bundles
+from kvcar.errors import InputError
+from kvcar.evaluate.full_cache import held_bytes
+from kvcar.runtime.cache import KVCarCache
+
+from .device import now
+
+FULL, STATIC = "DynamicCache", "StaticCache"
+_PAGES_ARGUMENT = "attend_pages"
+
+
+@dataclass
+class Runner:
+    """A cache that is fed in turn with others, and what feeding it took.
+
+    Attributes:
+        name: of the contender.
+        family: full, transformers or kvcar.
+        model: what it is fed to; see ``twin``.
+        cache: what it holds so far.
+        config: what was chosen, for the record.
+        fed: tokens that it holds.
+        chunk_seconds: of every chunk of the prompt.
+    """
+
+    name: str
+    family: str
+    model: PreTrainedModel
+    cache: Cache
+    config: dict[str, Any] = field(default_factory=dict)
+    fed: int = 0
+    chunk_seconds: list[float] = field(default_factory=list)
+
+    @torch.no_grad()
+    def feed(self, ids: Tensor) -> float:
+        """Seconds that tokens ``ids`` int64 ``[B, T]`` take in one pass."""
+        began = now(ids.device)
+        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        seconds = now(ids.device) - began
+        self.fed += ids.shape[1]
+        return seconds
+
+    def prefill(self, ids: Tensor) -> float:
+        """Seconds of a chunk of the prompt, noted."""
+        self.chunk_seconds.append(self.feed(ids))
+        return self.chunk_seconds[-1]
+
+    def decode(self, ids: Tensor) -> list[float]:
+        """Seconds of each step over ``ids`` int64 ``[B, steps]``, a token at a time."""
+        return [self.feed(ids[:, index : index + 1]) for index in range(ids.shape[1])]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it holds, what is floating point in transformers' caches counted as bfloat16."""
+        return self.cache.stored_bytes() if isinstance(self.cache, KVCarCache) else held_bytes(self.cache)
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model over the same weights.
+
+    Attaching leaves hooks in a model that the other caches have no use for, so they get one without.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def static_copy(full: Cache, config: Any, room_tokens: int) -> StaticCache:
+    """A static cache with what a full one holds, and room for ``room_tokens`` more; raises InputError if layers slide."""
+    if any(type(layer) is not DynamicLayer for layer in full.layers):
+        raise InputError("a static cache cannot be filled from layers that slide; leave it out with --no-static")
+    static = StaticCache(config=config, max_cache_len=full.get_seq_length() + room_tokens)
+    for index, layer in enumerate(full.layers):
+        assert isinstance(layer, DynamicLayer)
+        assert layer.keys is not None
+        assert layer.values is not None
+        static.update(layer.keys, layer.values, index)
+    return static
+
+
+def full_runner(model: PreTrainedModel) -> Runner:
+    """Transformers' default cache."""
+    return Runner(FULL, "full", model, DynamicCache(config=model.config))
+
+
+def bundle_runners(model: PreTrainedModel, bundles: dict[str, tuple[Bundle, int | None]]) -> list[Runner]:
+    """Compressed caches; ``model`` is attached."""
+    return [_bundle_runner(model, name, bundle, pages) for name, (bundle, pages) in bundles.items()]
+
+
+def _bundle_runner(model: PreTrainedModel, name: str, bundle: Bundle, pages: int | None) -> Runner:
+    options: dict[str, Any] = {} if pages is None else {_PAGES_ARGUMENT: pages}
+    config = {"window": bundle.plan.window, "bundle_sha256": bundle.digest, **options}
+    return Runner(name, "kvcar", model, KVCarCache(bundle, **options), config)
+
+
+def read_bundles(given: Sequence[str]) -> dict[str, tuple[Bundle, int | None]]:
+    """Bundles of ``NAME=FOLDER`` or ``NAME=FOLDER:PAGES``, each with the pages that attention is to read.
+
+    Raises:
+        InputError: two of one name, or pages are given but this version's cache cannot choose any.
+        BundleError: a folder that holds no bundle.
+    """
+    found: dict[str, tuple[Bundle, int | None]] = {}
+    for each in given:
+        folder, pages = split_pages(each)
+        ((name, bundle),) = named_bundles([folder]).items()
+        if name in found or name in (FULL, STATIC):
+            raise InputError(f"two contenders would be called {name!r}; write NAME=FOLDER with names of their own")
+        found[name] = (bundle, pages)
+    if any(pages is not None for _, pages in found.values()):
+        _refuse_missing_argument()
+    return found
+
+
+def split_pages(given: str) -> tuple[str, int | None]:
+    """``FOLDER:8`` as the folder and 8, ``FOLDER`` as the folder and None."""
+    match = re.fullmatch(r"(.+):(\d+)", given)
+    return (match[1], int(match[2])) if match else (given, None)
+
+
+def _refuse_missing_argument() -> None:
+    if _PAGES_ARGUMENT not in inspect.signature(KVCarCache.__init__).parameters:
+        raise InputError(
+            f"this version's KVCarCache has no argument {_PAGES_ARGUMENT}, so it cannot choose pages; leave the number "
+            "after the folder out"
+        )
