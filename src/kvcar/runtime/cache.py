@@ -37,9 +37,9 @@ class KVCarCache(Cache):
             token as soon as its forward pass is over, as the paper does.
         keep_decoded: decode pages once and keep what comes out, for measuring quality only: the numbers are the same and
             come much faster, but the memory saved is taken back (``stored_bytes`` does not count it).
-        attend_pages: a layer of a pass of few tokens attends to sinks, window and this many pages alone, chosen by
-            summaries of their keys; attention is then approximate, and what is stored grows by the summaries. A page
-            that is partly filled is always one of them. None attends to all.
+        attend_pages: in a pass of at most 16 tokens a layer attends to sinks, window and this many pages alone, chosen
+            by summaries of their keys; attention is then approximate, and what is stored grows by the summaries. A
+            page that is partly filled is always one of them. None attends to all.
 
     Raises:
         InputError: the window is no multiple of the page size, or fewer pages than 1.
