@@ -15,9 +15,8 @@ from .triton_kernels import decode_scores, direct_scores
 from .triton_pages import angle_tables
 
 ELEMENT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-BLOCK_TOKENS = {True: 128, False: 64}
-"""Tokens of a tile, for 16-bit queries or not: float32 takes twice the room."""
 WARPS = 8
+_INTERPRETER_TILE_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Scorer:
         half = call.half and bank.fits_float16
         decoder = key_decoder(bank, rotary, head_dim, torch.float16 if half else torch.float32)
         fine, coarse = angle_tables(rotary, call.paged.tokens)
-        block, most_rows = BLOCK_TOKENS[half], rows * decoder.most_heads
+        block, most_rows = tile_tokens(call), rows * decoder.most_heads
         block_q = query_block(most_rows)
         decode_scores[(-(-(stop - start) // block), len(decoder.items), batch)](
             scores, call.pages, table.fields, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
@@ -95,7 +94,7 @@ class Scorer:
         call, table = self._call, bank.table
         batch, heads, rows = call.q.shape[:3]
         operand, constant, items, block_q = self._folded[bank]
-        block = BLOCK_TOKENS[call.half]
+        block = tile_tokens(call)
         direct_scores[(-(-(stop - start) // block), len(items), batch)](
             scores, call.pages, table.fields, table.present, items, bank.heads, operand, constant, call.paged.first,
             start, stop, call.pages.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
@@ -103,6 +102,13 @@ class Scorer:
             ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
             BLOCK_Q=block_q, num_warps=WARPS,
         )  # fmt: skip
+
+
+def tile_tokens(call: Call) -> int:
+    """Tokens of a tile, as many as a program's registers hold keys of; many where programs run in turn."""
+    if call.q.device.type != "cuda":
+        return _INTERPRETER_TILE_TOKENS
+    return 128 if call.half and call.q.shape[-1] <= 128 else 64
 
 
 def query_block(rows: int) -> int:

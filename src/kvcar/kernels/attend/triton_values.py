@@ -11,7 +11,7 @@ from torch import Tensor
 from .inputs import ExactPast
 from .triton_groups import Bank, banks
 from .triton_kernels import latent_sums
-from .triton_scores import BLOCK_TOKENS, ELEMENT_TYPES, WARPS, Call, query_block
+from .triton_scores import ELEMENT_TYPES, WARPS, Call, query_block, tile_tokens
 
 _INTERPRETER_PROGRAMS = 8
 _PROGRAMS_PER_PROCESSOR = 4
@@ -47,7 +47,7 @@ class ValueSums:
             (bank, *bank.keep(("sums", rows), lambda bank=bank: _items(bank, rows)))
             for bank in banks(call.paged.value_readers, device)
         ]
-        tile = BLOCK_TOKENS[call.half]
+        tile = tile_tokens(call)
         wanted = _programs(device) // (batch * sum(len(items) for _, items, _ in parts))
         tiles = -(-call.paged.tokens // tile)
         # A power of two, as each number of tiles is compiled for itself.
@@ -73,7 +73,7 @@ class ValueSums:
                 call.pages.shape[1], bank.table.latents, rows, heads,
                 PAGE_TOKENS=call.page_tokens, WIDTHS=bank.table.widths, ELEMENT=ELEMENT_TYPES[bank.element],
                 OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, TILES=self._tiles,
-                BLOCK_N=BLOCK_TOKENS[call.half], BLOCK_R=bank.table.block, BLOCK_Q=block_q, num_warps=WARPS,
+                BLOCK_N=tile_tokens(call), BLOCK_R=bank.table.block, BLOCK_Q=block_q, num_warps=WARPS,
             )  # fmt: skip
 
     def piece(self) -> Piece:
