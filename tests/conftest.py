@@ -10,6 +10,9 @@ import torch
 # Loading by a hub id must fail at once in tests, not after retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Triton's kernels run under its interpreter where there is no GPU; it looks when it is imported, by whomever.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

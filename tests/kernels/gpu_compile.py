@@ -68,11 +68,17 @@ def attend_kernels(
     from kvcar.kernels.rotary import RotaryTable
     from kvcar.plan import BitGroup
 
-    for module, name in [(triton_scores, "decode_scores"), (triton_scores, "direct_scores"), (triton_values, "latent_sums")]:
+    for module, name in [
+        (triton_scores, "decode_scores"),
+        (triton_scores, "direct_scores"),
+        (triton_values, "latent_sums"),
+    ]:
         kernel = getattr(module, name)
         setattr(module, name, kernel if isinstance(kernel, Caught) else Caught(kernel))
     backend.serves = lambda query, paged: None
-    triton_scores.tile_tokens = triton_values.tile_tokens = lambda call: 128 if call.half and call.q.shape[-1] <= 128 else 64
+    triton_scores.tile_tokens = triton_values.tile_tokens = lambda call: (
+        128 if call.half and call.q.shape[-1] <= 128 else 64
+    )
     groups = [BitGroup(bits=b, count=latents // 4) for b in (6, 5, 4, 2)]
     segment = coded_segment(groups, 64, 0)
     readers = tuple(
@@ -82,11 +88,29 @@ def attend_kernels(
     )  # fmt: skip
     pages = torch.zeros(1, 40, -(-segment.size // 16) * 16, dtype=torch.uint8)
     table = RotaryTable(torch.ones(head_dim // 2, dtype=torch.float64), 1.0, "half") if rotary else None
-    paged = PagedPast([pages], 2500, torch.zeros(1, dtype=torch.int64), 0, torch.zeros(1, dtype=torch.int64), readers, readers, table)
+    paged = PagedPast(
+        [pages], 2500, torch.zeros(1, dtype=torch.int64), 0, torch.zeros(1, dtype=torch.int64), readers, readers, table
+    )
     exact = ExactPast(torch.zeros(1, kv_heads, 3, head_dim), torch.zeros(1, kv_heads, 3, head_dim), None)
     backend.attend(torch.zeros(1, 4 * kv_heads, 1, head_dim, dtype=dtype), exact, paged, 0.1, None)
+
+
+def encode_kernel(width: int, latents: int) -> None:
+    """The kernel that encodes pages into latents of 16 and 6 bits and fewer."""
+    from kvcar.kernels.encode import AffineEncoder, Writer
+    from kvcar.kernels.encode import triton as backend
+    from kvcar.kernels.layout import coded_segment
+    from kvcar.plan import BitGroup
+
+    backend._kernel = Caught(backend._kernel)
+    backend.serves = lambda x, writer: None
+    segment = coded_segment([BitGroup(bits=b, count=latents // 5) for b in (16, 8, 6, 5, 2)], 64, 0)
+    latents = segment.latents
+    affine = AffineEncoder(torch.zeros(width, latents), torch.zeros(width), torch.ones(latents), torch.zeros(latents))
+    backend.encode_pages(torch.zeros(1, 128, width), Writer(segment, None, None, affine, torch.float16))
 
 
 if __name__ == "__main__":
     attend_kernels(torch.bfloat16, 2, 192, rotary=True)
     attend_kernels(torch.float32, 2, 192, rotary=False)
+    encode_kernel(512, 400)

@@ -1,12 +1,26 @@
 """Triton code that kernels over pages share: finding a token's page and unpacking a block of latents.
 
-Imported by the Triton kernels alone; needs the extra ``kvcar[triton]``.
+Imported by the Triton backends alone; needs the extra ``kvcar[triton]``.
 """
-# pyright: basic
+# pyright: basic, reportOperatorIssue=false, reportArgumentType=false
+# ruff: noqa: SIM102 - the outer condition is known when compiling, the inner one is not.
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 import triton
 import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+
+def cannot_run_on(device_type: str) -> str | None:
+    """Why kernels cannot run where tensors are, or None if they can."""
+    # Triton's own functions were made when it was first imported, ours when this was; both must be interpreted.
+    interpreted = isinstance(tl.sum, InterpretedFunction) and isinstance(unpack_block, InterpretedFunction)
+    if device_type == "cuda" or interpreted:
+        return None
+    return (
+        f"tensors are on {device_type}, and Triton compiles for cuda; TRITON_INTERPRET=1, set before Triton is first "
+        "imported, interprets"
+    )
 
 
 @triton.jit

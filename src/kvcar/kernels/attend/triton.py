@@ -1,7 +1,7 @@
 """Attention over pages with Triton: for decoding on a GPU, and under Triton's interpreter for tests on a CPU.
 
 Used where a caller chooses it, after ``serves`` has said that it can be; nothing imports it by itself. It needs the
-extra ``kvcar[triton]``. ``TRITON_INTERPRET=1`` in the environment, before this module is imported, runs the kernels on
+extra ``kvcar[triton]``. ``TRITON_INTERPRET=1`` in the environment, before Triton is first imported, runs the kernels on
 the CPU, slowly.
 
 Two launches for a span of tokens, whatever the number of arenas: keys are decoded tile by tile for all query rows of
@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from ...errors import InputError
+from ..triton_planes import cannot_run_on
 from .inputs import ExactPast, PagedPast, Reader
-from .triton_kernels import latent_sums
 from .triton_pages import are_aligned, page_addresses
 from .triton_scores import ELEMENT_TYPES, Call, Scorer
 from .triton_values import ValueSums, exact_piece, merged
@@ -35,8 +34,9 @@ def serves(query: Tensor, paged: PagedPast | None) -> str | None:
         query: ``[B, Hq, T, D]``.
         paged: tokens held as pages, or None.
     """
-    if query.device.type != "cuda" and not isinstance(latent_sums, InterpretedFunction):
-        return f"tensors are on {query.device.type}, and Triton compiles for cuda (TRITON_INTERPRET=1 interprets)"
+    reason = cannot_run_on(query.device.type)
+    if reason is not None:
+        return reason
     if query.dtype not in ELEMENT_TYPES:
         return f"queries are {query.dtype}, not float32, bfloat16 or float16"
     if query.shape[2] > MOST_QUERY_TOKENS:
@@ -81,10 +81,11 @@ def attend(
         scorer, values = Scorer(call), ValueSums(call)
         rows = q.shape[0] * q.shape[1] * q.shape[2]
         span = max(1, _SCORES_AT_ONCE // (rows * values.split_tokens)) * values.split_tokens
-        for start in range(0, paged.tokens, span):
-            stop = min(start + span, paged.tokens)
-            scores = torch.empty(q.shape[0], q.shape[1] * q.shape[2], stop - start, device=q.device)
-            scorer.write(scores, start, stop)
-            values.add(scores, start, stop)
+        with torch.cuda.device_of(q):
+            for start in range(0, paged.tokens, span):
+                stop = min(start + span, paged.tokens)
+                scores = torch.empty(q.shape[0], q.shape[1] * q.shape[2], stop - start, device=q.device)
+                scorer.write(scores, start, stop)
+                values.add(scores, start, stop)
         pieces.append(values.piece())
     return merged(pieces).view(query.shape).to(query.dtype)

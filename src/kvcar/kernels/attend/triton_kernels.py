@@ -4,7 +4,7 @@ Every kernel works on items: rows of a small int32 table that say which heads a 
 latents. Query rows of a KV head are its query heads times the query tokens; rows of an item are those of its heads
 one after the other.
 """
-# pyright: basic
+# pyright: basic, reportOperatorIssue=false, reportArgumentType=false
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 import triton

@@ -87,7 +87,7 @@ class Scorer:
             OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, PAIRS=rotary.width // 2,
             REST=head_dim - rotary.width, FINE=FINE_POSITIONS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
-            BLOCK_REST=decoder.block_rest, num_warps=WARPS,
+            BLOCK_REST=decoder.block_rest, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
     def _direct(self, bank: Bank, scores: Tensor, start: int, stop: int) -> None:
@@ -100,7 +100,7 @@ class Scorer:
             start, stop, call.pages.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
             HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
             ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
-            BLOCK_Q=block_q, num_warps=WARPS,
+            BLOCK_Q=block_q, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def _fold(call: Call, bank: Bank) -> tuple[Tensor, Tensor, Tensor, int]:
     batch, heads, rows = call.q.shape[:3]
     constant = torch.zeros(batch, heads, rows, device=call.q.device)
     parts = []
-    for index, group in enumerate(bank.groups):
+    for group in bank.groups:
         own = call.q[:, list(group.heads)]
         if group.affine is not None:
             matrix, bias = (x.unflatten(-1, (len(group.heads), -1)) for x in group.affine)

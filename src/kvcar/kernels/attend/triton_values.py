@@ -73,7 +73,8 @@ class ValueSums:
                 call.pages.shape[1], bank.table.latents, rows, heads,
                 PAGE_TOKENS=call.page_tokens, WIDTHS=bank.table.widths, ELEMENT=ELEMENT_TYPES[bank.element],
                 OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, TILES=self._tiles,
-                BLOCK_N=tile_tokens(call), BLOCK_R=bank.table.block, BLOCK_Q=block_q, num_warps=WARPS,
+                BLOCK_N=tile_tokens(call), BLOCK_R=bank.table.block, BLOCK_Q=block_q,
+                num_warps=WARPS,  # pyright: ignore[reportCallIssue]
             )  # fmt: skip
 
     def piece(self) -> Piece:
@@ -157,8 +158,8 @@ def _items(bank: Bank, rows: int) -> tuple[Tensor, int]:
     items = []
     for index, group in enumerate(bank.groups):
         for row in range(0, len(group.heads) * rows, block_q):
-            for block in range(bank.blocks(index)):
-                items.append((index * bank.table.blocks + block, bank.head_starts[index], len(group.heads), row))
+            start, heads = index * bank.table.blocks, (bank.head_starts[index], len(group.heads))
+            items += [(start + block, *heads, row) for block in range(bank.blocks(index))]
     return torch.tensor(items, dtype=torch.int32, device=bank.device), block_q
 
 

@@ -1,7 +1,7 @@
 """Encoding into pages with Triton: matrix product, quantiser and packing of the planes in one launch.
 
 Used where a caller chooses it, after ``serves`` has said that it can be; nothing imports it by itself. It needs the
-extra ``kvcar[triton]``. ``TRITON_INTERPRET=1`` in the environment, before this module is imported, runs the kernel on
+extra ``kvcar[triton]``. ``TRITON_INTERPRET=1`` in the environment, before Triton is first imported, runs the kernel on
 the CPU, slowly.
 """
 
@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from ...errors import InputError
 from ..plane_table import PlaneTable, block_latents, joined, segment_fields
+from ..triton_planes import cannot_run_on
 from .inputs import Writer, check_pages
 from .triton_kernels import encode_pages as _kernel
 
@@ -29,8 +29,9 @@ _TABLES: weakref.WeakKeyDictionary[Writer, _Tables] = weakref.WeakKeyDictionary(
 
 def serves(x: Tensor, writer: Writer) -> str | None:
     """Why ``encode_pages`` cannot take these inputs, or None if it can."""
-    if x.device.type != "cuda" and not isinstance(_kernel, InterpretedFunction):
-        return f"tensors are on {x.device.type}, and Triton compiles for cuda (TRITON_INTERPRET=1 interprets)"
+    reason = cannot_run_on(x.device.type)
+    if reason is not None:
+        return reason
     if writer.segment.lossless:
         return "the segment is lossless: there is nothing to encode"
     if writer.affine is None:
@@ -53,12 +54,14 @@ def encode_pages(x: Tensor, writer: Writer) -> Tensor:
     matrix, centre, scale, zero = (part.contiguous() for part in writer.affine)
     step = segment.page_tokens // 8
     out = torch.empty(x.shape[0], pages, segment.size, dtype=torch.uint8, device=x.device)
-    if out.numel():
+    if not out.numel():
+        return out
+    with torch.cuda.device_of(x):
         _kernel[(pages, table.blocks, x.shape[0])](
             out, x, matrix, centre, scale, zero, most, table.fields, table.present, x.shape[2], matrix.shape[1],
             table.latents, segment.size, x.stride(0), x.stride(1), WIDTHS=table.widths, STEP=step,
             BLOCK_RHO=1 << (step - 1).bit_length(), BLOCK_W=_BLOCK_WIDTH, BLOCK_R=table.block,
-            PARTS=-(-x.shape[2] // _BLOCK_WIDTH), num_warps=_WARPS,
+            PARTS=-(-x.shape[2] // _BLOCK_WIDTH), num_warps=_WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return out
 

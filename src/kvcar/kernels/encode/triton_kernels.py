@@ -1,5 +1,6 @@
 """The jitted kernel of encoding into pages; ``triton.py`` beside this launches it."""
-# pyright: basic
+# pyright: basic, reportOperatorIssue=false, reportArgumentType=false
+# ruff: noqa: SIM102 - the outer condition is known when compiling, the inner one is not.
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 import triton
@@ -12,7 +13,7 @@ FLOAT16_MOST = tl.constexpr(65504.0)
 
 @triton.jit
 def _store_plane(
-    out, code, table, latent, latents, rho,
+    out, code, table, latent, latents,
     KLASS: tl.constexpr, STEP: tl.constexpr, BLOCK_RHO: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Pack and write the plane of width ``2**KLASS`` of codes int32 ``[8 * BLOCK_RHO, BLOCK_R]``.
@@ -88,7 +89,9 @@ def encode_pages(
         inner = w < width
         piece = tl.load(own + w[None, :], mask=there[:, None] & inner[None, :], other=0.0)
         piece = tl.where(there[:, None], piece - tl.load(centre + w, mask=inner, other=0.0)[None, :], 0.0)
-        encoder = tl.load(matrix + w[:, None] * columns + latent[None, :], mask=inner[:, None] & column[None, :], other=0.0)
+        encoder = tl.load(
+            matrix + w[:, None] * columns + latent[None, :], mask=inner[:, None] & column[None, :], other=0.0
+        )
         # Three tf32 products are as exact as float32: a code is a rounding away from its neighbour.
         z = tl.dot(piece, encoder, z, input_precision="tf32x3")
 
@@ -100,16 +103,16 @@ def encode_pages(
     code = ((limited + ROUNDER) - ROUNDER).to(tl.int32)
     if WIDTHS & 8:
         if has & 8:
-            _store_plane(target, code, table, latent, latents, rho, 3, STEP, BLOCK_RHO, BLOCK_R)
+            _store_plane(target, code, table, latent, latents, 3, STEP, BLOCK_RHO, BLOCK_R)
     if WIDTHS & 4:
         if has & 4:
-            _store_plane(target, code, table, latent, latents, rho, 2, STEP, BLOCK_RHO, BLOCK_R)
+            _store_plane(target, code, table, latent, latents, 2, STEP, BLOCK_RHO, BLOCK_R)
     if WIDTHS & 2:
         if has & 2:
-            _store_plane(target, code, table, latent, latents, rho, 1, STEP, BLOCK_RHO, BLOCK_R)
+            _store_plane(target, code, table, latent, latents, 1, STEP, BLOCK_RHO, BLOCK_R)
     if WIDTHS & 1:
         if has & 1:
-            _store_plane(target, code, table, latent, latents, rho, 0, STEP, BLOCK_RHO, BLOCK_R)
+            _store_plane(target, code, table, latent, latents, 0, STEP, BLOCK_RHO, BLOCK_R)
     if WIDTHS & 16:
         if has & 16:
             field = table + 4 * 3 * latents + latent
