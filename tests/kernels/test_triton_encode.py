@@ -45,16 +45,16 @@ def exact_writer(page_tokens):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("page_tokens", [32, 64, 96])
-def test_exact_sums_give_the_same_bytes(page_tokens, monkeypatch):
+@pytest.mark.parametrize(("page_tokens", "pages"), [(32, 2), (64, 1), (96, 1)])
+def test_exact_sums_give_the_same_bytes(page_tokens, pages, monkeypatch):
     writer = exact_writer(page_tokens)
-    wide = whole_numbers(-4, 4, 2, 3 * page_tokens, WIDTH + 8).to(DEVICE)
-    x = wide[:, page_tokens:, 8:]  # strided
+    wide = whole_numbers(-4, 4, 2, 7 + pages * page_tokens, WIDTH + 8).to(DEVICE)
+    x = wide[:, 7:, 8:]  # strided
     expected = naive.encode_pages(x, writer)
     poison_empty(monkeypatch)
     for implementation in (encode_pages, backend.encode_pages):
         got = implementation(x, writer)
-        assert got.shape == (2, 2, writer.segment.size)
+        assert got.shape == (2, pages, writer.segment.size)
         assert torch.equal(got, expected)
 
 
@@ -65,8 +65,8 @@ def test_other_sums_are_a_code_apart_at_most():
         64, torch.randn(WIDTH, latents, generator=generator), torch.randn(WIDTH, generator=generator),
         torch.rand(latents, generator=generator) / 4 + 0.05, torch.randn(latents, generator=generator) - 6,
     )  # fmt: skip
-    x = torch.randn(2, 256, WIDTH, generator=generator).to(DEVICE)
-    expected, got = (unpack(f(x, writer), writer.segment) for f in (naive.encode_pages, backend.encode_pages))
+    x = torch.randn(2, 128, WIDTH, generator=generator).to(DEVICE)
+    expected, got = (unpack(f(x, writer), writer.segment) for f in (encode_pages, backend.encode_pages))
     raw = writer.segment.raw
     torch.testing.assert_close(got[..., :raw], expected[..., :raw], atol=1e-3, rtol=1e-3)
     apart = (got[..., raw:] - expected[..., raw:]).abs()
