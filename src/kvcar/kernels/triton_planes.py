@@ -44,7 +44,8 @@ def _plane(address, inside, seen, table, latent, latents, KLASS: tl.constexpr, P
     there = seen[:, None] & (offset >= 0)[None, :]
     byte = tl.load(where.to(tl.pointer_type(tl.uint8)), mask=there, other=0).to(tl.int32)
     part = (byte >> (place * BITS)[:, None]) & ((1 << BITS) - 1)
-    return part << shift[None, :]
+    # A product, as it and the sum that follows are one instruction.
+    return part * (1 << shift)[None, :]
 
 
 @triton.jit
@@ -90,16 +91,16 @@ def unpack_block(
     code = tl.zeros([BLOCK_N, BLOCK_R], tl.int32)
     if WIDTHS & 8:
         if has & 8:
-            code |= _plane(address, inside, seen, table, latent, latents, 3, PAGE_TOKENS)
+            code += _plane(address, inside, seen, table, latent, latents, 3, PAGE_TOKENS)
     if WIDTHS & 4:
         if has & 4:
-            code |= _plane(address, inside, seen, table, latent, latents, 2, PAGE_TOKENS)
+            code += _plane(address, inside, seen, table, latent, latents, 2, PAGE_TOKENS)
     if WIDTHS & 2:
         if has & 2:
-            code |= _plane(address, inside, seen, table, latent, latents, 1, PAGE_TOKENS)
+            code += _plane(address, inside, seen, table, latent, latents, 1, PAGE_TOKENS)
     if WIDTHS & 1:
         if has & 1:
-            code |= _plane(address, inside, seen, table, latent, latents, 0, PAGE_TOKENS)
+            code += _plane(address, inside, seen, table, latent, latents, 0, PAGE_TOKENS)
     value = code.to(OPERAND)
     if WIDTHS & 16:
         if has & 16:
