@@ -32,7 +32,7 @@ class Caught:
     def __getitem__(self, grid):
         del grid
 
-        def launch(*args, num_warps: int, **constants):
+        def launch(*args, num_warps: int, num_stages: int = 3, **constants):
             names = self.kernel.arg_names
             signature = {}
             for name, value in zip(names, args, strict=False):
@@ -41,7 +41,9 @@ class Caught:
             # As the launcher would find it: memory starts at multiples of 16 bytes.
             aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
             source = ASTSource(self.kernel, signature, constexprs=constants, attrs=aligned)
-            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+            made = triton.compile(
+                source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages}
+            )
             print(self.kernel.fn.__name__, made.metadata.shared, *_registers(made.asm["cubin"]), flush=True)
 
         return launch
@@ -76,9 +78,7 @@ def attend_kernels(
         kernel = getattr(module, name)
         setattr(module, name, kernel if isinstance(kernel, Caught) else Caught(kernel))
     backend.serves = lambda query, paged: None
-    triton_scores.tile_tokens = triton_values.tile_tokens = lambda call: (
-        128 if call.half and call.q.shape[-1] <= 128 else 64
-    )
+    triton_scores.tile_tokens = triton_values.tile_tokens = lambda call, keys: 128 if call.half and not keys else 64
     groups = [BitGroup(bits=b, count=latents // 4) for b in (6, 5, 4, 2)]
     segment = coded_segment(groups, 64, 0)
     readers = tuple(

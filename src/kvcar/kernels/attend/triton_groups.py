@@ -18,7 +18,7 @@ from .inputs import Reader
 
 _MOST_BLOCK_LATENTS = 64
 # Columns of keys that a program of the decoding kernel holds as float32.
-_MOST_COLUMNS = 128
+_MOST_COLUMNS = 256
 _MOST_HEADS = 4
 # Beyond these float16 would round a decoder's matrix worse than bfloat16 rounds keys.
 _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-10, 2.0**15

@@ -44,8 +44,8 @@ class Call:
 
     @property
     def precision(self) -> str:
-        """How float32 operands are multiplied."""
-        return "tf32" if self.half else "ieee"
+        """How float32 operands are multiplied; three tf32 products are as exact as float32."""
+        return "tf32" if self.half else "tf32x3"
 
 
 class Scorer:
@@ -77,7 +77,7 @@ class Scorer:
         half = call.half and bank.fits_float16
         decoder = key_decoder(bank, rotary, head_dim, torch.float16 if half else torch.float32)
         fine, coarse = angle_tables(rotary, call.paged.tokens)
-        block, most_rows = tile_tokens(call), rows * decoder.most_heads
+        block, most_rows = tile_tokens(call, keys=True), rows * decoder.most_heads
         block_q = query_block(most_rows)
         decode_scores[(-(-(stop - start) // block), len(decoder.items), batch)](
             scores, call.pages, table.fields, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
@@ -87,14 +87,16 @@ class Scorer:
             OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, PAIRS=rotary.width // 2,
             REST=head_dim - rotary.width, FINE=FINE_POSITIONS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
-            BLOCK_REST=decoder.block_rest, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+            BLOCK_REST=decoder.block_rest,
+            num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+            num_stages=3 if half else 2,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
     def _direct(self, bank: Bank, scores: Tensor, start: int, stop: int) -> None:
         call, table = self._call, bank.table
         batch, heads, rows = call.q.shape[:3]
         operand, constant, items, block_q = self._folded[bank]
-        block = tile_tokens(call)
+        block = tile_tokens(call, keys=False)
         direct_scores[(-(-(stop - start) // block), len(items), batch)](
             scores, call.pages, table.fields, table.present, items, bank.heads, operand, constant, call.paged.first,
             start, stop, call.pages.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
@@ -104,11 +106,11 @@ class Scorer:
         )  # fmt: skip
 
 
-def tile_tokens(call: Call) -> int:
-    """Tokens of a tile, as many as a program's registers hold keys of; many where programs run in turn."""
+def tile_tokens(call: Call, keys: bool) -> int:
+    """Tokens of a tile: 64 where a program holds decoded keys or float32 operands; many where programs run in turn."""
     if call.q.device.type != "cuda":
         return _INTERPRETER_TILE_TOKENS
-    return 128 if call.half and call.q.shape[-1] <= 128 else 64
+    return 128 if call.half and not keys else 64
 
 
 def query_block(rows: int) -> int:

@@ -47,7 +47,7 @@ class ValueSums:
             (bank, *bank.keep(("sums", rows), lambda bank=bank: _items(bank, rows)))
             for bank in banks(call.paged.value_readers, device)
         ]
-        tile = tile_tokens(call)
+        tile = tile_tokens(call, keys=False)
         wanted = _programs(device) // (batch * sum(len(items) for _, items, _ in parts))
         tiles = -(-call.paged.tokens // tile)
         # A power of two, as each number of tiles is compiled for itself.
@@ -73,7 +73,7 @@ class ValueSums:
                 call.pages.shape[1], bank.table.latents, rows, heads,
                 PAGE_TOKENS=call.page_tokens, WIDTHS=bank.table.widths, ELEMENT=ELEMENT_TYPES[bank.element],
                 OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, TILES=self._tiles,
-                BLOCK_N=tile_tokens(call), BLOCK_R=bank.table.block, BLOCK_Q=block_q,
+                BLOCK_N=tile_tokens(call, keys=False), BLOCK_R=bank.table.block, BLOCK_Q=block_q,
                 num_warps=WARPS,  # pyright: ignore[reportCallIssue]
             )  # fmt: skip
 
