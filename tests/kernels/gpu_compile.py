@@ -37,6 +37,9 @@ class Caught:
             signature = {}
             for name, value in zip(names, args, strict=False):
                 signature[name] = _TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+            # As the launcher does: an argument of 1 is compiled in.
+            ones = {name: 1 for name, value in zip(names, args, strict=False) if type(value) is int and value == 1}
+            constants |= ones
             signature |= dict.fromkeys(constants, "constexpr")
             # As the launcher would find it: memory starts at multiples of 16 bytes.
             aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
@@ -60,7 +63,13 @@ def _registers(cubin: bytes) -> tuple[int, int]:
 
 
 def attend_kernels(
-    dtype: torch.dtype, heads_per_block: int, latents: int, rotary: bool, head_dim: int = 128, kv_heads: int = 2
+    dtype: torch.dtype,
+    heads_per_block: int,
+    latents: int,
+    rotary: bool,
+    head_dim: int = 128,
+    kv_heads: int = 2,
+    query_heads: int = 8,
 ) -> None:
     """Kernels of one decoding step over blocks of ``latents`` latents, of 6, 5, 4 and 2 bits."""
     from kvcar.kernels.attend import triton as backend
@@ -92,7 +101,7 @@ def attend_kernels(
         [pages], 2500, torch.zeros(1, dtype=torch.int64), 0, torch.zeros(1, dtype=torch.int64), readers, readers, table
     )
     exact = ExactPast(torch.zeros(1, kv_heads, 3, head_dim), torch.zeros(1, kv_heads, 3, head_dim), None)
-    backend.attend(torch.zeros(1, 4 * kv_heads, 1, head_dim, dtype=dtype), exact, paged, 0.1, None)
+    backend.attend(torch.zeros(1, query_heads, 1, head_dim, dtype=dtype), exact, paged, 0.1, None)
 
 
 def encode_kernel(width: int, latents: int) -> None:
