@@ -4,65 +4,17 @@ import math
 
 import pytest
 import torch
-from bundles import by_hand, fitted
-from tiny import tiny_model
+from structures import STRUCTURES, paged_past, rotary
 
-from kvcar.kernels.attend import ExactPast, PagedPast, attend, naive, tiled
-from kvcar.kernels.rotary import RotaryTable
-from kvcar.plan import Reuse
+from kvcar.kernels.attend import ExactPast, naive, tiled
+from kvcar.kernels.attend.tiled import attend
 from kvcar.runtime.coder import PageCoder
 from kvcar.runtime.decoded import DecodedPast
-from kvcar.runtime.pages import PageStore
-from kvcar.shapes import Slot
-
-
-def slots(layers, kind, heads=(0, 1)):
-    return tuple(Slot(layer, head, kind) for layer in layers for head in heads)
-
-
-MODEL = tiny_model("llama")
-STRUCTURES = {
-    "a block for each layer": lambda: by_hand(MODEL, [slots([i], k) for i in range(4) for k in ("key", "value")]),
-    "blocks over layers": lambda: by_hand(MODEL, [slots(range(4), "key"), slots(range(4), "value")], bits=[7, 5, 3, 2]),
-    "heads apart": lambda: by_hand(MODEL, [slots([i], k, [h]) for i in range(4) for k in ("key", "value") for h in (1, 0)]),
-    "keys with values": lambda: by_hand(MODEL, [slots([i], "key") + slots([i], "value") for i in range(4)], bits=8),
-    "raw latents": lambda: by_hand(MODEL, [slots(range(4), "key"), slots(range(4), "value")], bits=[16, 4]),
-    "values exact": lambda: by_hand(MODEL, [slots(range(4), "key")]),
-    "one key head exact": lambda: by_hand(MODEL, [slots(range(4), "key", [0]), slots(range(4), "value")]),
-    "reuse": lambda: by_hand(
-        MODEL,
-        [slots([0, 2], "key"), slots([0, 2], "value")],
-        reuses=tuple(Reuse(slot=Slot(i + 1, h, k), source=Slot(i, 1 - h, k)) for i in (0, 2) for h in (0, 1) for k in ("key", "value")),
-    ),
-    "autoencoder": lambda: fitted(MODEL, codec="autoencoder", times_smaller=3, steps=5),
-    "lossless": lambda: fitted(MODEL, codec="identity"),
-    "plain quantiser": lambda: fitted(MODEL, codec="identity", bits=4.5),
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=list(STRUCTURES), ids=str)
 def coder(request):
     return PageCoder(STRUCTURES[request.param](), torch.device("cpu"), torch.float32)
-
-
-def paged_past(coder, layer, tokens, batch, rotary, padding):
-    generator = torch.Generator().manual_seed(tokens)
-    store = PageStore(coder.units, coder.layout.page_bytes, 32)
-
-    def fetch(slot, before_rope):
-        del slot, before_rope
-        return torch.randn(batch, tokens, 16, generator=generator)
-
-    store.append([unit.stored(fetch) for unit in coder.units])
-    first = torch.tensor(padding) + 4
-    return PagedPast(
-        store.arenas, tokens, first, int(first.max()), torch.tensor(padding),
-        coder.readers(layer, "key"), coder.readers(layer, "value"), rotary,
-    )  # fmt: skip
-
-
-def rotary():
-    return RotaryTable(1.0 / 10000 ** (torch.arange(8, dtype=torch.float64) / 8), 1.0, "half")
 
 
 @pytest.mark.parametrize("with_rotary", [True, False], ids=["rotary", "no positions"])

@@ -5,9 +5,9 @@ import os
 
 import pytest
 import torch
+from bundles import by_hand
 from structures import HEAD_DIM, MODEL, STRUCTURES, paged_past, slots
 
-from bundles import by_hand
 from kvcar.errors import InputError, KernelError
 from kvcar.kernels import backend
 from kvcar.kernels.attend import ExactPast, attend, cpu, naive
@@ -16,20 +16,12 @@ from kvcar.kernels.native import build, find_compiler, native_library
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.runtime.coder import PageCoder
 
-NOT_SERVED = {"raw latents", "values exact", "one key head exact", "autoencoder", "lossless", "plain quantiser"}
+NOT_SERVED = {"raw latents", "values exact", "one key head exact", "autoencoder", "lossless"}
 
 
 @pytest.fixture(scope="module", params=list(STRUCTURES), ids=str)
 def structure(request):
     return request.param, PageCoder(STRUCTURES[request.param](), torch.device("cpu"), torch.float32)
-
-
-@pytest.fixture
-def in_float(monkeypatch):
-    monkeypatch.setattr(cpu, "IN_8_BITS", False)
-    cpu.forget_jobs()
-    yield
-    cpu.forget_jobs()
 
 
 def rotary(style, pairs=8, scale=1.0):
@@ -52,7 +44,7 @@ ROTARIES = {
 
 @pytest.mark.parametrize("turning", ROTARIES)
 @pytest.mark.parametrize(("tokens", "count"), [(1, 1), (33, 1), (63, 7), (1000, 1), (1000, 3)])
-def test_it_is_the_specification(structure, in_float, tokens, count, turning):
+def test_it_is_the_specification(structure, tokens, count, turning):
     name, coder = structure
     paged = paged_past(coder, 1, tokens, 2, ROTARIES[turning](), [0, min(9, tokens - 1)])
     query, exact = torch.randn(2, 4, count, HEAD_DIM), exact_past(count)
@@ -68,7 +60,7 @@ def test_it_is_the_specification(structure, in_float, tokens, count, turning):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_other_dtypes(dtype, in_float):
+def test_other_dtypes(dtype):
     coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), dtype)
     paged = paged_past(coder, 0, 200, 2, rotary("half"), [0, 40])
     query, exact = torch.randn(2, 4, 1, HEAD_DIM).to(dtype), exact_past(1, dtype)
@@ -78,7 +70,7 @@ def test_other_dtypes(dtype, in_float):
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_and_arenas_do_not_matter(in_float, threads):
+def test_threads_and_arenas_do_not_matter(threads):
     coder = PageCoder(STRUCTURES["blocks over layers"](), torch.device("cpu"), torch.float32)
     paged = paged_past(coder, 2, 3000, 1, rotary("half"), [0])
     assert len(paged.tiles) > 2
@@ -113,18 +105,24 @@ def test_a_query_that_sees_nothing_gives_zeros():
 
 @pytest.mark.skipif(not native_library().kvcar_has_decode8(), reason="this CPU has no kernel for 8-bit decoders")
 @pytest.mark.parametrize("bits", [[8, 7, 6, 5], [5, 5, 4, 3, 2, 1], [4]], ids=str)
-def test_decoders_in_8_bits_change_keys_by_what_they_say(bits):
-    coder = PageCoder(by_hand(MODEL, [slots([i], k) for i in range(4) for k in ("key", "value")], bits=bits), torch.device("cpu"), torch.float32)
+def test_decoders_in_8_bits_change_keys_by_what_they_say(bits, monkeypatch):
+    coder = PageCoder(
+        by_hand(MODEL, [slots([i], k) for i in range(4) for k in ("key", "value")], bits=bits),
+        torch.device("cpu"),
+        torch.float32,
+    )
     paged = paged_past(coder, 1, 500, 2, rotary("half"), [0, 5])
     query, exact = torch.randn(2, 4, 1, HEAD_DIM), exact_past(1)
-    cpu.forget_jobs()
+    monkeypatch.setattr(cpu, "IN_8_BITS", True)
     # The same rounding, done in floats, must give the same output.
     reader = paged.key_readers[0]
     matrix, bias = reader.affine
     rounded, biases = matrix.clone(), bias.clone()
     for head in range(len(reader.heads)):
         own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        decoder = decoder_in_8_bits(matrix[:, own], bias[own], torch.tensor(sorted(bits * 32, reverse=True))[: len(matrix)])
+        decoder = decoder_in_8_bits(
+            matrix[:, own], bias[own], torch.tensor(sorted(bits * 32, reverse=True))[: len(matrix)]
+        )
         rounded[decoder.exact :, own] = decoder.rounded.float() * decoder.scale
         biases[own] = decoder.bias
     expected = naive.attend(query, exact, with_keys(paged, rounded, biases), 0.25)

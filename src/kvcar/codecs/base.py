@@ -47,6 +47,10 @@ class Codec(ABC):
         """Matrix ``[R, W]`` and bias ``[W]`` when decoding is affine; attention then sums values in latent space."""
         return None
 
+    def affine_encoder(self) -> tuple[Tensor, Tensor] | None:
+        """Matrix ``[W, R]`` and centre ``[W]`` when latents are ``(x - centre) @ matrix``, for kernels that fuse it."""
+        return None
+
     def trainable(self) -> TrainableCodec:
         """A module that starts as this codec and can be trained.
 

@@ -42,6 +42,10 @@ class LinearCodec(Codec):
         """The decoder is affine as it stands."""
         return self.decoder, self.mean
 
+    def affine_encoder(self) -> tuple[Tensor, Tensor]:
+        """The encoder is affine as it stands."""
+        return self.encoder, self.centre
+
     def tensors(self) -> dict[str, Tensor]:
         """See ``Codec``."""
         tensors = {"mean": self.mean, "encoder": self.encoder, "decoder": self.decoder}

@@ -46,6 +46,10 @@ class Quantizer(ABC):
         del matrix, bias
         return None
 
+    def steps(self) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero ``[R]`` when codes are ``(z - zero) / scale``, rounded and clamped to each latent's bits."""
+        return None
+
 
 class StaticQuantizer(Quantizer):
     """A step for each latent.
@@ -81,6 +85,10 @@ class StaticQuantizer(Quantizer):
     def folded(self, matrix: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """See ``Quantizer``."""
         return self.scale[:, None] * matrix, self.zero @ matrix + bias
+
+    def steps(self) -> tuple[Tensor, Tensor]:
+        """See ``Quantizer``."""
+        return self.scale, self.zero
 
     def tensors(self) -> dict[str, Tensor]:
         """See ``Quantizer``."""

@@ -51,7 +51,8 @@ class RotaryTable:
 
     def tables(self, positions: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(cos, sin) float32 ``[FINE_POSITIONS, F]`` of single steps and (cos, sin) float32 ``[n, F]`` of multiples of
-        ``FINE_POSITIONS``, which together reach all positions below ``positions``; not scaled."""
+        ``FINE_POSITIONS``, which together reach all positions below ``positions``; not scaled.
+        """
         if positions > FINE_POSITIONS * len(self._coarse[0]):
             self._cover(torch.tensor([positions - 1], device=self.inverse_frequency.device))
         return self._fine, self._coarse

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .bits import DISTORTION
 
+
 class Run(NamedTuple):
     """Adjacent layers among those that may be coded: one block, or, of a single layer, ``parts`` blocks of as many heads."""
 
@@ -159,7 +160,9 @@ def allocate_bits_and_flops(
         budget_bits, flops_budget: never exceeded, unless even one bit in all takes more FLOPs.
     """
     flat = torch.cat([v.double() for v in variances])
-    flops = torch.cat([torch.full((len(v),), f, dtype=torch.float64) for v, f in zip(variances, flops_per_latent, strict=True)])
+    flops = torch.cat(
+        [torch.full((len(v),), f, dtype=torch.float64) for v, f in zip(variances, flops_per_latent, strict=True)]
+    )
 
     def at(flops_price: float) -> tuple[Tensor, float]:
         low, high = 1e-18, float(flat.max())

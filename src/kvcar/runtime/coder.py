@@ -12,6 +12,7 @@ from torch import Tensor
 from ..bundle import Bundle, CodedBlock
 from ..codecs import Codec
 from ..kernels.attend import Reader
+from ..kernels.encode import AffineEncoder, Writer
 from ..kernels.layout import PageUnit, page_layout
 from ..kernels.pack import pack, unpack
 from ..shapes import Kind, Slot
@@ -50,6 +51,15 @@ class UnitCoder:
         if self.unit.segment.lossless:
             return stored.to(self.exact_dtype).contiguous().view(torch.uint8).flatten(2)
         return pack(stored, self.unit.segment)
+
+    def writer(self) -> Writer:
+        """How vectors of this unit become its segment, for ``kernels.encode``."""
+        codec, quantizer, segment = self.coded.codec, self.coded.quantizer, self.unit.segment
+        if codec is None or quantizer is None:
+            return Writer(segment, None, None, None, self.exact_dtype)
+        encoder, steps = codec.affine_encoder(), quantizer.steps()
+        affine = AffineEncoder(*encoder, *steps) if encoder and steps else None
+        return Writer(segment, codec.encode, quantizer.codes, affine, self.exact_dtype)
 
     def contents(self, pages: Tensor) -> UnitContents:
         """Stored values, unpacked but in no wider dtype, of ``pages`` uint8 ``[B, pages, page_bytes]``."""

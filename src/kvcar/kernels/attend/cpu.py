@@ -69,8 +69,3 @@ def _job(paged: PagedPast, head_dim: int) -> NativeJob:
     if job is None or not job.is_for(paged):
         job = _jobs[key] = NativeJob(paged, head_dim, IN_8_BITS)
     return job
-
-
-def forget_jobs() -> None:
-    """Prepare every layer anew at its next step."""
-    _jobs.clear()

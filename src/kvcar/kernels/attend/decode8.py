@@ -60,7 +60,10 @@ def decoder_in_8_bits(matrix: Tensor, bias: Tensor, bits: Tensor) -> Decoder8:
 def _stops(rounded: Tensor, highest: Tensor) -> list[int]:
     """After which pairs to widen, so that no sum of codes up to ``highest`` leaves 16 bits, whatever the codes."""
     if len(rounded) % 2:
-        rounded, highest = torch.cat([rounded, rounded.new_zeros(1, rounded.shape[1])]), torch.cat([highest, highest[:1]])
+        rounded, highest = (
+            torch.cat([rounded, rounded.new_zeros(1, rounded.shape[1])]),
+            torch.cat([highest, highest[:1]]),
+        )
     reach = (rounded * highest[:, None]).unflatten(0, (-1, 2))
     up, down = reach.clamp_min(0).sum(1), (-reach).clamp_min(0).sum(1)
     stops, most = [], torch.zeros(2, rounded.shape[1])

@@ -157,7 +157,10 @@ class NativeJob:
             native.exact = parts[0].exact
             if native.exact < native.latents:
                 self._round(native, [p.rounded for p in parts], [p.stops for p in parts])
-                native.scale, bias = self._keep(torch.stack([p.scale for p in parts])), torch.stack([p.bias for p in parts])
+                native.scale, bias = (
+                    self._keep(torch.stack([p.scale for p in parts])),
+                    torch.stack([p.bias for p in parts]),
+                )
                 matrix = matrix[:, : native.exact]
         native.matrix = self._keep(matrix.unflatten(2, (-1, self._columns)).transpose(1, 2))
         native.bias = self._keep(bias)

@@ -1,0 +1,91 @@
+"""Attention over pages with Triton: for decoding on a GPU, and under Triton's interpreter for tests on a CPU.
+
+Used where a caller chooses it, after ``serves`` has said that it can be; nothing imports it by itself. It needs the
+extra ``kvcar[triton]``. ``TRITON_INTERPRET=1`` in the environment, before Triton is first imported, runs the kernels on
+the CPU, slowly.
+
+Two launches for a span of tokens, whatever the number of arenas: keys are decoded tile by tile for all query rows of
+their heads, rotated, scored and thrown away; then each split of the span sums the stored values under its own online
+softmax. Splits, sinks and window are merged by their log-sum-exp and the sums decoded once per query row. Where keys
+need no rotation, queries are taken to the space of the stored values instead and no key is decoded. ``docs/kernels.md``
+says why in this order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ..triton_planes import cannot_run_on
+from .inputs import ExactPast, PagedPast, Reader
+from .triton_pages import are_aligned, page_addresses
+from .triton_scores import ELEMENT_TYPES, Call, Scorer
+from .triton_values import ValueSums, exact_piece, merged
+
+MOST_QUERY_TOKENS = 16
+_SCORES_AT_ONCE = 2**26
+
+
+def serves(query: Tensor, paged: PagedPast | None) -> str | None:
+    """Why ``attend`` cannot take these inputs, or None if it can.
+
+    Args:
+        query: ``[B, Hq, T, D]``.
+        paged: tokens held as pages, or None.
+    """
+    reason = cannot_run_on(query.device.type)
+    if reason is not None:
+        return reason
+    if query.dtype not in ELEMENT_TYPES:
+        return f"queries are {query.dtype}, not float32, bfloat16 or float16"
+    if query.shape[2] > MOST_QUERY_TOKENS:
+        return f"{query.shape[2]} query tokens are more than the {MOST_QUERY_TOKENS} of a decoding step"
+    if paged is None:
+        return None
+    if not are_aligned(paged.tiles):
+        return "pages do not start at multiples of 16 bytes"
+    reasons = (_refuses(reader, paged) for reader in (*paged.key_readers, *paged.value_readers))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _refuses(reader: Reader, paged: PagedPast) -> str | None:
+    if reader.segment.lossless:
+        unrotated = reader in paged.key_readers and paged.rotary is not None and not reader.rotated
+        return "lossless keys are stored before RoPE" if unrotated else None
+    if reader.affine is None:
+        return "the decoder is not affine"
+    if reader.restore is not None:
+        return "scales are stored with every token (dynamic), and dequantisation must fold into the decoder"
+    return None
+
+
+def attend(
+    query: Tensor, exact: ExactPast, paged: PagedPast | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Same as ``naive.attend``.
+
+    Raises:
+        InputError: ``serves`` has a reason against these inputs.
+    """
+    reason = serves(query, paged)
+    if reason is not None:
+        raise InputError(f"the Triton attention cannot be used: {reason}; choose another backend")
+    batch, _, _, head_dim = query.shape
+    # Query heads that share a KV head become more query rows of it: [B, H, G * T, D].
+    q = query.float().reshape(batch, exact.keys.shape[1], -1, head_dim) * scaling
+    pieces = [exact_piece(q, exact, softcap)]
+    if paged is not None and paged.tokens > 0:
+        half = query.dtype != torch.float32
+        call = Call(q, paged, page_addresses(paged.tiles), half, softcap)
+        scorer, values = Scorer(call), ValueSums(call)
+        rows = q.shape[0] * q.shape[1] * q.shape[2]
+        span = max(1, _SCORES_AT_ONCE // (rows * values.split_tokens)) * values.split_tokens
+        with torch.cuda.device_of(q):
+            for start in range(0, paged.tokens, span):
+                stop = min(start + span, paged.tokens)
+                scores = torch.empty(q.shape[0], q.shape[1] * q.shape[2], stop - start, device=q.device)
+                scorer.write(scores, start, stop)
+                values.add(scores, start, stop)
+        pieces.append(values.piece())
+    return merged(pieces).view(query.shape).to(query.dtype)

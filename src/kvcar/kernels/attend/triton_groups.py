@@ -1,0 +1,203 @@
+"""What the Triton kernels need of a layer's readers, made once and kept as long as the readers live."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..layout import SegmentLayout
+from ..plane_table import PlaneTable, block_latents, joined, segment_fields
+from ..rotary import RotaryTable
+from .inputs import Reader
+
+_MOST_BLOCK_LATENTS = 64
+# Columns of keys that a program of the decoding kernel holds as float32.
+_MOST_COLUMNS = 256
+_MOST_HEADS = 4
+# Beyond these float16 would round a decoder's matrix worse than bfloat16 rounds keys.
+_FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-10, 2.0**15
+
+_Made = TypeVar("_Made")
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """KV heads that are read through the same latents.
+
+    Attributes:
+        heads: heads of the layer.
+        fields: of their latents, as in ``PlaneTable``.
+        affine: matrix ``[R, len(heads) * D]`` and bias of the decoder; None when the latents are the one head itself.
+    """
+
+    heads: tuple[int, ...]
+    fields: Tensor
+    affine: tuple[Tensor, Tensor] | None
+
+    @property
+    def latents(self) -> int:
+        """Latents read."""
+        return self.fields.shape[-1]
+
+
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Groups that one launch serves.
+
+    Attributes:
+        groups: coded ones, or lossless ones.
+        element: dtype of elements stored as they are.
+        device: where the tables lie.
+        made: what callers keep with it, by what it depends on.
+    """
+
+    groups: tuple[Group, ...]
+    element: torch.dtype
+    device: torch.device
+    made: dict[object, object] = field(default_factory=dict)
+
+    @property
+    def coded(self) -> bool:
+        """Whether the groups have decoders."""
+        return self.groups[0].affine is not None
+
+    @cached_property
+    def table(self) -> PlaneTable:
+        """Planes of all groups."""
+        block = block_latents([group.latents for group in self.groups], _MOST_BLOCK_LATENTS)
+        return joined([group.fields for group in self.groups], block, self.device)
+
+    @cached_property
+    def heads(self) -> Tensor:
+        """Heads of all groups, int32."""
+        heads = [head for group in self.groups for head in group.heads]
+        return torch.tensor(heads, dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def fits_float16(self) -> bool:
+        """Whether the decoders' matrices are as exact as needed in float16 (codes always are)."""
+        most = [float(group.affine[0].abs().max()) for group in self.groups if group.affine is not None]
+        return all(_FLOAT16_LEAST < value < _FLOAT16_MOST for value in most)
+
+    @property
+    def head_starts(self) -> list[int]:
+        """Place in ``heads`` of every group's first."""
+        counts = [len(group.heads) for group in self.groups]
+        return [sum(counts[:index]) for index in range(len(counts))]
+
+    def blocks(self, group: int) -> int:
+        """Blocks of latents that a group fills; the table has ``table.blocks`` for every group."""
+        return -(-self.groups[group].latents // self.table.block)
+
+    def keep(self, key: object, make: Callable[[], _Made]) -> _Made:
+        """What ``make`` gave for this key the first time."""
+        if key not in self.made:
+            self.made[key] = make()
+        return self.made[key]  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True, eq=False)
+class KeyDecoder:
+    """Decoders of a bank's keys, their columns in the order of the decoding kernel.
+
+    Attributes:
+        items, matrix, bias: as ``decode_scores`` takes them.
+        most_heads: heads of the item that has most.
+        block_pairs, block_rest: columns, padded, of the pairs' elements and of the rest.
+    """
+
+    items: Tensor
+    matrix: Tensor
+    bias: Tensor
+    most_heads: int
+    block_pairs: int
+    block_rest: int
+
+
+_BANKS: weakref.WeakKeyDictionary[Reader, dict[tuple[weakref.ref[Reader], ...], tuple[Bank, ...]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def banks(readers: tuple[Reader, ...], device: torch.device) -> tuple[Bank, ...]:
+    """Banks that together serve all heads of ``readers``: one of the coded groups, one of the lossless ones."""
+    kept = _BANKS.setdefault(readers[0], {})
+    key = tuple(weakref.ref(reader) for reader in readers)
+    if key not in kept:
+        coded = tuple(_coded_group(reader) for reader in readers if not reader.segment.lossless)
+        lossless = tuple(g for reader in readers if reader.segment.lossless for g in _lossless_groups(reader))
+        exact = next((reader.exact_dtype for reader in readers if reader.segment.lossless), torch.float16)
+        pairs = [(coded, torch.float16), (lossless, exact)]
+        kept[key] = tuple(Bank(groups, element, device) for groups, element in pairs if groups)
+    return kept[key]
+
+
+def _coded_group(reader: Reader) -> Group:
+    return Group(reader.heads, segment_fields(reader.segment), reader.affine)
+
+
+def _lossless_groups(reader: Reader) -> list[Group]:
+    fields = segment_fields(reader.segment, reader.exact_dtype.itemsize)
+    columns = _selected(reader.decode, reader.segment).view(len(reader.heads), -1)
+    return [Group((head,), fields[..., own], None) for head, own in zip(reader.heads, columns, strict=True)]
+
+
+def _selected(decode: Callable[[Tensor], Tensor], segment: SegmentLayout) -> Tensor:
+    """Which elements the decoder of a lossless segment selects: what it makes of 0, 1, 2, ..."""
+    return decode(torch.arange(segment.latents, dtype=torch.float32)[None])[0].long()
+
+
+def key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: torch.dtype) -> KeyDecoder:
+    """Decoders of a coded bank for keys that ``rotary`` rotates, matrices in ``dtype``."""
+    key = ("keys", rotary.style, rotary.width, dtype)
+    return bank.keep(key, lambda: _make_key_decoder(bank, rotary, head_dim, dtype))
+
+
+def _make_key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: torch.dtype) -> KeyDecoder:
+    most = max(len(group.heads) for group in bank.groups)
+    together = max(1, min(most, _MOST_HEADS, _MOST_COLUMNS // head_dim))
+    pairs, rest = rotary.width // 2, head_dim - rotary.width
+    block_pairs, block_rest = _padded(together * pairs), _padded(together * rest) if rest else 0
+    blocks = bank.table.blocks
+    items, matrices, biases, rows = [], [], [], 0
+    for index, group in enumerate(bank.groups):
+        assert group.affine is not None
+        start = bank.head_starts[index]
+        for first in range(0, len(group.heads), together):
+            count = min(together, len(group.heads) - first)
+            wanted = slice(first * head_dim, (first + count) * head_dim)
+            items.append((index * blocks, start + first, count, rows))
+            matrix = _columns(group.affine[0][:, wanted], count, rotary, block_pairs, block_rest)
+            matrices.append(torch.nn.functional.pad(matrix, (0, 0, 0, blocks * bank.table.block - len(matrix))))
+            biases.append(_columns(group.affine[1][None, wanted], count, rotary, block_pairs, block_rest))
+            rows += blocks
+    table = torch.tensor(items, dtype=torch.int32, device=bank.device)
+    return KeyDecoder(table, torch.cat(matrices).to(dtype), torch.cat(biases), together, block_pairs, block_rest)
+
+
+def _columns(matrix: Tensor, heads: int, rotary: RotaryTable, block_pairs: int, block_rest: int) -> Tensor:
+    """Columns ``[R, 2 * block_pairs + block_rest]`` of ``[R, heads * D]``: first, second and unrotated elements."""
+    parts = split_pairs(matrix.unflatten(-1, (heads, -1)), rotary)
+    sizes = (block_pairs, block_pairs, block_rest)
+    flat = [part.flatten(1) for part in parts]
+    padded = [torch.nn.functional.pad(x, (0, size - x.shape[1])) for x, size in zip(flat, sizes, strict=True)]
+    return torch.cat(padded, dim=1)
+
+
+def split_pairs(x: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
+    """First and second elements ``[..., F]`` of a head's rotated pairs, and what is not rotated."""
+    width = rotary.width
+    if rotary.style == "half":
+        return x[..., : width // 2], x[..., width // 2 : width], x[..., width:]
+    return x[..., 0:width:2], x[..., 1:width:2], x[..., width:]
+
+
+def _padded(columns: int) -> int:
+    """A power of two of at least 16, as matrix units want it."""
+    return max(16, 1 << (columns - 1).bit_length())

@@ -1,0 +1,291 @@
+"""The jitted kernels of attention over pages; ``triton.py`` beside this launches them and says what they compute.
+
+Every kernel works on items: rows of a small int32 table that say which heads a program serves through which blocks of
+latents. Query rows of a KV head are its query heads times the query tokens; rows of an item are those of its heads
+one after the other.
+"""
+# pyright: basic, reportOperatorIssue=false, reportArgumentType=false
+# No "from __future__ import annotations": Triton reads the annotations of jitted functions.
+
+import triton
+import triton.language as tl
+
+from ..triton_planes import page_address, unpack_block
+
+
+@triton.jit
+def _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows):
+    """Row int64 ``[Q]`` of all heads' query rows that an item's own row is."""
+    own = row // query_rows
+    head = tl.load(heads + head_start + own, mask=row_ok, other=0)
+    return (batch * layer_heads + head) * query_rows + (row - own * query_rows)
+
+
+@triton.jit
+def _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP: tl.constexpr):
+    """Write scores ``[Q, N]`` of tokens, softcapped, -inf for tokens that may not be seen."""
+    if HAS_CAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both ends too.
+        score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
+    score = tl.where(seen[None, :], score, float("-inf"))
+    where = scores + layer_row[:, None] * (stop - start) + (token - start)[None, :]
+    tl.store(where, score, mask=row_ok[:, None] & (token < stop)[None, :])
+
+
+@triton.jit
+def decode_scores(
+    scores,
+    pages,
+    table,
+    present,
+    items,
+    heads,
+    matrix,
+    bias,
+    query,
+    fine,
+    coarse,
+    first,
+    offset,
+    start,
+    stop,
+    page_count,
+    latents,
+    query_rows,
+    layer_heads,
+    coarse_rows,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+    FINE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    ROW_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    """Scores of tokens ``start`` to ``stop`` through keys that are decoded, rotated and thrown away.
+
+    A program decodes the keys of one tile of tokens for the heads of one item, once for all their query rows. The
+    columns of a head are its rotated pairs' first elements, their second ones, and the rest: the decoder's matrix and
+    the query come in that order, so that rotation pairs accumulators element by element whatever the model's style.
+    Heads stand side by side in the columns; a query row is zero outside its own head's.
+
+    Args:
+        scores: float32 ``[B, layer_heads * query_rows, stop - start]``, written.
+        items: int32 ``[I, 4]``: first block of the table, first of ``heads``, their number, first block of rows of
+            ``matrix``.
+        matrix: OPERAND ``[rows, 2 * BLOCK_PAIRS + BLOCK_REST]``.
+        bias: float32 ``[I, 2 * BLOCK_PAIRS + BLOCK_REST]``.
+        query: float32 ``[B, layer_heads, query_rows, 2 * PAIRS + REST]``, scaled, columns as above.
+        fine, coarse: float32 ``[2, FINE or coarse_rows, PAIRS]`` cosines and sines.
+        first, offset: int64 ``[B]``.
+    """
+    item = items + tl.program_id(1) * 4
+    block_start, head_start = tl.load(item), tl.load(item + 1)
+    head_count, matrix_block = tl.load(item + 2), tl.load(item + 3)
+    batch = tl.program_id(2).to(tl.int64)
+    token = start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    seen = (token >= tl.load(first + batch)) & (token < stop)
+    address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
+    inside = token % PAGE_TOKENS
+
+    COLUMNS: tl.constexpr = 2 * BLOCK_PAIRS + BLOCK_REST
+    column = tl.arange(0, BLOCK_PAIRS)
+    one = tl.zeros([BLOCK_N, BLOCK_PAIRS], tl.float32) + tl.load(bias + tl.program_id(1) * COLUMNS + column)[None, :]
+    two = tl.zeros([BLOCK_N, BLOCK_PAIRS], tl.float32)
+    two += tl.load(bias + tl.program_id(1) * COLUMNS + BLOCK_PAIRS + column)[None, :]
+    if REST:
+        rest_column = tl.arange(0, BLOCK_REST)
+        rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32)
+        rest += tl.load(bias + tl.program_id(1) * COLUMNS + 2 * BLOCK_PAIRS + rest_column)[None, :]
+    for block in range(BLOCKS):
+        u = unpack_block(
+            address, inside, seen, table, present, block_start + block, latents,
+            WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+        row = (matrix_block + block) * BLOCK_R + tl.arange(0, BLOCK_R)
+        part = matrix + row[:, None] * COLUMNS
+        one = tl.dot(u, tl.load(part + column[None, :]), one, input_precision=PRECISION)
+        two = tl.dot(u, tl.load(part + BLOCK_PAIRS + column[None, :]), two, input_precision=PRECISION)
+        if REST:
+            rest = tl.dot(u, tl.load(part + 2 * BLOCK_PAIRS + rest_column[None, :]), rest, input_precision=PRECISION)
+
+    # Angle addition from the two small tables; padding counts as position 0.
+    position = tl.maximum(token - tl.load(offset + batch), 0)
+    pair = column % PAIRS
+    at_coarse = coarse + (position // FINE)[:, None] * PAIRS + pair[None, :]
+    at_fine = fine + (position % FINE)[:, None] * PAIRS + pair[None, :]
+    cos_a = tl.load(at_coarse, mask=seen[:, None], other=0.0)
+    sin_a = tl.load(at_coarse + coarse_rows * PAIRS, mask=seen[:, None], other=0.0)
+    cos_b, sin_b = tl.load(at_fine), tl.load(at_fine + FINE * PAIRS)
+    cos, sin = cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+    turned_one = one * cos - two * sin
+    turned_two = two * cos + one * sin
+
+    rows = head_count * query_rows
+    for row_block in range(ROW_BLOCKS):
+        row = row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        row_ok = row < rows
+        layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
+        own = row // query_rows
+        mine = row_ok[:, None] & (own[:, None] == (column // PAIRS)[None, :])
+        q = query + layer_row[:, None] * (2 * PAIRS + REST)
+        q_one = tl.load(q + pair[None, :], mask=mine, other=0.0)
+        q_two = tl.load(q + PAIRS + pair[None, :], mask=mine, other=0.0)
+        score = tl.dot(q_one, tl.trans(turned_one), input_precision=PRECISION)
+        score = tl.dot(q_two, tl.trans(turned_two), score, input_precision=PRECISION)
+        if REST:
+            mine = row_ok[:, None] & (own[:, None] == (rest_column // REST)[None, :])
+            q_rest = tl.load(q + 2 * PAIRS + (rest_column % REST)[None, :], mask=mine, other=0.0)
+            score = tl.dot(q_rest, tl.trans(rest), score, input_precision=PRECISION)
+        _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP)
+
+
+@triton.jit
+def direct_scores(
+    scores,
+    pages,
+    table,
+    present,
+    items,
+    heads,
+    operand,
+    constant,
+    first,
+    start,
+    stop,
+    page_count,
+    latents,
+    query_rows,
+    layer_heads,
+    operand_size,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Scores of tokens ``start`` to ``stop`` as products of stored values with queries in their space.
+
+    Args:
+        scores: float32 ``[B, layer_heads * query_rows, stop - start]``, written.
+        items: int32 ``[I, 5]``: first block of the table, first of ``heads``, their number, first row, the
+            group's queries in ``operand``.
+        operand: float32 ``[B, operand_size]``: for each group ``[rows, BLOCKS * BLOCK_R]``.
+        constant: float32 ``[B, layer_heads * query_rows]``, added to the scores.
+    """
+    item = items + tl.program_id(1) * 5
+    block_start, head_start, head_count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    batch = tl.program_id(2).to(tl.int64)
+    token = start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    seen = (token >= tl.load(first + batch)) & (token < stop)
+    address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
+    inside = token % PAGE_TOKENS
+    row = tl.load(item + 3) + tl.arange(0, BLOCK_Q)
+    row_ok = row < head_count * query_rows
+    layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
+
+    q = operand + batch * operand_size + tl.load(item + 4) + row[:, None] * (BLOCKS * BLOCK_R)
+    score = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+    for block in range(BLOCKS):
+        u = unpack_block(
+            address, inside, seen, table, present, block_start + block, latents,
+            WIDTHS, ELEMENT, tl.float32, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+        latent = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        q_block = tl.load(q + latent[None, :], mask=row_ok[:, None], other=0.0)
+        score = tl.dot(q_block, tl.trans(u), score, input_precision=PRECISION)
+    score += tl.load(constant + layer_row, mask=row_ok, other=0.0)[:, None]
+    _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP)
+
+
+@triton.jit
+def latent_sums(
+    sums,
+    stats,
+    scores,
+    pages,
+    table,
+    present,
+    items,
+    heads,
+    first,
+    start,
+    stop,
+    split_start,
+    splits,
+    page_count,
+    latents,
+    query_rows,
+    layer_heads,
+    PAGE_TOKENS: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Sums of stored values under the softmax of one split's scores, with an online softmax over its tiles.
+
+    Args:
+        sums: float32 ``[B, splits, I, BLOCK_Q, BLOCK_R]``, written: weights are ``exp(score - maximum)``.
+        stats: float32 ``[2, B, splits, I, BLOCK_Q]``, written: the split's maximum and its sum of weights.
+        scores: float32 ``[B, layer_heads * query_rows, stop - start]``.
+        items: int32 ``[I, 4]``: block of the table, first of ``heads``, their number, first row.
+        start, stop: tokens that ``scores`` holds; the first is the first of split ``split_start``.
+    """
+    item = items + tl.program_id(1) * 4
+    block, head_start, head_count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.load(item + 3) + tl.arange(0, BLOCK_Q)
+    row_ok = row < head_count * query_rows
+    layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
+    first_token = tl.load(first + batch)
+
+    most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_Q], tl.float32)
+    total = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
+    begin = start + tl.program_id(0) * (TILES * BLOCK_N)
+    for tile in range(TILES):
+        token = begin + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        seen = (token >= first_token) & (token < stop)
+        score = tl.load(
+            scores + layer_row[:, None] * (stop - start) + (token - start)[None, :],
+            mask=row_ok[:, None] & (token < stop)[None, :],
+            other=float("-inf"),
+        )
+        higher = tl.maximum(most, tl.max(score, 1))
+        # A row that has seen nothing has no maximum; 0 keeps its weights at exp(-inf) = 0.
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        rescale = tl.exp(most - anchor)
+        weight = tl.exp(score - anchor[:, None])
+        mass = mass * rescale + tl.sum(weight, 1)
+        most = higher
+        address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
+        u = unpack_block(
+            address, token % PAGE_TOKENS, seen, table, present, block, latents,
+            WIDTHS, ELEMENT, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+        total = tl.dot(weight.to(OPERAND), u, total * rescale[:, None], input_precision=PRECISION)
+
+    place = (batch * splits + split_start + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+    own = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    tl.store(stats + own, most)
+    tl.store(stats + tl.num_programs(2).to(tl.int64) * splits * tl.num_programs(1) * BLOCK_Q + own, mass)
+    tl.store(sums + own[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :], total)

@@ -1,0 +1,59 @@
+"""Where pages and angles lie in memory, as tables that kernels read; kept from call to call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..allocation import FINE_POSITIONS, rotary_table_entries
+from ..layout import SEGMENT_ALIGNMENT_BYTES
+from ..rotary import RotaryTable
+
+_Place = tuple[int, tuple[int, ...], tuple[int, ...]]
+
+_ANGLES: weakref.WeakKeyDictionary[RotaryTable, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def page_addresses(tiles: Sequence[Tensor]) -> Tensor:
+    """Addresses int64 ``[B, pages]`` of all pages; the arenas stay where they are."""
+    return _addresses(tuple(_place(tile) for tile in tiles), tiles[0].device)
+
+
+def are_aligned(tiles: Sequence[Tensor]) -> bool:
+    """Whether every page starts at a multiple of 16 bytes, so that elements of several bytes can be read."""
+    return all(
+        tile.stride(2) == 1 and not any(x % SEGMENT_ALIGNMENT_BYTES for x in (tile.data_ptr(), *tile.stride()[:2]))
+        for tile in tiles
+    )
+
+
+def _place(tile: Tensor) -> _Place:
+    return tile.data_ptr(), tuple(tile.shape), tile.stride()
+
+
+@lru_cache(maxsize=16)
+def _addresses(places: tuple[_Place, ...], device: torch.device) -> Tensor:
+    """Depends on addresses and strides alone, so a table stays right when memory is given to other pages."""
+    parts = [
+        start + torch.arange(shape[0])[:, None] * stride[0] + torch.arange(shape[1]) * stride[1]
+        for start, shape, stride in places
+    ]
+    return torch.cat(parts, dim=1).to(device)
+
+
+def angle_tables(rotary: RotaryTable, tokens: int) -> tuple[Tensor, Tensor]:
+    """Fine ``[2, FINE_POSITIONS, F]`` and coarse ``[2, n, F]`` cosines and sines that cover ``tokens`` positions.
+
+    Position ``p`` is ``p // FINE_POSITIONS`` coarse steps and ``p % FINE_POSITIONS`` fine ones.
+    """
+    have, need = _ANGLES.get(rotary), rotary_table_entries(tokens)
+    if have is None or have[1].shape[1] < need:
+        device = rotary.inverse_frequency.device
+        fine = torch.stack(rotary.cos_sin(torch.arange(FINE_POSITIONS, device=device)))
+        coarse = torch.stack(rotary.cos_sin(torch.arange(need, device=device) * FINE_POSITIONS))
+        have = _ANGLES[rotary] = fine.contiguous(), coarse.contiguous()
+    return have

@@ -1,0 +1,155 @@
+"""Scores of queries against packed keys: choosing and launching the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..allocation import FINE_POSITIONS
+from .inputs import PagedPast
+from .triton_groups import Bank, banks, key_decoder, split_pairs
+from .triton_kernels import decode_scores, direct_scores
+from .triton_pages import angle_tables
+
+ELEMENT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+WARPS = 8
+_INTERPRETER_TILE_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call, as all launches see it.
+
+    Attributes:
+        q: queries float32 ``[B, H, Q, D]``, scaled; the query heads of a KV head are rows of it.
+        paged: the past.
+        pages: addresses int64 ``[B, pages]``.
+        half: 16-bit queries: matrix units may round operands to float16 or tf32.
+        softcap: of the scores.
+    """
+
+    q: Tensor
+    paged: PagedPast
+    pages: Tensor
+    half: bool
+    softcap: float | None
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+        return self.paged.key_readers[0].segment.page_tokens
+
+    @property
+    def precision(self) -> str:
+        """How float32 operands are multiplied; three tf32 products are as exact as float32."""
+        return "tf32" if self.half else "tf32x3"
+
+
+class Scorer:
+    """Scores of any span of tokens; what does not depend on the span is computed once."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._banks = banks(call.paged.key_readers, call.q.device)
+        self._folded = {bank: _fold(call, bank) for bank in self._banks if not _decodes(call, bank)}
+        rotary = call.paged.rotary
+        self._turned = None
+        if rotary is not None and len(self._folded) < len(self._banks):
+            first, second, rest = split_pairs(call.q, rotary)
+            scale = rotary.attention_scale
+            self._turned = torch.cat([first * scale, second * scale, rest], dim=-1)
+
+    def write(self, scores: Tensor, start: int, stop: int) -> None:
+        """Write scores float32 ``[B, H * Q, stop - start]`` of tokens ``start`` to ``stop``."""
+        for bank in self._banks:
+            if bank in self._folded:
+                self._direct(bank, scores, start, stop)
+            else:
+                self._decoded(bank, scores, start, stop)
+
+    def _decoded(self, bank: Bank, scores: Tensor, start: int, stop: int) -> None:
+        call, table, rotary = self._call, bank.table, self._call.paged.rotary
+        assert rotary is not None
+        batch, heads, rows, head_dim = call.q.shape
+        half = call.half and bank.fits_float16
+        decoder = key_decoder(bank, rotary, head_dim, torch.float16 if half else torch.float32)
+        fine, coarse = angle_tables(rotary, call.paged.tokens)
+        block, most_rows = tile_tokens(call, keys=True), rows * decoder.most_heads
+        block_q = query_block(most_rows)
+        decode_scores[(-(-(stop - start) // block), len(decoder.items), batch)](
+            scores, call.pages, table.fields, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
+            self._turned, fine, coarse, call.paged.first, call.paged.offset, start, stop, call.pages.shape[1],
+            table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
+            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
+            OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, PAIRS=rotary.width // 2,
+            REST=head_dim - rotary.width, FINE=FINE_POSITIONS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
+            BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
+            BLOCK_REST=decoder.block_rest,
+            num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+            num_stages=3 if half else 2,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+
+    def _direct(self, bank: Bank, scores: Tensor, start: int, stop: int) -> None:
+        call, table = self._call, bank.table
+        batch, heads, rows = call.q.shape[:3]
+        operand, constant, items, block_q = self._folded[bank]
+        block = tile_tokens(call, keys=False)
+        direct_scores[(-(-(stop - start) // block), len(items), batch)](
+            scores, call.pages, table.fields, table.present, items, bank.heads, operand, constant, call.paged.first,
+            start, stop, call.pages.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
+            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
+            ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
+            BLOCK_Q=block_q, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+        )  # fmt: skip
+
+
+def tile_tokens(call: Call, keys: bool) -> int:
+    """Tokens of a tile: 64 where a program holds decoded keys or float32 operands; many where programs run in turn."""
+    if call.q.device.type != "cuda":
+        return _INTERPRETER_TILE_TOKENS
+    return 128 if call.half and not keys else 64
+
+
+def query_block(rows: int) -> int:
+    """Query rows of a program: a power of two from 16, the least that matrix units take, to 64."""
+    return max(16, min(64, 1 << (rows - 1).bit_length()))
+
+
+def _most_heads(bank: Bank) -> int:
+    return max(len(group.heads) for group in bank.groups)
+
+
+def _decodes(call: Call, bank: Bank) -> bool:
+    """Whether keys must exist to be rotated; otherwise the query goes to where the stored values are."""
+    return bank.coded and call.paged.rotary is not None
+
+
+def _fold(call: Call, bank: Bank) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Operand, constant, items and block of query rows of ``direct_scores``."""
+    batch, heads, rows = call.q.shape[:3]
+    constant = torch.zeros(batch, heads, rows, device=call.q.device)
+    parts = []
+    for group in bank.groups:
+        own = call.q[:, list(group.heads)]
+        if group.affine is not None:
+            matrix, bias = (x.unflatten(-1, (len(group.heads), -1)) for x in group.affine)
+            constant[:, list(group.heads)] = (own @ bias[..., None])[..., 0]
+            own = own @ matrix.permute(1, 2, 0)
+        width = bank.table.blocks * bank.table.block
+        parts.append(torch.nn.functional.pad(own, (0, width - own.shape[-1])).flatten(1))
+    items, block_q = bank.keep(("folded", rows), lambda: _fold_items(bank, rows))
+    return torch.cat(parts, dim=1), constant, items, block_q
+
+
+def _fold_items(bank: Bank, rows: int) -> tuple[Tensor, int]:
+    block_q = query_block(rows * _most_heads(bank))
+    items, place = [], 0
+    for index, group in enumerate(bank.groups):
+        own, count = len(group.heads) * rows, len(group.heads)
+        block, start = index * bank.table.blocks, bank.head_starts[index]
+        items += [(block, start, count, row, place) for row in range(0, own, block_q)]
+        place += own * bank.table.blocks * bank.table.block
+    return torch.tensor(items, dtype=torch.int32, device=bank.device), block_q

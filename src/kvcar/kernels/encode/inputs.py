@@ -1,0 +1,57 @@
+"""What encoding into pages is given, the same for every implementation; the counterpart of attention's ``Reader``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...errors import InputError
+from ..layout import SegmentLayout
+
+
+class AffineEncoder(NamedTuple):
+    """``(x - centre) @ matrix``, then ``(z - zero) / scale`` rounded: all float32, ``[W, R]``, ``[W]``, ``[R]`` twice."""
+
+    matrix: Tensor
+    centre: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """How vectors of one unit become its segment of a page.
+
+    Attributes:
+        segment: where the unit lies in a page.
+        encode: vectors float32 ``[..., W]`` to latents float32 ``[..., R]``; None when the segment is lossless.
+        codes: latents to stored values float32 ``[..., S]``; None when the segment is lossless.
+        affine: ``encode`` and ``codes`` as one affine map that is rounded and clamped to the latents' bits; None
+            when the encoder is not affine or the scales are dynamic.
+        exact_dtype: dtype of the elements of a lossless segment.
+    """
+
+    segment: SegmentLayout
+    encode: Callable[[Tensor], Tensor] | None
+    codes: Callable[[Tensor], Tensor] | None
+    affine: AffineEncoder | None
+    exact_dtype: torch.dtype
+
+
+def check_pages(x: Tensor, writer: Writer) -> int:
+    """Pages that ``x`` ``[B, N, W]`` fills.
+
+    Raises:
+        InputError: its tokens are no whole number of pages.
+    """
+    pages, rest = divmod(x.shape[1], writer.segment.page_tokens)
+    if rest:
+        raise InputError(
+            f"got {x.shape[1]} tokens to encode, expected a multiple of the {writer.segment.page_tokens} of a page; "
+            "fill the last page up first"
+        )
+    return pages

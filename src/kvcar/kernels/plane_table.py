@@ -1,0 +1,88 @@
+"""A segment's planes as a table that a kernel can read: for every latent, where its bits lie in a page.
+
+The planes of a latent of 1 to 8 bits are its binary digits: it has at most one plane of each width 8, 4, 2 and 1.
+So five classes describe any mix of bits: one for each plane width, and one for elements stored as they are (16-bit
+latents, or lossless slots), which count as width 16. In a class a latent has the fields
+
+- ``offset``: bytes from the start of the page to its column, -1 where it has nothing in this class;
+- ``stride``: bytes from a row of the plane to the next, or from a token's element to the next token's;
+- ``shift``: where the plane's bits go in the code.
+
+Then ``code(token) = sum over classes of ((byte[offset + row * stride] >> (width * place)) & mask) << shift`` with
+``rows = page_tokens * width / 8``, ``row = token % rows`` and ``place = token // rows``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .layout import SegmentLayout
+
+WIDTHS = (1, 2, 4, 8, 16)
+_ELEMENT = WIDTHS.index(16)
+_RAW_BYTES = 2
+
+
+@dataclass(frozen=True)
+class PlaneTable:
+    """Latents of one or several segments in blocks of equal length, so that a kernel takes a block at a time.
+
+    Attributes:
+        fields: int32 ``[5, 3, blocks * block]``: class, field, latent.
+        present: int32 ``[blocks]``: the sum of the widths that any latent of the block has.
+        widths: the sum of the widths that any latent has.
+        blocks: blocks of each segment, the same number for all.
+        block: latents of a block.
+    """
+
+    fields: Tensor
+    present: Tensor
+    widths: int
+    blocks: int
+    block: int
+
+    @property
+    def latents(self) -> int:
+        """Latents of all blocks, padding counted."""
+        return self.fields.shape[-1]
+
+
+def segment_fields(segment: SegmentLayout, element_bytes: int = _RAW_BYTES) -> Tensor:
+    """Fields int32 ``[5, 3, latents]`` of a segment; ``element_bytes`` are those of a lossless one's elements."""
+    fields = _absent(segment.latents)
+    elements = segment.latents if segment.lossless else segment.raw
+    size = element_bytes if segment.lossless else _RAW_BYTES
+    fields[_ELEMENT, 0, :elements] = segment.offset + torch.arange(elements, dtype=torch.int32) * size
+    fields[_ELEMENT, 1, :elements] = elements * size
+    for plane in segment.planes:
+        own = fields[WIDTHS.index(plane.bits), :, plane.start : plane.stop]
+        width = plane.stop - plane.start
+        own[0] = segment.offset + plane.offset + torch.arange(width, dtype=torch.int32)
+        own[1], own[2] = width, plane.shift
+    return fields
+
+
+def block_latents(counts: Sequence[int], most: int) -> int:
+    """Length of a block, a power of two of 16 to ``most``, for segments of so many latents."""
+    return max(16, min(most, 1 << (max(counts) - 1).bit_length()))
+
+
+def joined(parts: Sequence[Tensor], block: int, device: torch.device) -> PlaneTable:
+    """Table of several segments' fields, each filled up to the same number of blocks with latents that have no bits."""
+    blocks = max(-(-fields.shape[-1] // block) for fields in parts)
+    filled = [torch.cat([fields, _absent(blocks * block - fields.shape[-1])], dim=-1) for fields in parts]
+    fields = torch.cat(filled, dim=-1)
+    has = (fields[:, 0] >= 0).unflatten(-1, (-1, block)).any(-1)
+    present = (has * torch.tensor(WIDTHS)[:, None]).sum(0).to(torch.int32)
+    widths = sum(width for width, there in zip(WIDTHS, has.any(-1).tolist(), strict=True) if there)
+    return PlaneTable(fields.contiguous().to(device), present.to(device), widths, blocks, block)
+
+
+def _absent(latents: int) -> Tensor:
+    fields = torch.zeros(len(WIDTHS), 3, latents, dtype=torch.int32)
+    fields[:, 0] = -1
+    return fields

@@ -1,0 +1,197 @@
+"""Triton's attention against the specification; on CUDA natively, elsewhere under Triton's interpreter."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from structures import STRUCTURES, paged_past, rotary
+from triton_device import DEVICE, poison_empty
+
+from kvcar.errors import InputError
+from kvcar.kernels.attend import ExactPast, PagedPast, Reader, naive, triton_values
+from kvcar.kernels.attend import triton as backend
+from kvcar.kernels.layout import coded_segment
+from kvcar.kernels.pack import pack
+from kvcar.kernels.rotary import RotaryTable
+from kvcar.plan import BitGroup
+from kvcar.runtime.coder import PageCoder
+
+REFUSED = {"autoencoder": "not affine"}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(scope="module", params=list(STRUCTURES), ids=str)
+def structure(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def coder(structure):
+    return coder_of(structure)
+
+
+def coder_of(structure):
+    return PageCoder(STRUCTURES[structure](), torch.device(DEVICE), torch.float32)
+
+
+def random(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def exact_past(batch, heads, count, head_dim, dtype=torch.float32):
+    """Six sinks and earlier tokens with the ``count`` of this pass, seen causally."""
+    mask = torch.ones(count, 5 + count, dtype=torch.bool, device=DEVICE).tril(5)[None, None].expand(batch, -1, -1, -1)
+    size = (batch, heads, 5 + count, head_dim)
+    return ExactPast(random(*size, dtype=dtype), random(*size, dtype=dtype), mask)
+
+
+def check(query, exact, paged, softcap=None):
+    expected = naive.attend(query, exact, paged, query.shape[-1] ** -0.5, softcap)
+    got = backend.attend(query, exact, paged, query.shape[-1] ** -0.5, softcap)
+    assert got.dtype == query.dtype
+    torch.testing.assert_close(got, expected, atol=TOLERANCE[query.dtype], rtol=TOLERANCE[query.dtype])
+    return got
+
+
+@pytest.mark.parametrize("with_rotary", [True, False], ids=["rotary", "no positions"])
+def test_every_structure(structure, coder, with_rotary):
+    """330 tokens lie in two arenas, the last page partly filled; the second sequence is padded."""
+    layer = int(with_rotary)
+    paged = paged_past(coder, layer, 330, 2, rotary(DEVICE) if with_rotary else None, [0, 9])
+    assert len(paged.tiles) == 2
+    query, exact = random(2, 4, 1, 16), exact_past(2, 2, 1, 16)
+    if structure in REFUSED:
+        assert REFUSED[structure] in backend.serves(query, paged)
+        with pytest.raises(InputError, match=f"cannot be used.*{REFUSED[structure]}.*another backend"):
+            backend.attend(query, exact, paged, 0.25)
+    else:
+        assert backend.serves(query, paged) is None
+        check(query, exact, paged, 5.0 if with_rotary else None)
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(1, 1), (33, 1), (63, 7), (1000, 1)])
+def test_any_length(tokens, count):
+    paged = paged_past(coder_of("raw latents"), 0, tokens, 2, rotary(DEVICE), [0, min(9, tokens - 1)])
+    check(random(2, 4, count, 16), exact_past(2, 2, count, 16), paged)
+
+
+def made_past(tokens, heads, head_dim, table, groups, orders):
+    """Two ragged sequences of random codes, the decoders random too; ``orders``: heads of each reader."""
+    generator = torch.Generator().manual_seed(tokens)
+    readers, segments, offset = [], [], 0
+    latents = sum(group.count for group in groups)
+    for order in orders:
+        segments.append(coded_segment(groups, 64, offset))
+        offset = -(-segments[-1].end // 16) * 16
+        shape = (latents, len(order) * head_dim)
+        matrix = torch.randn(*shape, generator=generator) / (2.0 ** groups[0].bits * latents**0.5)
+        affine = matrix.to(DEVICE), torch.randn(shape[1], generator=generator).to(DEVICE)
+        readers.append(Reader(segments[-1], order, None, partial(affinely, affine), affine, False, torch.float16))
+    pages = torch.full((2, -(-tokens // 64), offset), 255, dtype=torch.uint8)
+    bits = torch.tensor([min(group.bits, 8) for group in groups for _ in range(group.count)])
+    for segment in segments:
+        u = (torch.rand(2, pages.shape[1], 64, latents, generator=generator) * 2.0**bits).floor()
+        pages[..., segment.offset : segment.end] = pack(u, segment)
+    first, start = torch.tensor([4, 21], device=DEVICE), torch.tensor([0, 17], device=DEVICE)
+    pages = pages.to(DEVICE)
+    tiles = [pages[:, :1], pages[:, 1:]]  # not contiguous
+    return PagedPast(tiles, tokens, first, 21, start, tuple(readers), tuple(readers[::-1]), table)
+
+
+def affinely(affine, u):
+    return u @ affine[0] + affine[1]
+
+
+def table(width, style="half", scale=1.0):
+    return RotaryTable(100.0 ** -torch.linspace(0, 1, width // 2, dtype=torch.float64, device=DEVICE), scale, style)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "orders", "group", "count", "dtype", "rotated"),
+    [
+        (32, [(2, 0), (1, 3)], 1, 1, torch.float32, lambda: table(32)),
+        (64, [(1, 0)], 4, 2, torch.bfloat16, lambda: table(32, "interleaved", 1.2)),
+        (80, [(0,), (1,)], 2, 1, torch.float16, lambda: table(80)),
+        (96, [(0, 1)], 1, 1, torch.bfloat16, lambda: table(48)),
+        (128, [(0, 1)], 4, 1, torch.bfloat16, lambda: table(128)),
+        (256, [(0,)], 2, 1, torch.float32, lambda: table(256, "interleaved")),
+        (64, [(0,)], 8, 16, torch.bfloat16, lambda: table(64)),
+        (80, [(3, 1, 0), (2,)], 2, 3, torch.float16, lambda: None),
+    ],
+)
+def test_shapes_styles_and_dtypes(head_dim, orders, group, count, dtype, rotated):
+    heads = sum(len(order) for order in orders)
+    groups = [BitGroup(bits=b, count=c) for b, c in [(7, 9), (5, 20), (3, 11)]]
+    paged = made_past(150, heads, head_dim, rotated(), groups, orders)
+    query = random(2, heads * group, count, head_dim, dtype=dtype)
+    check(query, exact_past(2, heads, count, head_dim, dtype), paged)
+
+
+def test_a_block_of_two_thousand_latents():
+    groups = [BitGroup(bits=8, count=100), BitGroup(bits=6, count=1000), BitGroup(bits=1, count=948)]
+    paged = made_past(70, 1, 32, table(32), groups, [(0,)])
+    check(random(2, 2, 1, 32), exact_past(2, 1, 1, 32), paged)
+
+
+def test_spans_and_splits_are_merged(monkeypatch):
+    """A scratch for few scores takes a long past in several spans, each of several splits."""
+    paged = paged_past(coder_of("one key head exact"), 0, 1300, 1, rotary(DEVICE), [0])
+    query, exact = random(1, 4, 1, 16), exact_past(1, 2, 1, 16)
+    monkeypatch.setattr(triton_values, "_programs", lambda device: 1000)
+    monkeypatch.setattr(backend, "_SCORES_AT_ONCE", 4 * 600)
+    check(query, exact, paged)
+
+
+def test_scratch_and_unfilled_room_are_never_read(monkeypatch):
+    paged = paged_past(coder_of("one key head exact"), 0, 40, 1, rotary(DEVICE), [3])
+    query, exact = random(1, 4, 1, 16), exact_past(1, 2, 1, 16)
+    before = check(query, exact, paged)
+    for arena in paged.tiles:
+        arena[:, 2:] = 255  # 40 tokens fill one page and part of the second
+        for reader in (*paged.key_readers, *paged.value_readers):
+            if reader.segment.lossless:  # the rows of tokens to come become NaN
+                segment = reader.segment
+                arena[:, 1, segment.offset + segment.size // 4 : segment.end] = 255
+    poison_empty(monkeypatch)
+    assert torch.equal(backend.attend(query, exact, paged, 0.25), before)
+
+
+def test_a_query_that_sees_nothing_gives_zeros_not_nan():
+    paged = paged_past(coder_of("raw latents"), 0, 3, 1, rotary(DEVICE), [0])  # three sinks
+    keys = random(1, 2, 3, 16)
+    nothing = ExactPast(keys, keys, torch.zeros(1, 1, 2, 3, dtype=torch.bool, device=DEVICE))
+    for past in (None, paged):
+        got = backend.attend(random(1, 4, 2, 16), nothing, past, 1.0)
+        assert torch.equal(got, torch.zeros_like(got))
+
+
+def test_what_is_not_served_is_said():
+    paged = paged_past(coder_of("raw latents"), 0, 40, 1, rotary(DEVICE), [0])
+    query = random(1, 4, 1, 16)
+    assert "17 query tokens" in backend.serves(random(1, 4, 17, 16), None)
+    assert "float64" in backend.serves(query.double(), None)
+    dynamic = tuple(replace(reader, restore=lambda u: u) for reader in paged.value_readers)
+    assert "dynamic" in backend.serves(query, replace(paged, value_readers=dynamic))
+    lossless = tuple(replace(r, segment=replace(r.segment, lossless=True)) for r in paged.key_readers)
+    assert "before RoPE" in backend.serves(query, replace(paged, key_readers=lossless))
+    wide = [torch.cat([tile, tile[..., :8]], dim=-1)[..., 8:] for tile in paged.tiles]
+    assert "16 bytes" in backend.serves(query, replace(paged, tiles=wide))
+
+
+def test_the_kernels_compile_for_an_h100(tmp_path):
+    """Down to machine code, which needs no GPU; scores and sums of a decoding step must not spill much."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = Path(__file__).with_name("gpu_compile.py")
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert {name for name, *_ in lines} == {"decode_scores", "direct_scores", "latent_sums", "encode_pages"}
+    for name, shared, _, spilled in lines:
+        assert int(shared) <= 227 * 1024, name
+        assert int(spilled) <= 64, name

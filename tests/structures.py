@@ -1,0 +1,69 @@
+"""Every structure a plan can have, and pages of random tokens for them: what attention kernels are tested over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from bundles import by_hand, fitted
+from tiny import tiny_model
+
+from kvcar.bundle import Bundle
+from kvcar.kernels.attend import PagedPast
+from kvcar.kernels.rotary import RotaryTable
+from kvcar.plan import Reuse
+from kvcar.runtime.coder import PageCoder
+from kvcar.runtime.pages import PageStore
+from kvcar.shapes import Kind, Slot
+
+HEAD_DIM = 16
+
+
+def slots(layers: Sequence[int], kind: Kind, heads: Sequence[int] = (0, 1)) -> tuple[Slot, ...]:
+    """Slots of some heads in some layers."""
+    return tuple(Slot(layer, head, kind) for layer in layers for head in heads)
+
+
+MODEL = tiny_model("llama")
+STRUCTURES: dict[str, Callable[[], Bundle]] = {
+    "a block for each layer": lambda: by_hand(MODEL, [slots([i], k) for i in range(4) for k in ("key", "value")]),
+    "blocks over layers": lambda: by_hand(MODEL, [slots(range(4), "key"), slots(range(4), "value")], bits=[7, 5, 3, 2]),
+    "heads apart": lambda: by_hand(MODEL, [slots([i], k, [h]) for i in range(4) for k in ("key", "value") for h in (1, 0)]),
+    "keys with values": lambda: by_hand(MODEL, [slots([i], "key") + slots([i], "value") for i in range(4)], bits=8),
+    "raw latents": lambda: by_hand(MODEL, [slots(range(4), "key"), slots(range(4), "value")], bits=[16, 4]),
+    "values exact": lambda: by_hand(MODEL, [slots(range(4), "key")]),
+    "one key head exact": lambda: by_hand(MODEL, [slots(range(4), "key", [0]), slots(range(4), "value")]),
+    "reuse": lambda: by_hand(
+        MODEL,
+        [slots([0, 2], "key"), slots([0, 2], "value")],
+        reuses=tuple(Reuse(slot=Slot(i + 1, h, k), source=Slot(i, 1 - h, k)) for i in (0, 2) for h in (0, 1) for k in ("key", "value")),
+    ),
+    "autoencoder": lambda: fitted(MODEL, codec="autoencoder", times_smaller=3, steps=5),
+    "lossless": lambda: fitted(MODEL, codec="identity"),
+    "plain quantiser": lambda: fitted(MODEL, codec="identity", bits=4.5),
+}  # fmt: skip
+
+
+def paged_past(
+    coder: PageCoder, layer: int, tokens: int, batch: int, rotary: RotaryTable | None, padding: list[int]
+) -> PagedPast:
+    """Pages of random tokens on the coder's device; the first 4 tokens after the padding are not attended (sinks)."""
+    generator = torch.Generator().manual_seed(tokens)
+    store = PageStore(coder.units, coder.layout.page_bytes, 32)
+
+    def fetch(slot, before_rope):
+        del slot, before_rope
+        return torch.randn(batch, tokens, HEAD_DIM, generator=generator).to(coder.device)
+
+    store.append([unit.stored(fetch) for unit in coder.units])
+    offset = torch.tensor(padding, device=coder.device)
+    return PagedPast(
+        store.arenas, tokens, offset + 4, max(padding) + 4, offset,
+        coder.readers(layer, "key"), coder.readers(layer, "value"), rotary,
+    )  # fmt: skip
+
+
+def rotary(device: str | torch.device = "cpu") -> RotaryTable:
+    """Rotation of the whole head, as Llama's."""
+    exponent = torch.arange(HEAD_DIM // 2, dtype=torch.float64, device=device) / (HEAD_DIM // 2)
+    return RotaryTable(1.0 / 10000**exponent, 1.0, "half")
