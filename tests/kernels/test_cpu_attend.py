@@ -11,7 +11,7 @@ from structures import HEAD_DIM, MODEL, STRUCTURES, paged_past, slots
 from kvcar.errors import InputError, KernelError
 from kvcar.kernels import backend
 from kvcar.kernels.attend import ExactPast, attend, cpu, naive
-from kvcar.kernels.attend.decode8 import decoder_in_8_bits
+from kvcar.kernels.attend.decode8 import decoder_in_8_bits, latent_bits
 from kvcar.kernels.native import build, find_compiler, native_library
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.runtime.coder import PageCoder
@@ -120,9 +120,7 @@ def test_decoders_in_8_bits_change_keys_by_what_they_say(bits, monkeypatch):
     rounded, biases = matrix.clone(), bias.clone()
     for head in range(len(reader.heads)):
         own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        decoder = decoder_in_8_bits(
-            matrix[:, own], bias[own], torch.tensor(sorted(bits * 32, reverse=True))[: len(matrix)]
-        )
+        decoder = decoder_in_8_bits(matrix[:, own], bias[own], latent_bits(reader.segment))
         rounded[decoder.exact :, own] = decoder.rounded.float() * decoder.scale
         biases[own] = decoder.bias
     expected = naive.attend(query, exact, with_keys(paged, rounded, biases), 0.25)
@@ -143,10 +141,10 @@ def test_rounding_decoders_adds_little_to_the_codes_own_noise():
     # Water-filling gives all latents about the same step; directions are orthonormal.
     matrix = torch.linalg.qr(torch.randn(64, 64, generator=draw))[0][: len(bits)]
     decoder = decoder_in_8_bits(matrix, torch.zeros(64), bits)
-    assert decoder.exact == 2
+    assert decoder.exact == 1
     codes = (torch.rand(4000, len(bits), generator=draw) * (2.0**bits - 1)).round()
     exact = codes @ matrix
-    rounded = codes[:, :2] @ matrix[:2] + (codes[:, 2:] @ decoder.rounded.float()) * decoder.scale + decoder.bias
+    rounded = codes[:, :1] @ matrix[:1] + (codes[:, 1:] @ decoder.rounded.float()) * decoder.scale + decoder.bias
     noise = (torch.rand(4000, len(bits), generator=draw) - 0.5) @ matrix
     assert (rounded - exact).square().mean() < 0.06 * noise.square().mean()
 

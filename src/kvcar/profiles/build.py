@@ -21,7 +21,7 @@ from .options import Profile, ProfileOptions
 from .statistics import Slots, Statistics
 
 # Of unpacking one code, in FLOPs that take as long.
-_UNPACK_FLOPS = 16.0
+_UNPACK_FLOPS = 32.0
 _RUN_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80)
 
 

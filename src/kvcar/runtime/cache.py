@@ -112,15 +112,14 @@ class KVCarCache(Cache):
     def past(self, layer: int, query: Tensor, scaling: float) -> tuple[ExactPast, PagedPast | None]:
         """What ``query`` ``[B, Hq, T, D]`` of a coded layer attends to in the pass under way."""
         assert self._next_state is not None
-        keys, values = self._coded[layer].exact()
-        exact = ExactPast(keys, values, self._exact_mask())
+        exact = self._coded[layer].exact(self._exact_mask())
         assert self._pages is not None
         if self._pages.tokens == 0:
             return exact, None
         paged = self._paged(layer, self._next_state)
         chosen = None if self._summaries is None else self._summaries.choose(layer, query, paged, scaling)
         if self._decoded is not None:
-            return self._decoded.extend(layer, exact, paged, chosen), None
+            return self._decoded.extend(layer, exact.joined(), paged, chosen), None
         return exact, paged if chosen is None else paged.only(chosen, gather=False)
 
     # What transformers calls

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import AttachError, CacheStateError
 from ..kernels.allocation import window_capacity
+from ..kernels.attend import ExactPast
 
 
 class CodedLayer(CacheLayerMixin):
@@ -70,21 +71,17 @@ class CodedLayer(CacheLayerMixin):
         """No maximum of its own."""
         return -1
 
-    def exact(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, H, S, D]`` that attention reads as they are: sinks, window, this pass.
+    def exact(self, mask: Tensor | None) -> ExactPast:
+        """What attention reads as it is: sinks and window, then this pass; ``mask`` covers both.
 
         Sinks come first only once pages exist; until then the first tokens are in the window.
         """
         assert self.pending is not None
-        if self.buffers is None:
-            return self.pending
-        start = 0 if self.paged else self.sinks
-        stop = self.sinks + self.held
-        keys, values = (
-            torch.cat([buffer[:, :, start:stop].to(new.dtype), new], dim=2)
-            for buffer, new in zip(self.buffers, self.pending, strict=True)
-        )
-        return keys, values
+        start, stop = 0 if self.paged else self.sinks, self.sinks + self.held
+        if self.buffers is None or start == stop:
+            return ExactPast(*self.pending, mask)
+        keys, values = self.buffers
+        return ExactPast(*self.pending, mask, (keys[:, :, start:stop], values[:, :, start:stop]))
 
     def oldest(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, count, D]`` of tokens ``first`` on, counted from the oldest outside the pages."""

@@ -56,7 +56,7 @@ def attend(
     if reason is not None:
         raise KernelError(f"the CPU kernel of attention does not serve this: {reason}")
     if paged is None:
-        return begin(query, exact, scaling, softcap)[1].result().reshape(query.shape).to(query.dtype)
+        return begin(query, exact.joined(), scaling, softcap)[1].result().reshape(query.shape).to(query.dtype)
     batch, _, tokens, head_dim = query.shape
     q = query.float().reshape(batch, exact.keys.shape[1], -1, head_dim) * scaling
     return _job(paged, head_dim).run(q, exact, paged, softcap, tokens).reshape(query.shape).to(query.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout import SegmentLayout
 
-FEWEST_FLOAT_BITS = 7
+FEWEST_FLOAT_BITS = 8
 _LARGEST_SUM = 2**15 - 1
 
 

@@ -17,7 +17,7 @@ def attend(
     if backend in ("cpu", "triton") and paged is not None:
         return _compiled(backend, query, exact, paged, scaling, softcap)
     plain = naive if backend == "naive" else tiled
-    return plain.attend(query, exact, None if paged is None else paged.gathered(), scaling, softcap)
+    return plain.attend(query, exact.joined(), None if paged is None else paged.gathered(), scaling, softcap)
 
 
 def _compiled(
@@ -30,6 +30,8 @@ def _compiled(
     reason = kernel.serves(query, paged)
     if reason is not None:
         tell_once("attention", backend, reason)
-        return tiled.attend(query, exact, paged.gathered(), scaling, softcap)
-    # The C kernel reads pages where they lie.
-    return kernel.attend(query, exact, paged if backend == "cpu" else paged.gathered(), scaling, softcap)
+        return tiled.attend(query, exact.joined(), paged.gathered(), scaling, softcap)
+    if backend == "triton":
+        exact, paged = exact.joined(), paged.gathered()
+    # The C kernel reads pages, sinks and window where they lie.
+    return kernel.attend(query, exact, paged, scaling, softcap)

@@ -59,12 +59,23 @@ class ExactPast:
 
     Attributes:
         keys, values: ``[B, H, S, D]``, keys after RoPE.
-        mask: bool, broadcastable to ``[B, 1, T, S]``, True where a query may attend; None for everywhere.
+        mask: bool, broadcastable to ``[B, 1, T, S]``, True where a query may attend; None for everywhere. It covers
+            ``before`` too.
+        before: keys and values of tokens before those, perhaps in a narrower dtype; ``joined`` puts them in front.
     """
 
     keys: Tensor
     values: Tensor
     mask: Tensor | None
+    before: tuple[Tensor, Tensor] | None = None
+
+    def joined(self) -> ExactPast:
+        """The same tokens with nothing before them."""
+        if self.before is None:
+            return self
+        sides = zip(self.before, (self.keys, self.values), strict=True)
+        keys, values = (torch.cat([held.to(new.dtype), new], dim=2) for held, new in sides)
+        return ExactPast(keys, values, self.mask)
 
 
 @dataclass(frozen=True)

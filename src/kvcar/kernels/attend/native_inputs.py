@@ -36,6 +36,10 @@ class _Side(ctypes.Structure):
     _fields_ = [("base", _POINTER), ("batch_stride", _I64), ("head_stride", _I64), ("token_stride", _I64)]
 
 
+class _Part(ctypes.Structure):
+    _fields_ = [("keys", _Side), ("values", _Side), ("tokens", _I64), ("is_bfloat16", _I32), ("spare", _I32)]
+
+
 class _Job(ctypes.Structure):
     _fields_ = [
         *((name, _I32) for name in ("batch", "heads", "rows", "head_dim", "page_tokens", "pairs", "splits", "threads")),
@@ -43,9 +47,9 @@ class _Job(ctypes.Structure):
         ("fine_cos", _POINTER), ("fine_sin", _POINTER), ("coarse_cos", _POINTER), ("coarse_sin", _POINTER),
         ("softcap", _F32), ("key_readers", _I32), ("value_readers", _I32), ("arenas", _I32),
         ("keys", _POINTER), ("values", _POINTER), ("arena", _POINTER), ("most", _POINTER), ("mass", _POINTER),
-        ("query", _POINTER), ("exact_keys", _Side), ("exact_values", _Side), ("exact_tokens", _I64), ("mask", _POINTER),
+        ("query", _POINTER), ("part", _POINTER), ("mask", _POINTER),
         ("mask_batch_stride", _I64), ("mask_row_stride", _I64), ("mask_token_stride", _I64), ("mask_rows", _I32),
-        ("exact_is_bfloat16", _I32), ("scattered", _I32), ("spare", _I32), ("out", _POINTER),
+        ("parts", _I32), ("scattered", _I32), ("spare", _I32), ("out", _POINTER),
     ]  # fmt: skip
 
 
@@ -161,7 +165,8 @@ class NativeJob:
                     self._keep(torch.stack([p.scale for p in parts])),
                     torch.stack([p.bias for p in parts]),
                 )
-                matrix = matrix[:, : native.exact]
+                native.matrix, native.bias = self._keep(matrix[:, : native.exact]), self._keep(bias)
+                return native
         native.matrix = self._keep(matrix.unflatten(2, (-1, self._columns)).transpose(1, 2))
         native.bias = self._keep(bias)
         return native
@@ -207,18 +212,21 @@ class NativeJob:
         return (int(paged.pages[:, -1].max()) + 1) * paged.page_tokens
 
     def _exact(self, exact: ExactPast, tokens: int) -> object:
-        job, (keys, values) = self.struct, (exact.keys, exact.values)
-        if keys.dtype != torch.bfloat16:
-            keys, values = keys.float(), values.float()
-        keys, values = (side if side.stride(-1) == 1 else side.contiguous() for side in (keys, values))
-        job.exact_is_bfloat16, job.exact_tokens = int(keys.dtype == torch.bfloat16), keys.shape[2]
-        job.exact_keys, job.exact_values = _side(keys), _side(values)
+        job, kept, parts = self.struct, [], []
+        for keys, values in (*([exact.before] if exact.before else []), (exact.keys, exact.values)):
+            if keys.dtype != torch.bfloat16:
+                keys, values = keys.float(), values.float()
+            keys, values = (side if side.stride(-1) == 1 else side.contiguous() for side in (keys, values))
+            kept += [keys, values]
+            parts.append(_Part(_side(keys), _side(values), keys.shape[2], int(keys.dtype == torch.bfloat16)))
+        array = (_Part * len(parts))(*parts)
+        job.part, job.parts = ctypes.addressof(array), len(parts)
         job.mask, job.mask_rows, mask = None, tokens, exact.mask
         if mask is not None:
-            mask = mask.expand(keys.shape[0], 1, tokens, keys.shape[2])
+            mask = mask.expand(exact.keys.shape[0], 1, tokens, sum(part.tokens for part in parts))
             job.mask, job.mask_batch_stride = mask.data_ptr(), mask.stride(0)
             job.mask_row_stride, job.mask_token_stride = mask.stride(2), mask.stride(3)
-        return keys, values, mask
+        return kept, array, mask
 
     def _queries(self, q: Tensor) -> list[Tensor]:
         """Queries in the order of pairs and padded, or folded into every reader's latents."""

@@ -20,8 +20,9 @@
  *
  * Keys that rotate: `matrix` is [heads][blocks of COLUMNS][exact latents][COLUMNS], `bias` [heads][padded head dim], `query`
  * [batch][heads of the layer][rows][padded head dim], all in the order (first of each rotated pair, second, the rest).
- * `exact` latents come first; the decoder of the others is `narrow` [heads][pairs of latents][padded head dim][2] times
- * `scale` [heads][padded head dim], null where all are exact; `stops` [heads][stops_stride], count first: see decode8.h.
+ * Or, where `narrow` is given, `matrix` is [heads][exact latents][padded head dim] and the decoder of the latents after
+ * those is `narrow` [heads][pairs of latents][padded head dim][2] times `scale` [heads][padded head dim]; `stops`
+ * [heads][stops_stride], count first: see decode8.h.
  * Keys that do not rotate: `matrix` is null, `query` [batch][heads of the layer][rows][latents] holds the decoder already and
  * `constant` [batch][heads of the layer][rows] is what its bias adds to a score.
  * Values: `matrix` [heads][latents][padded head dim], `bias` [heads][padded head dim]; `sums` [batch][splits][heads *
@@ -51,6 +52,12 @@ typedef struct {
 } Side;
 
 typedef struct {
+    Side keys, values;
+    int64_t tokens;
+    int32_t is_bfloat16, spare;
+} Part;
+
+typedef struct {
     int32_t batch, heads, rows, head_dim, page_tokens, pairs, splits, threads;
     int64_t tokens;
     const int64_t *first, *offset; /* [batch]: first token attended; position of token 0 is -offset */
@@ -62,11 +69,10 @@ typedef struct {
     const Arena *arena;
     float *most, *mass;                                /* [batch][splits + 1][heads * rows], the last of what is exact */
     const float *query;                                /* [batch][heads][rows][head dim] in the model's order */
-    Side exact_keys, exact_values;
-    int64_t exact_tokens;
+    const Part *part;                                  /* tokens held exactly, one part after the other */
     const uint8_t *mask;                               /* null: all may be attended */
     int64_t mask_batch_stride, mask_row_stride, mask_token_stride;
-    int32_t mask_rows, exact_is_bfloat16;              /* row r of the queries has row r % mask_rows of the mask */
+    int32_t mask_rows, parts;                          /* row r of the queries has row r % mask_rows of the mask */
     int32_t scattered, spare;                          /* whether arenas hold all pages, not those of `page_index` alone */
     float *out;                                        /* [batch][heads][rows][head dim]; holds exact sums meanwhile */
 } Job;
@@ -112,24 +118,81 @@ static void turn_queries(const Job *job, const float *query, int64_t position, f
     }
 }
 
+/* out[i * TILE] = score of `rows` rows of queries with one key, turned by the cosines `c` and sines `n` of its place: both in
+ * one pass where the pairs fill vectors. */
+static inline __attribute__((always_inline)) void score_key(
+    const int rows, const int pairs, const int width, const float *q, const float *k, const float *c, const float *n, float *out)
+{
+    vec sums[4];
+    for (int i = 0; i < rows; i++)
+        sums[i] = (vec){ 0 };
+    for (int f = 0; f < pairs; f += LANES) {
+        const vec x = *(const vec *)(k + f), y = *(const vec *)(k + f + pairs), co = *(const vec *)(c + f), si = *(const vec *)(n + f);
+        const vec first = x * co - y * si, second = y * co + x * si;
+        for (int i = 0; i < rows; i++) {
+            const float *own = q + (long)i * width + f;
+            sums[i] += first * *(const vec *)own + second * *(const vec *)(own + pairs);
+        }
+    }
+    for (int d = 2 * pairs; d < width; d += LANES)
+        for (int i = 0; i < rows; i++)
+            sums[i] += *(const vec *)(k + d) * *(const vec *)(q + (long)i * width + d);
+    for (int i = 0; i < rows; i++)
+        out[(long)i * TILE] = sum_of(sums[i]);
+}
+
+/* The same key turned in place, for pairs that do not fill vectors. */
+static void turn_key(const int pairs, float *restrict k, const float *restrict c, const float *restrict n)
+{
+    for (int f = 0; f < pairs; f++) {
+        const float x = k[f], y = k[f + pairs];
+        k[f] = x * c[f] - y * n[f];
+        k[f + pairs] = y * c[f] + x * n[f];
+    }
+}
+
 /* Scores of decoded keys, which turn by their place from `low` in the tile on. */
 static void score_turning(const Job *job, const Scratch *s, int low, int high, float *scores)
 {
     const int pairs = job->pairs, width = rounded_up(job->head_dim), rows = job->rows;
     for (int t = low; t < high; t++) {
-        float *restrict k = s->tile + (long)t * width;
-        const float *restrict c = job->fine_cos + (long)t * pairs, *restrict n = job->fine_sin + (long)t * pairs;
-        for (int f = 0; f < pairs; f++) {
-            const float x = k[f], y = k[f + pairs];
-            k[f] = x * c[f] - y * n[f];
-            k[f + pairs] = y * c[f] + x * n[f];
+        float *k = s->tile + (long)t * width;
+        const float *c = job->fine_cos + (long)t * pairs, *n = job->fine_sin + (long)t * pairs;
+        const int in_vectors = pairs % LANES == 0;
+        if (!in_vectors)
+            turn_key(pairs, k, c, n);
+        for (int row = 0; row < rows;) {
+            const int some = rows - row >= 4 ? 4 : rows - row;
+            const float *q = s->turned + (long)row * width;
+            float *out = scores + (long)row * TILE + t;
+            switch (in_vectors ? some : -some) {
+            case 4: score_key(4, pairs, width, q, k, c, n, out); break;
+            case 3: score_key(3, pairs, width, q, k, c, n, out); break;
+            case 2: score_key(2, pairs, width, q, k, c, n, out); break;
+            case 1: score_key(1, pairs, width, q, k, c, n, out); break;
+            default:
+                for (int i = 0; i < some; i++)
+                    out[(long)i * TILE] = dot(width, q + (long)i * width, k);
+            }
+            row += some;
         }
-        int row = 0;
-        for (; row + 3 <= rows; row += 3)
-            dots(3, width, s->turned + (long)row * width, width, k, scores + (long)row * TILE + t, TILE);
-        for (; row < rows; row++)
-            dots(1, width, s->turned + (long)row * width, width, k, scores + (long)row * TILE + t, TILE);
     }
+}
+
+/* Keys of one head by its decoder in 8 bits. */
+static void decode_narrow(
+    const Reader *reader, int h, int tokens, int width, const uint8_t *codes, int stride, const float *matrix, const float *bias,
+    float *keys)
+{
+#if HAS_DECODE8
+    const int32_t *stops = reader->stops + (long)h * reader->stops_stride;
+    const long pairs = (reader->latents - reader->exact + 1) / 2;
+    decode8(
+        tokens, width, codes, stride, reader->exact, matrix, reader->narrow + h * pairs * 2 * width, stops + 1, stops[0],
+        reader->scale + (long)h * width, bias, keys, width);
+#else
+    (void)reader, (void)h, (void)tokens, (void)width, (void)codes, (void)stride, (void)matrix, (void)bias, (void)keys;
+#endif
 }
 
 static void decode_and_score(const Job *job, const Reader *reader, int b, int64_t position, int tile, int low, int high, Scratch *s)
@@ -137,26 +200,17 @@ static void decode_and_score(const Job *job, const Reader *reader, int b, int64_
     const int width = rounded_up(job->head_dim), stride = rounded_up(reader->latents), some = high - low;
     const uint8_t *codes = s->codes + (long)(tile * TILE + low) * stride;
     float *keys = s->tile + (long)low * width;
-    /* Of all latents, or of the first ones, for which 8 bits of decoder are too few. */
-    to_floats(codes, some, reader->exact, stride, s->floats, stride);
+    if (!reader->narrow)
+        to_floats(codes, some, reader->latents, stride, s->floats, stride);
     for (int h = 0; h < reader->heads; h++) {
         const int head = reader->head[h];
         const float *bias = reader->bias + (long)h * width, *matrix = reader->matrix + (long)h * width * reader->exact;
-#if HAS_DECODE8
-        if (reader->narrow) {
-            const int32_t *stops = reader->stops + (long)h * reader->stops_stride;
-            decode8(
-                some, width, codes + reader->exact, stride,
-                reader->narrow + (long)h * ((reader->latents - reader->exact + 1) / 2) * 2 * width, stops + 1, stops[0],
-                reader->scale + (long)h * width, bias, keys, width);
-            bias = 0;
-        }
-#endif
-        if (bias || reader->exact)
+        if (reader->narrow)
+            decode_narrow(reader, h, some, width, codes, stride, matrix, bias, keys);
+        else
             for (int d = 0; d < width; d += COLUMNS)
                 rows_product(
-                    some, reader->exact, s->floats, stride, matrix + (long)d * reader->exact, COLUMNS, bias ? bias + d : 0,
-                    keys + d, width);
+                    some, reader->exact, s->floats, stride, matrix + (long)d * reader->exact, COLUMNS, bias + d, keys + d, width);
         turn_queries(job, reader->query + ((long)b * job->heads + head) * job->rows * width, position, s->turned);
         score_turning(job, s, low, high, s->weights + (long)head * job->rows * TILE);
     }
@@ -173,8 +227,7 @@ static void score_folded(const Job *job, const Reader *reader, int b, int tile, 
             const float *q = reader->query + (at + row) * latents;
             float *scores = s->weights + ((long)reader->head[h] * job->rows + row) * TILE;
             for (int t = low; t < high; t++) {
-                dots(1, latents, q, 0, s->floats + (long)(t - low) * stride, scores + t, 0);
-                scores[t] += reader->constant[at + row];
+                scores[t] = dot(latents, q, s->floats + (long)(t - low) * stride) + reader->constant[at + row];
             }
         }
     }
@@ -276,13 +329,13 @@ static int attend_split(const Job *job, int b, int split)
 }
 
 /* One vector of an exact side as floats: as it is, or widened into `room`. */
-static const float *exact_vector(const Job *job, const Side *side, int b, int head, int64_t token, float *room)
+static const float *exact_vector(const Side *side, int is_bfloat16, int dim, int b, int head, int64_t token, float *room)
 {
     const int64_t at = b * side->batch_stride + head * side->head_stride + token * side->token_stride;
-    if (!job->exact_is_bfloat16)
+    if (!is_bfloat16)
         return (const float *)side->base + at;
     const uint16_t *narrow = (const uint16_t *)side->base + at;
-    for (int d = 0; d < job->head_dim; d++) {
+    for (int d = 0; d < dim; d++) {
         union { uint32_t i; float f; } wide = { .i = (uint32_t)narrow[d] << 16 };
         room[d] = wide.f;
     }
@@ -293,7 +346,9 @@ static const float *exact_vector(const Job *job, const Side *side, int b, int he
 static int attend_exact(const Job *job, int b)
 {
     const int all = job->heads * job->rows, dim = job->head_dim, rows = job->rows;
-    const int64_t tokens = job->exact_tokens;
+    int64_t tokens = 0;
+    for (int p = 0; p < job->parts; p++)
+        tokens += job->part[p].tokens;
     float *most = job->most + ((long)b * (job->splits + 1) + job->splits) * all, *mass = job->mass + ((long)b * (job->splits + 1) + job->splits) * all;
     float *room = malloc(sizeof(float) * (rows * tokens + dim));
     if (!room)
@@ -302,25 +357,29 @@ static int attend_exact(const Job *job, int b)
     start_rows(all, most, mass);
     for (int head = 0; head < job->heads; head++) {
         const long at = ((long)b * job->heads + head) * rows;
-        for (int64_t t = 0; t < tokens; t++) {
-            const float *k = exact_vector(job, &job->exact_keys, b, head, t, room);
-            for (int row = 0; row < rows; row++)
-                dots(1, dim, job->query + (at + row) * dim, 0, k, scores + row * tokens + t, 0);
-        }
+        int64_t token = 0;
+        for (int p = 0; p < job->parts; p++)
+            for (int64_t t = 0; t < job->part[p].tokens; t++, token++) {
+                const float *k = exact_vector(&job->part[p].keys, job->part[p].is_bfloat16, dim, b, head, t, room);
+                for (int row = 0; row < rows; row++)
+                    scores[row * tokens + token] = dot(dim, job->query + (at + row) * dim, k);
+            }
         for (int row = 0; row < rows; row++) {
             const uint8_t *mask = job->mask ? job->mask + b * job->mask_batch_stride + row % job->mask_rows * job->mask_row_stride : 0;
             soften_masked(scores + row * tokens, tokens, mask, job->mask_token_stride, job->softcap, most + head * rows + row, mass + head * rows + row);
         }
         memset(job->out + at * dim, 0, sizeof(float) * rows * dim);
-        for (int64_t t = 0; t < tokens; t++) {
-            const float *v = exact_vector(job, &job->exact_values, b, head, t, room);
-            for (int row = 0; row < rows; row++) {
-                const float weight = scores[row * tokens + t];
-                float *o = job->out + (at + row) * dim;
-                for (int d = 0; d < dim; d++)
-                    o[d] += weight * v[d];
+        token = 0;
+        for (int p = 0; p < job->parts; p++)
+            for (int64_t t = 0; t < job->part[p].tokens; t++, token++) {
+                const float *v = exact_vector(&job->part[p].values, job->part[p].is_bfloat16, dim, b, head, t, room);
+                for (int row = 0; row < rows; row++) {
+                    const float weight = scores[row * tokens + token];
+                    float *o = job->out + (at + row) * dim;
+                    for (int d = 0; d < dim; d++)
+                        o[d] += weight * v[d];
+                }
             }
-        }
     }
     free(room);
     return 0;

@@ -12,10 +12,11 @@
 #define HAS_DECODE8 1
 #define LANES8 16 /* elements of a head in one vector of 16-bit sums */
 
-/* out[VECTORS * LANES8] = bias + scale * (codes decoder), of one token. */
+/* out[VECTORS * LANES8] = bias + scale * (codes decoder), of one token, plus its `exact` first codes times `matrix`. */
 static inline __attribute__((always_inline)) void decode8_block(
     const int vectors, const uint8_t *codes, const int8_t *decoder, const int decoder_stride, const int32_t *stops,
-    const int n_stops, const float *scale, const float *bias, float *out)
+    const int n_stops, const float *scale, const float *bias, const int exact, const uint8_t *first, const float *matrix,
+    float *out)
 {
     __m256i wide[8];
     int pair = 0;
@@ -40,22 +41,30 @@ static inline __attribute__((always_inline)) void decode8_block(
         }
     }
     for (int v = 0; v < 2 * vectors; v++) {
-        const __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(wide[v]), _mm256_loadu_ps(scale + 8 * v));
-        _mm256_storeu_ps(out + 8 * v, _mm256_add_ps(value, _mm256_loadu_ps(bias + 8 * v)));
+        __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(wide[v]), _mm256_loadu_ps(scale + 8 * v));
+        value = _mm256_add_ps(value, _mm256_loadu_ps(bias + 8 * v));
+        for (int e = 0; e < exact; e++) {
+            const __m256 row = _mm256_loadu_ps(matrix + (long)e * (decoder_stride / 2) + 8 * v);
+            value = _mm256_add_ps(value, _mm256_mul_ps(_mm256_set1_ps((float)first[e]), row));
+        }
+        _mm256_storeu_ps(out + 8 * v, value);
     }
 }
 
-/* All tokens and all elements; `width` is a multiple of LANES8, and there is at least one stop. */
+/* All tokens and all elements of keys whose first `exact` latents have the float decoder `matrix` [exact][width]; `width` is
+ * a multiple of LANES8, and there is at least one stop. */
 static void decode8(
-    int tokens, int width, const uint8_t *codes, int stride, const int8_t *decoder, const int32_t *stops, int n_stops,
-    const float *scale, const float *bias, float *out, int out_stride)
+    int tokens, int width, const uint8_t *codes, int stride, int exact, const float *matrix, const int8_t *decoder,
+    const int32_t *stops, int n_stops, const float *scale, const float *bias, float *out, int out_stride)
 {
     for (int t = 0; t < tokens; t++, codes += stride, out += out_stride) {
         int d = 0;
         for (; d + 4 * LANES8 <= width; d += 4 * LANES8)
-            decode8_block(4, codes, decoder + 2 * d, 2 * width, stops, n_stops, scale + d, bias + d, out + d);
+            decode8_block(
+                4, codes + exact, decoder + 2 * d, 2 * width, stops, n_stops, scale + d, bias + d, exact, codes, matrix + d, out + d);
         for (; d < width; d += LANES8)
-            decode8_block(1, codes, decoder + 2 * d, 2 * width, stops, n_stops, scale + d, bias + d, out + d);
+            decode8_block(
+                1, codes + exact, decoder + 2 * d, 2 * width, stops, n_stops, scale + d, bias + d, exact, codes, matrix + d, out + d);
     }
 }
 #else

@@ -26,30 +26,6 @@ static inline float exp_of(float x)
     return p * scale.f;
 }
 
-/* out[i * out_stride] = q[i] . k for `rows` rows of q that share k. */
-static inline __attribute__((always_inline)) void dots(
-    const int rows, const int n, const float *q, const int q_stride, const float *k, float *out, const int out_stride)
-{
-    vec sums[4];
-    float rest[4];
-    const int whole = n / LANES * LANES;
-    for (int i = 0; i < rows; i++)
-        sums[i] = (vec){ 0 };
-    for (int d = 0; d < whole; d += LANES) {
-        const vec x = *(const vec *)(k + d);
-        for (int i = 0; i < rows; i++)
-            sums[i] += x * *(const vec *)(q + (long)i * q_stride + d);
-    }
-    for (int i = 0; i < rows; i++) {
-        rest[i] = 0;
-        for (int d = whole; d < n; d++)
-            rest[i] += q[(long)i * q_stride + d] * k[d];
-        for (int lane = 0; lane < LANES; lane++)
-            rest[i] += sums[i][lane];
-        out[(long)i * out_stride] = rest[i];
-    }
-}
-
 static inline void start_rows(int rows, float *most, float *mass)
 {
     for (int row = 0; row < rows; row++) {

@@ -15,6 +15,26 @@
 
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 
+static inline __attribute__((always_inline)) float sum_of(const vec x)
+{
+    float sum = 0;
+    for (int lane = 0; lane < LANES; lane++)
+        sum += x[lane];
+    return sum;
+}
+
+static inline float dot(const int n, const float *a, const float *b)
+{
+    vec sums = { 0 };
+    int d = 0;
+    for (; d + LANES <= n; d += LANES)
+        sums += *(const vec *)(a + d) * *(const vec *)(b + d);
+    float sum = sum_of(sums);
+    for (; d < n; d++)
+        sum += a[d] * b[d];
+    return sum;
+}
+
 /* c[m][COLUMNS] = start[COLUMNS] (or what c holds, where start is null) + a[m][k] b[k][COLUMNS]. */
 static inline __attribute__((always_inline)) void product(
     const int m, const int k, const float *a, const int a_stride, const float *b, const int b_stride,
