@@ -31,7 +31,7 @@ from kvcar.models.load import DTYPES
 from kvcar.record import Record
 
 RESULTS = Path(__file__).parent / "results"
-BACKENDS = ("tiled", "naive", "triton")
+BACKENDS = ("cpu", "tiled", "naive", "triton")
 Attend = Callable[..., torch.Tensor]
 
 
@@ -54,7 +54,7 @@ def main(
     latents: Annotated[int, typer.Option(min=1, help="Of a block.")] = 512,
     bits: Annotated[int, typer.Option(min=1, max=8, help="Of a latent.")] = 4,
     dtype: Annotated[str, typer.Option(help="Of the queries that kvcar gets.")] = "float32",
-    backend: Annotated[str, typer.Option(help=", ".join(BACKENDS))] = "tiled",
+    backend: Annotated[str, typer.Option(help=", ".join(BACKENDS))] = "cpu",
     rounds: Annotated[int, typer.Option(min=1)] = 12,
     calls: Annotated[int, typer.Option(min=1, help="Of a turn.")] = 3,
     cold_mib: Annotated[

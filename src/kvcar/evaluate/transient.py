@@ -19,8 +19,8 @@ from ..runtime.prefill import PREFILL_CHUNK_TOKENS
 from ..shapes import BFLOAT16_BYTES, KINDS, Slot
 
 _FLOAT32_BYTES = 4
-# Scores as they are computed, masked, less their maximum, and their exponentials.
-_SCORES_ALIVE = 4
+# Scores are masked and become weights in place.
+_SCORES_ALIVE = 1
 # Keys decoded, rotated, and one product on the way there; values decoded.
 _DECODED_ALIVE = 4
 # Queries as projected, rotated, and scaled in float32; the weighted sum, and the output made of it.

@@ -17,7 +17,8 @@ from torch import Tensor
 from .bits import DISTORTION
 
 
-class Run(NamedTuple):
+@dataclass(frozen=True)
+class Run:
     """Adjacent layers among those that may be coded: one block, or, of a single layer, ``parts`` blocks of as many heads."""
 
     first: int

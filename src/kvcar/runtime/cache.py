@@ -35,8 +35,9 @@ class KVCarCache(Cache):
         bundle: a bundle or the folder of one.
         window: recent tokens kept exact, a multiple of the plan's page size; None takes the plan's; 0 codes every
             token as soon as its forward pass is over, as the paper does.
-        keep_decoded: decode pages once and keep what comes out, for measuring quality only: the numbers are the same and
-            come much faster, but the memory saved is taken back (``stored_bytes`` does not count it).
+        keep_decoded: decode pages once and keep what comes out, for measuring quality only: the numbers are the same (but
+            for the rounding of kernels) and come much faster, but the memory saved is taken back (``stored_bytes`` does
+            not count it).
         attend_pages: in a pass of at most 16 tokens a layer attends to sinks, window and this many pages alone, chosen
             by summaries of their keys; attention is then approximate, and what is stored grows by the summaries. A
             page that is partly filled is always one of them. None attends to all.

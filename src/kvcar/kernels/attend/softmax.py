@@ -42,20 +42,20 @@ class OnlineSoftmax:
         self._latent: dict[Reader, tuple[Tensor, Tensor]] = {}
 
     def add(self, scores: Tensor, mask: Tensor | None, values: Tensor) -> None:
-        """Take in scores ``[B, H, Q, S]``, their mask, and values ``[B, H, S, D]``."""
+        """Take in scores ``[B, H, Q, S]``, which are overwritten, their mask, and values ``[B, H, S, D]``."""
         self._sum += self.weights(scores, mask) @ values
 
     def weights(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """Unnormalised weights of a piece, all earlier sums rescaled to the new maximum."""
+        """Unnormalised weights of a piece, in the place of its scores; all earlier sums rescaled to the new maximum."""
         if self._softcap is not None:
-            scores = self._softcap * torch.tanh(scores / self._softcap)
+            scores.div_(self._softcap).tanh_().mul_(self._softcap)
         if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
+            scores.masked_fill_(~mask, -torch.inf)
         most = torch.maximum(self._most, scores.amax(-1, keepdim=True))
         # A row that has seen nothing yet has no maximum; 0 keeps its weights at exp(-inf) = 0.
         anchor = most.masked_fill(most == -torch.inf, 0.0)
         rescale = torch.exp(self._most - anchor)
-        weights = torch.exp(scores - anchor)
+        weights = scores.sub_(anchor).exp_()
         self._most = most
         self._mass = self._mass * rescale + weights.sum(-1, keepdim=True)
         self._sum *= rescale
