@@ -67,7 +67,7 @@ def test_a_small_run_up_to_the_page(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "attention-tiny.json").read_text())
     assert [at["context"] for at in record["attention"]] == [200, 300]
     for at in record["attention"]:
-        assert set(at["contenders"]) == {"kvcar tiled", "SDPA bfloat16", "SDPA float32"}
+        assert set(at["contenders"]) == {"kvcar cpu", "SDPA bfloat16", "SDPA float32"}
         assert at["contenders"]["SDPA float32"]["bytes_read"] == 2 * 2 * 4 * at["context"] * 16 * 4
         assert at["contenders"]["SDPA float32"]["ratio_to"]["SDPA float32"]["median"] == 1.0
         assert all(each["step"]["n"] == 4 for each in at["contenders"].values())

@@ -84,6 +84,32 @@ def test_threads_and_arenas_do_not_matter(threads):
     torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
 
 
+def test_sinks_and_window_are_read_where_they_lie():
+    coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
+    paged = paged_past(coder, 0, 100, 2, rotary("half"), [0, 5])
+    room = torch.randn(2, 2, 2, 40, HEAD_DIM).bfloat16()
+    held = (room[0, :, :, 3:20], room[1, :, :, 3:20])  # strided, as a window's buffer is
+    new = torch.randn(2, 2, 2, 2, HEAD_DIM)
+    mask = torch.rand(2, 1, 2, 19) < 0.7
+    exact, query = ExactPast(new[0], new[1], mask, held), torch.randn(2, 4, 2, HEAD_DIM)
+    expected = naive.attend(query, exact.joined(), paged, 0.25)
+    torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_chosen_pages_are_read_where_they_lie():
+    coder = PageCoder(STRUCTURES["blocks over layers"](), torch.device("cpu"), torch.float32)
+    paged = paged_past(coder, 1, 32 * 40, 2, rotary("half"), [0, 5])
+    chosen = torch.tensor([[0, 3, 17, 39], [1, 2, 30, 38]])
+    query, exact = torch.randn(2, 4, 1, HEAD_DIM), exact_past(1)
+    expected = naive.attend(query, exact, paged.only(chosen), 0.25)
+    for gather in (False, True):
+        some = paged.only(chosen, gather)
+        assert some.scattered != gather
+        torch.testing.assert_close(cpu.attend(query, exact, some, 0.25), expected, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(attend(query, exact, some, 0.25), expected, atol=2e-5, rtol=2e-5)
+
+
 def test_unfilled_room_and_old_scratch_are_never_read(monkeypatch):
     coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
     paged = paged_past(coder, 0, 40, 1, rotary("half"), [0])

@@ -12,6 +12,7 @@ from kvcar.planner.partition import (
     Candidate,
     Run,
     RunCost,
+    allocate_bits_and_flops,
     bits_at_price,
     cut_into_runs,
     error_of,
@@ -98,3 +99,28 @@ def test_heads_apart_are_taken_where_flops_are_dear():
     price = price_for([c.variances for c in together.values()], 24)
     cut = partition(3, [side], 24, 0.6 * sum(run_cost(c, price).flops for c in together.values()))[0]
     assert [run.parts for run in cut] == [2, 2, 2]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.integers(30, 400), st.floats(0.05, 1.2))
+def test_bits_keep_to_both_budgets(seed, budget, share):
+    draw = torch.Generator().manual_seed(seed)
+    variances = [torch.rand(n, generator=draw).pow(4) for n in (30, 50, 20)]
+    per_latent, everything = [2.0, 1.0, 5.0], 2.0 * 30 + 50 + 5.0 * 20
+    bits = allocate_bits_and_flops(variances, per_latent, budget, share * everything)
+    assert sum(int(b.sum()) for b in bits) <= budget
+    assert sum(f * int((b > 0).sum()) for f, b in zip(per_latent, bits, strict=True)) <= share * everything
+    free = allocate_bits(variances, budget)
+    errors = [sum(error_of(v, b) for v, b in zip(variances, own, strict=True)) for own in (bits, free)]
+    assert errors[0] >= errors[1] - 1e-9
+    if share >= 1:
+        assert errors[0] <= 1.05 * errors[1] + 1e-3
+
+
+def test_dear_latents_get_fewer_but_more_bits():
+    variances = [torch.linspace(1, 0.01, 100)]
+    free = allocate_bits(variances, 250)[0]
+    few = allocate_bits_and_flops(variances, [1.0], 250, 60.0)[0]
+    assert int((few > 0).sum()) <= 60 < int((free > 0).sum())
+    assert few.max() >= free.max()
+    assert int(few.sum()) > 200
