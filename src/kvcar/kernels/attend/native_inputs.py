@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -71,6 +73,8 @@ class NativeJob:
         self._order = _pair_order(head_dim, self._pairs, paged)
         self._kept: list[object] = []  # what pointers point to
         self._folds: dict[int, tuple[Tensor, Tensor]] = {}
+        self._tiles: tuple[ref[Tensor], ...] = ()
+        self._arenas = (_Arena * 0)()
         keys, values = paged.key_readers, paged.value_readers
         self._keys = (_Reader * len(keys))(*(self._key_reader(i, r) for i, r in enumerate(keys)))
         self._values = (_Reader * len(values))(*(self._value_reader(r) for r in values))
@@ -195,7 +199,7 @@ class NativeJob:
         job.tokens, job.first, job.offset = paged.tokens, first.data_ptr(), offset.data_ptr()
         index = None if paged.pages is None else paged.pages.contiguous()
         job.page_index, job.scattered = None if index is None else index.data_ptr(), int(paged.scattered)
-        arenas = (_Arena * len(paged.tiles))(*(_arena(tile) for tile in paged.tiles))
+        arenas = self._arenas_of(paged.tiles)
         job.arenas, job.arena = len(arenas), ctypes.addressof(arenas)
         if paged.rotary is None:
             return first, offset, arenas, index
@@ -204,6 +208,14 @@ class NativeJob:
         job.fine_cos, job.fine_sin = fine[0].data_ptr(), fine[1].data_ptr()
         job.coarse_cos, job.coarse_sin = coarse[0].data_ptr(), coarse[1].data_ptr()
         return first, offset, arenas, index, fine, coarse
+
+    def _arenas_of(self, tiles: Sequence[Tensor]) -> ctypes.Array[_Arena]:
+        """Where the tiles lie; the same from step to step until one is added or replaced."""
+        if len(tiles) != len(self._tiles) or any(own() is not t for own, t in zip(self._tiles, tiles, strict=True)):
+            # Weakly, so that the pages of a cache that is gone are freed.
+            self._tiles = tuple(ref(tile) for tile in tiles)
+            self._arenas = (_Arena * len(tiles))(*(_arena(tile) for tile in tiles))
+        return self._arenas
 
     def _reach(self, paged: PagedPast) -> int:
         """A position that no attended token goes beyond, plus one."""
@@ -237,7 +249,9 @@ class NativeJob:
             if self._rotary.attention_scale != 1.0:
                 # Scales the rotated elements of keys; of queries, which is the same.
                 q = torch.cat([q[..., : 2 * self._pairs] * self._rotary.attention_scale, q[..., 2 * self._pairs :]], -1)
-            q = torch.nn.functional.pad(q, (0, self._width - self._head_dim)).contiguous()
+            if self._width != self._head_dim:
+                q = torch.nn.functional.pad(q, (0, self._width - self._head_dim))
+            q = q.contiguous()
             for reader in self._keys:
                 reader.query = q.data_ptr()
             return [q]
