@@ -109,3 +109,23 @@ def test_tiles_cover_every_token_once(coder, rows):
             counts.append(count)
         assert starts == [sum(counts[:i]) for i in range(len(counts))]
         assert sum(counts) == tokens
+
+
+@pytest.mark.parametrize("with_rotary", [True, False], ids=["rotary", "no positions"])
+def test_the_fused_tile_is_what_scores_give(coder, with_rotary, monkeypatch):
+    paged = paged_past(coder, 1, 1500, 2, rotary() if with_rotary else None, [0, 40])
+    query = torch.randn(2, 4, 64, 16)
+    exact = ExactPast(torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16), None)
+    monkeypatch.setattr(tiled, "_LONGEST_TILE", 512)  # the first tile holds what may not be seen, the others are fused
+    tiles = []
+    fused_tile = tiled.fused.attend_tile
+    monkeypatch.setattr(tiled.fused, "attend_tile", lambda *given: tiles.append(given[2]) or fused_tile(*given))
+    got = attend(query, exact, paged, 0.25)
+    assert bool(tiles) == (with_rotary or coder.units[0].coded.codec is None or not folded(coder, query))
+    torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
+
+
+def folded(coder, query):
+    """Whether any keys of layer 1 are folded into the queries."""
+    rows = query.reshape(2, 2, -1, 16)
+    return any(tiled._sums_latents(rows, reader) for reader in coder.readers(1, "key"))

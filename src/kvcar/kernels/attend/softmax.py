@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -82,27 +80,16 @@ class OnlineSoftmax:
             latents, mass = before[0] + latents, before[1] + mass
         self._latent[reader] = (latents, mass)
 
-    def merge(self, most: Tensor, mass: Tensor, latents: Mapping[Reader, Tensor]) -> None:
-        """Take in what another kernel saw of other tokens.
-
-        Args:
-            most, mass: maximum of the scores and sum of the weights under it, ``[B, H, Q, 1]``.
-            latents: of every value reader, stored values ``[B, len(heads), Q, R]`` summed under those weights.
-        """
-        top = torch.maximum(self._most, most)
-        anchor = top.masked_fill(top == -torch.inf, 0.0)
-        mine, theirs = torch.exp(self._most - anchor), torch.exp(most - anchor)
+    def merge_output(self, output: Tensor, log_sum: Tensor) -> None:
+        """Take in attention over other tokens: its output ``[B, H, Q, D]`` and log-sum-exp of scores ``[B, H, Q, 1]``."""
+        top = torch.maximum(self._most, log_sum)
+        mine, theirs = torch.exp(self._most - top), torch.exp(log_sum - top)
         self._most = top
-        self._sum *= mine
-        for reader, (sums, own) in self._latent.items():
+        self._mass = self._mass * mine + theirs
+        self._sum = self._sum * mine + output * theirs
+        for reader, (sums, mass) in self._latent.items():
             kept = pick(mine, reader.heads)
-            self._latent[reader] = (sums * kept, own * kept)
-        arriving = mass * theirs
-        self._mass = self._mass * mine + arriving
-        for reader, sums in latents.items():
-            piece = (sums * pick(theirs, reader.heads), pick(arriving, reader.heads))
-            before = self._latent.get(reader)
-            self._latent[reader] = piece if before is None else (before[0] + piece[0], before[1] + piece[1])
+            self._latent[reader] = (sums * kept, mass * kept)
 
     def result(self) -> Tensor:
         """Normalised output ``[B, H, Q, D]``; rows that saw nothing are 0."""

@@ -8,10 +8,12 @@ positions are not decoded either where their decoder is affine: it folds into th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from . import fused
 from .inputs import ExactPast, PagedPast, Reader, pick
 from .softmax import OnlineSoftmax, begin
 
@@ -26,16 +28,21 @@ def attend(
     """Same as ``naive.attend``."""
     q, state = begin(query, exact, scaling, softcap)
     if paged is not None:
-        _add_pages(state, q, paged)
+        _add_pages(state, q, paged, fused.serves(q, softcap))
     return state.result().reshape(query.shape).to(query.dtype)
 
 
-def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast) -> None:
+def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, fuse: bool) -> None:
     key_folds = {reader: _fold_query(q, reader) for reader in paged.key_readers if _folds_keys(q, reader, paged)}
     for start, pages, count in _tiles(paged, q.shape[1] * q.shape[2]):
         stored: dict[int, Tensor] = {}
-        scores = _scores(q, paged, pages, start, count, key_folds, stored)
         visible = paged.visible(start, count)
+        if fuse and visible is None and not key_folds:
+            readers = (*paged.key_readers, *paged.value_readers)
+            given = {r: partial(_stored_once, r, pages, count, stored) for r in readers}
+            state.merge_output(*fused.attend_tile(q, paged, start, given))
+            continue
+        scores = _scores(q, paged, pages, start, count, key_folds, stored)
         weights = state.weights(scores, None if visible is None else visible[:, None, None, :])
         for reader in paged.value_readers:
             u = _stored_once(reader, pages, count, stored)
