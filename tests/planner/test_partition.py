@@ -124,3 +124,14 @@ def test_dear_latents_get_fewer_but_more_bits():
     assert int((few > 0).sum()) <= 60 < int((free > 0).sum())
     assert few.max() >= free.max()
     assert int(few.sum()) > 200
+
+
+def test_latents_are_priced_only_where_bits_will_be_shared_so():
+    """The wide run fits into these FLOPs with latents given up, and not with all that are worth their bits."""
+    side = {
+        Run(0, 2): Candidate(torch.tensor([5.4, 5.0, 2.0, 0.7, 0.1, 0.0, 0.0, 0.0]), 4.0),
+        Run(0, 1): Candidate(torch.tensor([7.1, 5.8, 3.2, 1.8]), 2.0),
+        Run(1, 1): Candidate(torch.tensor([1.9, 1.5, 0.2, 0.0]), 2.0),
+    }
+    assert partition(2, [side], 16, 10.0) == [[Run(0, 1), Run(1, 1)]]
+    assert partition(2, [side], 16, 10.0, price_latents=True) == [[Run(0, 2)]]

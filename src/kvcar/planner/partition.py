@@ -103,7 +103,11 @@ def cut_into_runs(layers: int, candidates: Mapping[Run, RunCost], flops_price: f
 
 
 def partition(
-    layers: int, sides: Sequence[Mapping[Run, Candidate]], budget_bits: float, flops_budget: float | None
+    layers: int,
+    sides: Sequence[Mapping[Run, Candidate]],
+    budget_bits: float,
+    flops_budget: float | None,
+    price_latents: bool = False,
 ) -> list[list[Run]]:
     """Runs of layers for every side (keys, values), the same prices for all.
 
@@ -112,38 +116,45 @@ def partition(
         sides: every candidate run, one mapping for keys and one for values.
         budget_bits: bits per token of all blocks together.
         flops_budget: FLOPs of one token of all blocks; None for no limit.
+        price_latents: whether bits will be shared by ``allocate_bits_and_flops``, which gives up latents to save FLOPs.
     """
     cuts = [_widest(layers, side) for side in sides]
     for _ in range(2):
         # Which cut is best depends on the price of a bit, and that, a little, on the cut.
         chosen = [side[run].variances for side, cut in zip(sides, cuts, strict=True) for run in cut]
         price = price_for(chosen, budget_bits)
-        cuts = _within_flops(layers, sides, price, flops_budget)
+        cuts = _within_flops(layers, sides, price, flops_budget, price_latents)
     return cuts
 
 
 def _within_flops(
-    layers: int, sides: Sequence[Mapping[Run, Candidate]], price: float, budget: float | None
+    layers: int,
+    sides: Sequence[Mapping[Run, Candidate]],
+    price: float,
+    budget: float | None,
+    price_latents: bool,
 ) -> list[list[Run]]:
     """The cuts at the lowest price of a FLOP that keeps to the budget; the narrowest ones if none does."""
 
+    def costs_at(flops_price: float) -> list[dict[Run, RunCost]]:
+        return [{run: run_cost(own, price, flops_price) for run, own in side.items()} for side in sides]
+
+    unpriced = costs_at(0.0)
+
     def cut(flops_price: float) -> tuple[list[list[Run]], float]:
-        cuts, flops = [], 0.0
-        for side in sides:
-            costs = {run: run_cost(own, price, flops_price) for run, own in side.items()}
-            cuts.append(cut_into_runs(layers, costs, flops_price))
-            flops += sum(costs[run].flops for run in cuts[-1])
-        return cuts, flops
+        costs = costs_at(flops_price) if price_latents else unpriced
+        cuts = [cut_into_runs(layers, own, flops_price) for own in costs]
+        return cuts, sum(own[run].flops for own, runs in zip(costs, cuts, strict=True) for run in runs)
 
     return lowest_price(cut, budget)
 
 
-def lowest_price(at: Callable[[float], tuple[T, float]], budget: float | None) -> T:
-    """What ``at`` gives at the lowest price of a FLOP whose FLOPs keep to the budget; at a high one if none does."""
-    free, flops = at(0.0)
-    if budget is None or flops <= budget:
+def lowest_price(at: Callable[[float], tuple[T, float]], budget: float | None, highest: float = 1.0) -> T:
+    """What ``at`` gives at the lowest price for which what it spends keeps to the budget; at ``highest`` if none does."""
+    free, spent = at(0.0)
+    if budget is None or spent <= budget:
         return free
-    low, high = 1e-18, 1.0
+    low, high = 1e-18, highest
     for _ in range(_PRICE_SEARCHES):
         middle = (low * high) ** 0.5
         low, high = (low, middle) if at(middle)[1] <= budget else (middle, high)
@@ -166,12 +177,11 @@ def allocate_bits_and_flops(
     )
 
     def at(flops_price: float) -> tuple[Tensor, float]:
-        low, high = 1e-18, float(flat.max())
-        for _ in range(_PRICE_SEARCHES):
-            middle = (low * high) ** 0.5
-            spent = int(bits_at_price(flat, middle, flops_price * flops).sum())
-            low, high = (low, middle) if spent <= budget_bits else (middle, high)
-        bits = bits_at_price(flat, high, flops_price * flops)
+        def bits_at(price: float) -> tuple[Tensor, float]:
+            bits = bits_at_price(flat, price, flops_price * flops)
+            return bits, float(bits.sum())
+
+        bits = lowest_price(bits_at, budget_bits, highest=float(flat.max()))
         return bits, float(flops[bits > 0].sum())
 
     return list(lowest_price(at, flops_budget).split([len(v) for v in variances]))

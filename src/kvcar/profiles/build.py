@@ -63,7 +63,8 @@ def choose_blocks(statistics: Statistics, profile: Profile, budget_bits: float, 
             side[run] = Candidate(variances, _flops_per_latent(geometry, profile, run, kind))
             on_progress("try blocks", len(sides) * len(runs) + len(side), len(KINDS) * len(runs))
         sides.append(side)
-    cuts = partition(len(layers), sides, budget_bits, _flops_budget(geometry, profile))
+    flops = _flops_budget(geometry, profile)
+    cuts = partition(len(layers), sides, budget_bits, flops, price_latents=profile.flops_of == "step")
     return [s for kind, cut in zip(KINDS, cuts, strict=True) for run in cut for s in _slots(geometry, run, kind)]
 
 
