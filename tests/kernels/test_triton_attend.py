@@ -13,7 +13,7 @@ from structures import STRUCTURES, paged_past, rotary
 from triton_device import DEVICE, poison_empty
 
 from kvcar.errors import InputError
-from kvcar.kernels.attend import ExactPast, PagedPast, Reader, naive, triton_values
+from kvcar.kernels.attend import ExactPast, PagedPast, Reader, attend, naive, triton_values
 from kvcar.kernels.attend import triton as backend
 from kvcar.kernels.layout import coded_segment
 from kvcar.kernels.pack import pack
@@ -181,6 +181,16 @@ def test_what_is_not_served_is_said():
     assert "before RoPE" in backend.serves(query, replace(paged, key_readers=lossless))
     wide = [torch.cat([tile, tile[..., :8]], dim=-1)[..., 8:] for tile in paged.tiles]
     assert "16 bytes" in backend.serves(query, replace(paged, tiles=wide))
+
+
+def test_chosen_pages_go_to_pytorch_at_their_own_positions(monkeypatch):
+    coder = coder_of("heads apart")
+    paged = paged_past(coder, 1, 32 * 12, 2, rotary(DEVICE), [0, 5])
+    some = paged.only(torch.tensor([[1, 4, 11], [2, 3, 9]], device=DEVICE), gather=False)
+    query, exact = random(2, 4, 1, 16), exact_past(2, 2, 1, 16)
+    assert "only some pages" in backend.serves(query, some)
+    monkeypatch.setenv("KVCAR_KERNELS", "triton")
+    torch.testing.assert_close(attend(query, exact, some, 0.25), naive.attend(query, exact, some.gathered(), 0.25))
 
 
 def test_the_kernels_compile_for_an_h100(tmp_path):

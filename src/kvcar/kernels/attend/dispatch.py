@@ -31,7 +31,5 @@ def _compiled(
     if reason is not None:
         tell_once("attention", backend, reason)
         return tiled.attend(query, exact.joined(), paged.gathered(), scaling, softcap)
-    if backend == "triton":
-        exact, paged = exact.joined(), paged.gathered()
     # The C kernel reads pages, sinks and window where they lie.
-    return kernel.attend(query, exact, paged, scaling, softcap)
+    return kernel.attend(query, exact if backend == "cpu" else exact.joined(), paged, scaling, softcap)

@@ -43,6 +43,8 @@ def serves(query: Tensor, paged: PagedPast | None) -> str | None:
         return f"{query.shape[2]} query tokens are more than the {MOST_QUERY_TOKENS} of a decoding step"
     if paged is None:
         return None
+    if paged.pages is not None:
+        return "only some pages are attended, whose tokens stand elsewhere than their places say"
     if not are_aligned(paged.tiles):
         return "pages do not start at multiples of 16 bytes"
     reasons = (_refuses(reader, paged) for reader in (*paged.key_readers, *paged.value_readers))
