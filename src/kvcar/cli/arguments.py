@@ -45,6 +45,8 @@ AttendPages = Annotated[
         help="Decode and attend to this many pages a step, chosen by summaries, instead of all: faster, and approximate.",
     ),
 ]
+Context = Annotated[int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model has.")]
+Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text.")]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures, with their provenance, as JSON.")
 ]

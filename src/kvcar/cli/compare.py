@@ -21,7 +21,7 @@ from ..record import Record, write_text
 from ..report.plots import Point, frontier
 from ..runtime.attach import attach
 from .app import app
-from .arguments import Device, Dtype, Json, Model, Text, Window
+from .arguments import Context, Device, Dtype, Json, Model, Text, Window, Windows
 from .console import check_writable, errors, out, progress_bars
 from .figures import fidelity_table
 from .texts import evaluation_context, evaluation_text
@@ -48,10 +48,8 @@ def compare_caches(
         typer.Option("--bundle", "-b", metavar="[NAME=]BUNDLE", help="Folder that 'kvcar fit' wrote; repeatable."),
     ] = None,
     text: Text = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model has.")
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Windows, spread evenly over the text.")] = 2,
+    context: Context = None,
+    windows: Windows = 2,
     window: Window = None,
     transformers: Annotated[
         str, typer.Option(metavar="LIST", help=f"all, none, or some of: {', '.join(QUANTIZED)}.")

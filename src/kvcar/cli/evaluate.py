@@ -17,7 +17,7 @@ from ..record import Record
 from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
 from .app import app
-from .arguments import AttendPages, BundlePath, Device, Dtype, Json, Model, Text, Window
+from .arguments import AttendPages, BundlePath, Context, Device, Dtype, Json, Model, Text, Window, Windows
 from .attended import attended_table
 from .console import check_writable, errors, out, progress_bars
 from .figures import fidelity_table
@@ -42,10 +42,8 @@ def evaluate(
     model: Model,
     bundle: BundlePath,
     text: Text = None,
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model has.")
-    ] = None,
-    windows: Annotated[int, typer.Option(help="Windows, spread evenly over the text.")] = 2,
+    context: Context = None,
+    windows: Windows = 2,
     window: Window = None,
     attend_pages: AttendPages = None,
     following: Annotated[

@@ -25,7 +25,7 @@ from ..runtime.snapshot import fork_of
 from ..runtime.summaries import LONGEST_SELECTING_PASS_TOKENS
 from .fidelity import TokenScores, step_logits
 from .full_cache import bfloat16_bytes
-from .statistics import Estimate, mean_of, ratio_of
+from .statistics import Estimate, estimate_figures, mean_of, ratio_of
 
 FOLLOWING_TOKENS = 256
 
@@ -191,20 +191,19 @@ def _summarise(
 
 def attended_figures(a: Attended) -> dict[str, Any]:
     """Figures for a record; names carry units, divergences are in nats per token."""
-    figures: dict[str, Any] = {"attend_pages": a.attend_pages, "pages": a.pages}
-    for name in (
-        "perplexity", "perplexity_full", "perplexity_ratio", "kl_divergence", "kl_divergence_from_all", "same_top",
-    ):  # fmt: skip
-        estimate: Estimate = getattr(a, name)
-        figures |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
-    return figures | {
-        "seconds_per_step_median": a.seconds_per_step,
-        "seconds_per_step_full_median": a.seconds_per_step_full,
-        "stored_bytes": a.stored_bytes,
-        "full_bytes": a.full_bytes,
-        "times_smaller": a.times_smaller,
-        "context": a.context,
-        "following": a.following,
-        "windows": a.windows,
-        "step_tokens": a.step_tokens,
-    }
+    names = ("perplexity", "perplexity_full", "perplexity_ratio", "kl_divergence", "kl_divergence_from_all", "same_top")
+    return (
+        {"attend_pages": a.attend_pages, "pages": a.pages}
+        | estimate_figures(a, names)
+        | {
+            "seconds_per_step_median": a.seconds_per_step,
+            "seconds_per_step_full_median": a.seconds_per_step_full,
+            "stored_bytes": a.stored_bytes,
+            "full_bytes": a.full_bytes,
+            "times_smaller": a.times_smaller,
+            "context": a.context,
+            "following": a.following,
+            "windows": a.windows,
+            "step_tokens": a.step_tokens,
+        }
+    )

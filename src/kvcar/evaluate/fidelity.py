@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import InputError
 from .full_cache import bfloat16_bytes, held_bytes
-from .statistics import Estimate, mean_of, ratio_of
+from .statistics import Estimate, estimate_figures, mean_of, ratio_of
 
 CHUNK_TOKENS = 64
 
@@ -184,18 +184,9 @@ def _summarise(scores: TokenScores, windows: Tensor, stored_bytes: float, full_b
 
 def fidelity_figures(f: Fidelity) -> dict[str, Any]:
     """Figures for a record; names carry units, divergences are in nats per token."""
-    return {
-        "perplexity": f.perplexity.value,
-        "perplexity_stderr": f.perplexity.stderr,
-        "perplexity_full": f.perplexity_full.value,
-        "perplexity_full_stderr": f.perplexity_full.stderr,
-        "perplexity_ratio": f.perplexity_ratio.value,
-        "perplexity_ratio_stderr": f.perplexity_ratio.stderr,
-        "kl_divergence": f.kl_divergence.value,
-        "kl_divergence_stderr": f.kl_divergence.stderr,
+    names = ("perplexity", "perplexity_full", "perplexity_ratio", "kl_divergence", "same_top")
+    return estimate_figures(f, names) | {
         "kl_divergence_worst_1_percent": f.kl_divergence_worst_1_percent,
-        "same_top": f.same_top.value,
-        "same_top_stderr": f.same_top.stderr,
         "window_kl_divergences": list(f.window_kl_divergences),
         "stored_bytes": f.stored_bytes,
         "full_bytes": f.full_bytes,

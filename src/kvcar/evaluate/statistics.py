@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -19,6 +20,15 @@ class Estimate:
         """Of the figure's exponential, by the delta method (a mean log-likelihood becomes a perplexity)."""
         value = math.exp(self.value)
         return Estimate(value, value * self.stderr)
+
+
+def estimate_figures(x: object, names: Sequence[str]) -> dict[str, float]:
+    """``name`` and ``name_stderr`` of attributes of ``x`` that are estimates, in this order."""
+    figures: dict[str, float] = {}
+    for name in names:
+        estimate: Estimate = getattr(x, name)
+        figures |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
+    return figures
 
 
 def mean_of(x: Tensor) -> Estimate:

@@ -22,7 +22,7 @@ from ..runtime.cache import KVCarCache
 from ..runtime.prefill import PREFILL_CHUNK_TOKENS, prefill
 from .fidelity import CHUNK_TOKENS, TokenScores, step_logits
 from .full_cache import bfloat16_bytes
-from .statistics import Estimate, mean_of, ratio_of
+from .statistics import Estimate, estimate_figures, mean_of, ratio_of
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,8 @@ def time_context(
 
 def continuation_figures(c: Continuation) -> dict[str, Any]:
     """Figures for a record; names carry units, divergences are in nats per token."""
-    figures: dict[str, Any] = {}
-    for name in ("perplexity", "perplexity_full", "perplexity_ratio", "kl_divergence", "same_top"):
-        estimate: Estimate = getattr(c, name)
-        figures |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
-    return figures | {
+    names = ("perplexity", "perplexity_full", "perplexity_ratio", "kl_divergence", "same_top")
+    return estimate_figures(c, names) | {
         "window_kl_divergences": list(c.window_kl_divergences),
         "file_bytes": c.file_bytes,
         "full_bytes": c.full_bytes,

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..kernels.attend.tiled import _LONGEST_TILE, _SCORES_AT_ONCE, _SHORTEST_TILE
+from ..kernels.attend.tiled import tile_tokens
 from ..kernels.layout import page_layout
 from ..plan import Plan
-from ..runtime.encode import _PAGES_AT_ONCE
+from ..runtime.encode import ENCODED_PAGES_AT_ONCE
 from ..runtime.prefill import PREFILL_CHUNK_TOKENS
 from ..shapes import BFLOAT16_BYTES, KINDS, Slot
 
@@ -80,7 +80,7 @@ def prefill_transient(
     phases = {
         "attention": tokens * hidden * element_bytes + _attention(plan, past_tokens, element_bytes, chunk, batch),
         "mlp": tokens * (hidden + _MLP_ALIVE * _mlp_width(text)) * element_bytes,
-        "encoding": _encoding(plan, min(chunk, _PAGES_AT_ONCE * plan.page_tokens), batch),
+        "encoding": _encoding(plan, min(chunk, ENCODED_PAGES_AT_ONCE * plan.page_tokens), batch),
         "logits of one token": batch * int(text.vocab_size) * element_bytes,
     }
     return Transient(held, phases)
@@ -102,17 +102,13 @@ def _attention(plan: Plan, past_tokens: int, element_bytes: int, chunk: int, bat
     rows = batch * geometry.query_heads * chunk
     # What the window holds, plus the page that is not full yet; and the sinks.
     exact = min(past_tokens, plan.window + plan.page_tokens + plan.sinks) + chunk
-    tile = min(past_tokens, _tile_tokens(geometry.query_heads * chunk))
+    tile = min(past_tokens, tile_tokens(geometry.query_heads * chunk))
     queries = _QUERIES_ALIVE * rows * geometry.head_dim * _FLOAT32_BYTES
     joined = batch * exact * geometry.layer_elements_per_token * element_bytes
     # The mask is repeated for the query heads that share a KV head.
     exact_scores = rows * exact * _SCORES_ALIVE * _FLOAT32_BYTES + rows // geometry.kv_heads * exact
     paged_scores = rows * tile * _SCORES_ALIVE * _FLOAT32_BYTES + batch * _decoded_tile(plan, tile)
     return queries + joined + max(exact_scores, paged_scores)
-
-
-def _tile_tokens(rows: int) -> int:
-    return max(_SHORTEST_TILE, min(_LONGEST_TILE, _SCORES_AT_ONCE // rows))
 
 
 def _decoded_tile(plan: Plan, tokens: int) -> int:

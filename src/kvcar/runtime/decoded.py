@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.attend import ExactPast, PagedPast, Reader
+from ..kernels.attend.assemble import all_heads, turned_keys
 
 _GROWTH_TOKENS = 512
 
@@ -74,12 +75,7 @@ class DecodedPast:
 def decoded_keys(paged: PagedPast, page: int) -> Tensor:
     """Keys after RoPE ``[B, H, N, D]`` of the tokens of ``page`` and all later ones."""
     start = page * paged.page_tokens
-    keys = _side(paged.key_readers, _pages_from(paged, page), paged.tokens - start)
-    if paged.rotary is not None:
-        positions = torch.arange(start, paged.tokens, device=keys.device) - paged.offset[:, None]
-        turned = [head for reader in paged.key_readers if not reader.rotated for head in reader.heads]
-        keys[:, turned] = paged.rotary.rotate(keys[:, turned], positions)
-    return keys
+    return turned_keys(paged, _side(paged.key_readers, _pages_from(paged, page), paged.tokens - start), start)
 
 
 def _decode(paged: PagedPast, first: int) -> tuple[Tensor, Tensor]:
@@ -91,11 +87,7 @@ def _decode(paged: PagedPast, first: int) -> tuple[Tensor, Tensor]:
 
 
 def _side(readers: tuple[Reader, ...], pages: list[Tensor], tokens: int) -> Tensor:
-    parts: dict[int, Tensor] = {}
-    for reader in readers:
-        decoded = reader.decode(reader.restored(*pages)[:, :tokens]).unflatten(-1, (len(reader.heads), -1))
-        parts |= {head: decoded[:, :, place] for place, head in enumerate(reader.heads)}
-    return torch.stack([parts[head] for head in range(len(parts))], dim=1)
+    return all_heads(readers, lambda reader: reader.restored(*pages)[:, :tokens])
 
 
 def _pages_from(paged: PagedPast, page: int) -> list[Tensor]:

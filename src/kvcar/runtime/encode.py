@@ -16,7 +16,7 @@ from .pages import PageStore
 from .sequence import SequenceState
 from .summaries import PageSummaries
 
-_PAGES_AT_ONCE = 4
+ENCODED_PAGES_AT_ONCE = 4
 
 RotaryOf = Callable[[int], RotaryTable | None]
 
@@ -38,7 +38,7 @@ def encode_oldest(
         CacheStateError: keys or values are NaN or infinite; nothing was stored then.
     """
     _refuse_non_finite(layers, leave)
-    step = _PAGES_AT_ONCE * coder.plan.page_tokens
+    step = ENCODED_PAGES_AT_ONCE * coder.plan.page_tokens
     for first in range(0, leave, step):
         count = min(step, leave - first)
         if summaries is not None:

@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 
 from ...errors import KernelError
+from . import tiled
 from .inputs import ExactPast, PagedPast, Reader
 from .native_inputs import NativeJob
-from .softmax import begin
 
 # Rounding decoders of keys to 8 bits doubles the speed of what takes longest; see decode8.py.
 IN_8_BITS = True
@@ -56,7 +56,14 @@ def attend(
     if reason is not None:
         raise KernelError(f"the CPU kernel of attention does not serve this: {reason}")
     if paged is None:
-        return begin(query, exact.joined(), scaling, softcap)[1].result().reshape(query.shape).to(query.dtype)
+        return tiled.attend(query, exact.joined(), None, scaling, softcap)
+    return attend_served(query, exact, paged, scaling, softcap)
+
+
+def attend_served(
+    query: Tensor, exact: ExactPast, paged: PagedPast, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Same as ``attend`` of what ``serves`` has nothing against."""
     batch, _, tokens, head_dim = query.shape
     q = query.float().reshape(batch, exact.keys.shape[1], -1, head_dim) * scaling
     return _job(paged, head_dim).run(q, exact, paged, softcap, tokens).reshape(query.shape).to(query.dtype)

@@ -32,4 +32,4 @@ def _compiled(
         tell_once("attention", backend, reason)
         return tiled.attend(query, exact.joined(), paged.gathered(), scaling, softcap)
     # The C kernel reads pages, sinks and window where they lie.
-    return kernel.attend(query, exact if backend == "cpu" else exact.joined(), paged, scaling, softcap)
+    return kernel.attend_served(query, exact if backend == "cpu" else exact.joined(), paged, scaling, softcap)

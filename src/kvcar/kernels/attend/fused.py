@@ -5,11 +5,12 @@ For prefills on CPUs. The fused kernel tells the log-sum-exp of what it saw, wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .assemble import all_heads, turned_keys
 from .inputs import PagedPast, Reader
 
 FEWEST_ROWS = 32
@@ -21,41 +22,20 @@ def serves(q: Tensor, softcap: float | None) -> bool:
     return _OPERATION is not None and q.device.type == "cpu" and softcap is None and q.shape[2] >= FEWEST_ROWS
 
 
-def attend_tile(
-    q: Tensor, paged: PagedPast, start: int, stored: Mapping[Reader, Callable[[], Tensor]]
-) -> tuple[Tensor, Tensor]:
+def attend_tile(q: Tensor, paged: PagedPast, start: int, restored: Callable[[Reader], Tensor]) -> tuple[Tensor, Tensor]:
     """Attention of scaled queries ``[B, H, Q, D]`` over a tile of which all tokens may be seen.
 
     Args:
         q: the queries.
         paged: the past.
         start: place of the tile's first token.
-        stored: gives the tile's stored values ``[B, S, R]`` for every reader.
+        restored: what a reader decodes of the tile, ``[B, S, R]``.
 
     Returns:
         Output ``[B, H, Q, D]`` and log-sum-exp of the scores ``[B, H, Q, 1]``.
     """
-    keys = _decoded(paged.key_readers, stored, q.shape[1])
-    turned = [head for reader in paged.key_readers if not reader.rotated for head in reader.heads]
-    if paged.rotary is not None and turned:
-        positions = paged.token_index(start, keys.shape[2]) - paged.offset[:, None]
-        if len(turned) == keys.shape[1]:
-            keys = paged.rotary.rotate(keys, positions)
-        else:
-            keys[:, turned] = paged.rotary.rotate(keys[:, turned], positions)
-    values = _decoded(paged.value_readers, stored, q.shape[1])
+    keys = turned_keys(paged, all_heads(paged.key_readers, restored), start)
+    values = all_heads(paged.value_readers, restored)
     assert _OPERATION is not None
     output, log_sum = _OPERATION(q, keys, values, 0.0, False, scale=1.0)
     return output, log_sum[..., None]
-
-
-def _decoded(readers: tuple[Reader, ...], stored: Mapping[Reader, Callable[[], Tensor]], heads: int) -> Tensor:
-    """Vectors ``[B, H, S, D]`` of all heads, keys not turned yet."""
-    parts: list[Tensor | None] = [None] * heads
-    for reader in readers:
-        own = reader.decode(stored[reader]()).unflatten(-1, (len(reader.heads), -1))
-        if len(readers) == 1 and reader.heads == tuple(range(heads)):
-            return own.transpose(1, 2).contiguous()
-        for place, head in enumerate(reader.heads):
-            parts[head] = own[:, :, place]
-    return torch.stack([part for part in parts if part is not None], dim=1)

@@ -38,9 +38,8 @@ def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, fuse: bool) ->
         stored: dict[int, Tensor] = {}
         visible = paged.visible(start, count)
         if fuse and visible is None and not key_folds:
-            readers = (*paged.key_readers, *paged.value_readers)
-            given = {r: partial(_stored_once, r, pages, count, stored) for r in readers}
-            state.merge_output(*fused.attend_tile(q, paged, start, given))
+            restored = partial(_stored_once, pages=pages, count=count, stored=stored)
+            state.merge_output(*fused.attend_tile(q, paged, start, restored))
             continue
         scores = _scores(q, paged, pages, start, count, key_folds, stored)
         weights = state.weights(scores, None if visible is None else visible[:, None, None, :])
@@ -53,14 +52,19 @@ def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, fuse: bool) ->
                 state.add_decoded(weights, reader.heads, values)
 
 
-def _tiles(paged: PagedPast, rows: int) -> Iterator[tuple[int, tuple[Tensor, ...], int]]:
-    """First token, pages (in one or several tensors) and number of tokens of every tile that holds any.
+def tile_tokens(rows: int) -> int:
+    """Tokens of a tile for so many query rows of one sequence, all heads counted.
 
     Few query rows take long tiles, so that each operation has enough to do; many rows take short ones, so that
     their scores stay small.
     """
+    return max(_SHORTEST_TILE, min(_LONGEST_TILE, _SCORES_AT_ONCE // rows))
+
+
+def _tiles(paged: PagedPast, rows: int) -> Iterator[tuple[int, tuple[Tensor, ...], int]]:
+    """First token, pages (in one or several tensors) and number of tokens of every tile that holds any."""
     page_tokens = paged.key_readers[0].segment.page_tokens
-    target = max(_SHORTEST_TILE, min(_LONGEST_TILE, _SCORES_AT_ONCE // rows)) // page_tokens
+    target = tile_tokens(rows) // page_tokens
     start, left, tile, held = 0, paged.tokens, [], 0
     for arena in paged.tiles:
         for pages in arena.split(target, dim=1):

@@ -73,6 +73,13 @@ def attend(
     reason = serves(query, paged)
     if reason is not None:
         raise InputError(f"the Triton attention cannot be used: {reason}; choose another backend")
+    return attend_served(query, exact, paged, scaling, softcap)
+
+
+def attend_served(
+    query: Tensor, exact: ExactPast, paged: PagedPast | None, scaling: float, softcap: float | None = None
+) -> Tensor:
+    """Same as ``attend`` of what ``serves`` has nothing against."""
     batch, _, _, head_dim = query.shape
     # Query heads that share a KV head become more query rows of it: [B, H, G * T, D].
     q = query.float().reshape(batch, exact.keys.shape[1], -1, head_dim) * scaling

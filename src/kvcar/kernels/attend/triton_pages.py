@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..allocation import FINE_POSITIONS, rotary_table_entries
+from ..allocation import rotary_table_entries
 from ..layout import SEGMENT_ALIGNMENT_BYTES
 from ..rotary import RotaryTable
 
@@ -52,8 +52,6 @@ def angle_tables(rotary: RotaryTable, tokens: int) -> tuple[Tensor, Tensor]:
     """
     have, need = _ANGLES.get(rotary), rotary_table_entries(tokens)
     if have is None or have[1].shape[1] < need:
-        device = rotary.inverse_frequency.device
-        fine = torch.stack(rotary.cos_sin(torch.arange(FINE_POSITIONS, device=device)))
-        coarse = torch.stack(rotary.cos_sin(torch.arange(need, device=device) * FINE_POSITIONS))
-        have = _ANGLES[rotary] = fine.contiguous(), coarse.contiguous()
+        fine, coarse = rotary.tables(tokens)
+        have = _ANGLES[rotary] = torch.stack(fine), torch.stack(coarse)
     return have
