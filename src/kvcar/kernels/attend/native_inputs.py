@@ -31,7 +31,7 @@ class _Reader(ctypes.Structure):
 
 
 class _Arena(ctypes.Structure):
-    _fields_ = [("base", _POINTER), ("batch_stride", _I64), ("page_stride", _I64), ("pages", _I64)]
+    _fields_ = [("base", _POINTER), *((name, _I64) for name in ("batch_stride", "page_stride", "pages", "page_bytes"))]
 
 
 class _Side(ctypes.Structure):
@@ -282,7 +282,7 @@ def _planes(segment: SegmentLayout) -> ctypes.Array[_Plane]:
 
 
 def _arena(tile: Tensor) -> _Arena:
-    return _Arena(tile.data_ptr(), tile.stride(0), tile.stride(1), tile.shape[1])
+    return _Arena(tile.data_ptr(), tile.stride(0), tile.stride(1), tile.shape[1], tile.shape[2])
 
 
 def _side(side: Tensor) -> _Side:

@@ -42,7 +42,7 @@ typedef struct {
 
 typedef struct {
     const uint8_t *base;
-    int64_t batch_stride, page_stride, pages;
+    int64_t batch_stride, page_stride, pages, page_bytes;
 } Arena;
 
 /* Tokens held exactly: [batch][heads][tokens][head dim] by strides in elements, of float or bfloat16. */
@@ -78,7 +78,7 @@ typedef struct {
 } Job;
 
 typedef struct {
-    uint8_t *codes;  /* of a segment, [page_tokens][padded latents] */
+    uint8_t *codes;  /* of a segment, [page_tokens][padded latents], and room behind */
     float *floats;   /* the same as floats */
     float *tile;     /* decoded keys, [TILE][padded head dim] */
     float *turned;   /* queries rotated to the tile's start, [rows][padded head dim] */
@@ -86,12 +86,16 @@ typedef struct {
     float *shrink;   /* [heads * rows] */
 } Scratch;
 
-static const uint8_t *page_at(const Job *job, int b, int64_t page)
+/* Where a page begins and, in `end`, where it ends. */
+static const uint8_t *page_at(const Job *job, int b, int64_t page, const uint8_t **end)
 {
     for (int a = 0; a < job->arenas; a++) {
         const Arena *arena = job->arena + a;
-        if (page < arena->pages)
-            return arena->base + b * arena->batch_stride + page * arena->page_stride;
+        if (page < arena->pages) {
+            const uint8_t *data = arena->base + b * arena->batch_stride + page * arena->page_stride;
+            *end = data + arena->page_bytes;
+            return data;
+        }
         page -= arena->pages;
     }
     return 0;
@@ -257,7 +261,7 @@ static void attend_page(const Job *job, int b, int split, int64_t page, Scratch 
 {
     const int64_t pages = (job->tokens + job->page_tokens - 1) / job->page_tokens;
     const int64_t index = job->page_index ? job->page_index[b * pages + page] : page;
-    const uint8_t *data = page_at(job, b, job->scattered ? index : page);
+    const uint8_t *end, *data = page_at(job, b, job->scattered ? index : page, &end);
     const int all = job->heads * job->rows;
     const long place = (long)b * (job->splits + 1) + split;
     float *most = job->most + place * all, *mass = job->mass + place * all;
@@ -272,7 +276,7 @@ static void attend_page(const Job *job, int b, int split, int64_t page, Scratch 
             continue;
         for (int r = 0; r < job->key_readers; r++) {
             const Reader *reader = job->keys + r;
-            unpack(data + reader->offset, reader->plane, reader->planes, s->codes, rounded_up(reader->latents));
+            unpack(data + reader->offset, end, reader->plane, reader->planes, s->codes, rounded_up(reader->latents));
             if (reader->query && !reader->constant)
                 decode_and_score(job, reader, b, origin - job->offset[b], tile, low, high, s);
             else
@@ -283,7 +287,7 @@ static void attend_page(const Job *job, int b, int split, int64_t page, Scratch 
         for (int r = 0; r < job->value_readers; r++) {
             const Reader *reader = job->values + r;
             const long size = (long)reader->heads * job->rows * rounded_up(reader->latents);
-            unpack(data + reader->offset, reader->plane, reader->planes, s->codes, rounded_up(reader->latents));
+            unpack(data + reader->offset, end, reader->plane, reader->planes, s->codes, rounded_up(reader->latents));
             sum_values(job, reader, tile, low, high, s, reader->sums + ((long)b * job->splits + split) * size);
         }
     }

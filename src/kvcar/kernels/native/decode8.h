@@ -40,15 +40,21 @@ static inline __attribute__((always_inline)) void decode8_block(
             wide[2 * v + 1] = stop ? _mm256_add_epi32(wide[2 * v + 1], high) : high;
         }
     }
+    __m256 value[8];
     for (int v = 0; v < 2 * vectors; v++) {
-        __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(wide[v]), _mm256_loadu_ps(scale + 8 * v));
-        value = _mm256_add_ps(value, _mm256_loadu_ps(bias + 8 * v));
-        for (int e = 0; e < exact; e++) {
-            const __m256 row = _mm256_loadu_ps(matrix + (long)e * (decoder_stride / 2) + 8 * v);
-            value = _mm256_add_ps(value, _mm256_mul_ps(_mm256_set1_ps((float)first[e]), row));
-        }
-        _mm256_storeu_ps(out + 8 * v, value);
+        value[v] = _mm256_mul_ps(_mm256_cvtepi32_ps(wide[v]), _mm256_loadu_ps(scale + 8 * v));
+        value[v] = _mm256_add_ps(value[v], _mm256_loadu_ps(bias + 8 * v));
     }
+    /* Latents outside, so that a code becomes a float once. */
+    for (int e = 0; e < exact; e++) {
+        const __m256 code = _mm256_set1_ps((float)first[e]);
+        for (int v = 0; v < 2 * vectors; v++) {
+            const __m256 row = _mm256_loadu_ps(matrix + (long)e * (decoder_stride / 2) + 8 * v);
+            value[v] = _mm256_add_ps(value[v], _mm256_mul_ps(code, row));
+        }
+    }
+    for (int v = 0; v < 2 * vectors; v++)
+        _mm256_storeu_ps(out + 8 * v, value[v]);
 }
 
 /* All tokens and all elements of keys whose first `exact` latents have the float decoder `matrix` [exact][width]; `width` is

@@ -23,20 +23,29 @@ static inline void unpack_words(const uint8_t *from, const int down, const uint3
     *(words *)to = part;
 }
 
-static inline void unpack_word(const uint8_t *from, const int down, const uint32_t mask, const int shift, uint8_t *to)
+/* The same of the first `count` bytes alone, the rest of the 16 at `to` staying as they are; `of_count` has ones in those bytes. */
+static inline void unpack_few(
+    const uint8_t *from, const words of_count, const int down, const uint32_t mask, const int shift, uint8_t *to)
 {
-    uint32_t word, before;
-    memcpy(&word, from, 4);
-    memcpy(&before, to, 4);
-    word = PART(word, down, mask, shift);
-    word = shift ? before | word : word;
-    memcpy(to, &word, 4);
+    const words part = PART(*(const words *)from, down, mask, shift) & of_count, before = *(const words *)to;
+    *(words *)to = part | (before & (shift ? ~(words){ 0 } : ~of_count));
 }
 
-/* to[j] = (or |=, where `shift`) the part of from[j], `count` bytes. The last vector or word may overlap the one before: doing
- * a byte twice changes nothing. */
+/* Ones in the first `count` bytes of a vector. */
+static inline words first_bytes(int count)
+{
+    uint8_t bytes[16] = { 0 };
+    words mask;
+    memset(bytes, 0xff, count < 16 ? count : 16);
+    memcpy(&mask, bytes, 16);
+    return mask;
+}
+
+/* to[j] = (or |=, where `shift`) the part of from[j], `count` bytes. The last vector may overlap the one before: doing a byte
+ * twice changes nothing. Nothing is read at `end` or beyond; up to 16 bytes at `to` are written as they were. */
 static inline __attribute__((always_inline)) void unpack_row(
-    const uint8_t *from, const int count, const int down, const uint32_t mask, const int shift, uint8_t *to)
+    const uint8_t *from, const uint8_t *end, const int count, const words of_count, const int down, const uint32_t mask,
+    const int shift, uint8_t *to)
 {
     int j = 0;
     if (count >= 16) {
@@ -44,12 +53,9 @@ static inline __attribute__((always_inline)) void unpack_row(
             unpack_words(from + j, down, mask, shift, to + j);
         if (j < count)
             unpack_words(from + count - 16, down, mask, shift, to + count - 16);
-    } else if (count >= 4) {
-        for (; j + 4 <= count; j += 4)
-            unpack_word(from + j, down, mask, shift, to + j);
-        if (j < count)
-            unpack_word(from + count - 4, down, mask, shift, to + count - 4);
-    } else
+    } else if (from + 16 <= end)
+        unpack_few(from, of_count, down, mask, shift, to);
+    else
         for (; j < count; j++) {
             const uint8_t part = (uint8_t)(((from[j] >> down) & mask) << shift);
             to[j] = shift ? to[j] | part : part;
@@ -58,28 +64,29 @@ static inline __attribute__((always_inline)) void unpack_row(
 
 /* A plane of `bits` bits, known when this is compiled. */
 static inline __attribute__((always_inline)) void unpack_plane(
-    const int bits, const uint8_t *data, const Plane plane, uint8_t *out, const int stride)
+    const int bits, const uint8_t *data, const uint8_t *end, const Plane plane, uint8_t *out, const int stride)
 {
+    const words of_count = first_bytes(plane.count);
     for (int place = 0; place < 8 / bits; place++)
         for (int row = 0; row < plane.rows; row++) {
             const uint8_t *from = data + plane.offset + (long)row * plane.count;
             uint8_t *to = out + (long)(row + place * plane.rows) * stride + plane.start;
             if (plane.shift)
-                unpack_row(from, plane.count, place * bits, (1u << bits) - 1, plane.shift, to);
+                unpack_row(from, end, plane.count, of_count, place * bits, (1u << bits) - 1, plane.shift, to);
             else
-                unpack_row(from, plane.count, place * bits, (1u << bits) - 1, 0, to);
+                unpack_row(from, end, plane.count, of_count, place * bits, (1u << bits) - 1, 0, to);
         }
 }
 
-/* Codes [page_tokens][stride] of the segment at `data`. Planes of low bits come before those that add to them. */
-static void unpack(const uint8_t *data, const Plane *planes, int n, uint8_t *out, int stride)
+/* Codes [page_tokens][stride], and room for 16 more, of the segment at `data` in a page that ends at `end`. Planes of low bits come before those that add to them. */
+static void unpack(const uint8_t *data, const uint8_t *end, const Plane *planes, int n, uint8_t *out, int stride)
 {
     for (int p = 0; p < n; p++)
         switch (planes[p].bits) {
-        case 1: unpack_plane(1, data, planes[p], out, stride); break;
-        case 2: unpack_plane(2, data, planes[p], out, stride); break;
-        case 4: unpack_plane(4, data, planes[p], out, stride); break;
-        default: unpack_plane(8, data, planes[p], out, stride); break;
+        case 1: unpack_plane(1, data, end, planes[p], out, stride); break;
+        case 2: unpack_plane(2, data, end, planes[p], out, stride); break;
+        case 4: unpack_plane(4, data, end, planes[p], out, stride); break;
+        default: unpack_plane(8, data, end, planes[p], out, stride); break;
         }
 }
 
