@@ -1,5 +1,6 @@
 """The C kernel of attention against the specification; its 8-bit decoders; which backend runs."""
 
+import gc
 import logging
 import os
 
@@ -10,7 +11,7 @@ from structures import HEAD_DIM, MODEL, STRUCTURES, paged_past, slots
 
 from kvcar.errors import InputError, KernelError
 from kvcar.kernels import backend
-from kvcar.kernels.attend import ExactPast, attend, cpu, naive
+from kvcar.kernels.attend import ExactPast, Held, attend, cpu, naive
 from kvcar.kernels.attend.decode8 import decoder_in_8_bits, latent_bits
 from kvcar.kernels.native import build, find_compiler, native_library
 from kvcar.kernels.rotary import RotaryTable
@@ -88,13 +89,46 @@ def test_sinks_and_window_are_read_where_they_lie():
     coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
     paged = paged_past(coder, 0, 100, 2, rotary("half"), [0, 5])
     room = torch.randn(2, 2, 2, 40, HEAD_DIM).bfloat16()
-    held = (room[0, :, :, 3:20], room[1, :, :, 3:20])  # strided, as a window's buffer is
+    held = Held(room[0], room[1], 3, 20)  # as a window's buffers are
     new = torch.randn(2, 2, 2, 2, HEAD_DIM)
     mask = torch.rand(2, 1, 2, 19) < 0.7
     exact, query = ExactPast(new[0], new[1], mask, held), torch.randn(2, 4, 2, HEAD_DIM)
     expected = naive.attend(query, exact.joined(), paged, 0.25)
     torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_what_one_step_set_does_not_linger_in_the_next():
+    """Places are kept from step to step: other buffers, ranges, pages, batches and threads must all be noticed."""
+    coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
+    turning = rotary("half")
+    pasts = [paged_past(coder, 0, tokens, 2, turning, [0, 5]) for tokens in (100, 200)]
+    rooms = [torch.randn(2, 2, 2, 40, HEAD_DIM).to(dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)]
+    before = torch.get_num_threads()
+    try:
+        for step in range(24):
+            torch.set_num_threads(1 + step % 2)
+            room, paged = rooms[step // 4 % 3], pasts[step // 3 % 2]
+            held = None if step % 7 == 6 else Held(room[0], room[1], step % 3, 9 + step)
+            new = torch.randn(2, 2, 2, 1 + step % 2, HEAD_DIM)
+            exact, query = ExactPast(new[0], new[1], None, held), torch.randn(2, 4, 1, HEAD_DIM)
+            expected = naive.attend(query, exact.joined(), paged, 0.25)
+            torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_places_of_buffers_and_pages_that_are_gone_are_not_read():
+    coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
+    turning, query = rotary("half"), torch.randn(2, 4, 1, HEAD_DIM)
+    for tokens in (100, 164, 100, 228):
+        paged, room = paged_past(coder, 0, tokens, 2, turning, [0, 5]), torch.randn(2, 2, 2, 40, HEAD_DIM)
+        new = torch.randn(2, 2, 2, 1, HEAD_DIM)
+        exact = ExactPast(new[0], new[1], None, Held(room[0], room[1], 0, 9))
+        expected = naive.attend(query, exact.joined(), paged, 0.25)
+        torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
+        del paged, room, exact
+        gc.collect()
 
 
 def test_chosen_pages_are_read_where_they_lie():

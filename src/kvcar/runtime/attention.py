@@ -76,7 +76,7 @@ def _attention(
     _refuse_unknown(dropout, kwargs)
     scale: float = scaling or float(query.shape[-1]) ** -0.5
     exact, paged = cache.past(layer, query, scale)
-    output = attend(query, exact, paged, scale, softcap)
+    output = attend(query, exact, paged, scale, softcap, cache.backend)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ..bundle import Bundle
 from ..errors import CacheStateError, InputError
 from ..kernels.allocation import coded_tokens
 from ..kernels.attend import ExactPast, PagedPast
+from ..kernels.backend import Backend, backend_for
 from ..plan import Plan
 from .decoded import DecodedPast
 from .encode import encode_oldest
@@ -60,6 +62,7 @@ class KVCarCache(Cache):
         self._host: Host | None = None
         self._keeps_decoded = keep_decoded
         self.attend_pages = _checked(attend_pages)
+        self.backend: Backend | None = None
         self._clear()
 
     # What attach calls around and inside a forward pass
@@ -88,6 +91,7 @@ class KVCarCache(Cache):
         self._check_positions(tokens, state)
         self._next_state = state
         self._pass_tokens = tokens
+        self.backend = backend_for(state.padding.device)
         self._mask, self._mask_known = None, False
         for layer in self._coded.values():
             layer.open = True
@@ -176,6 +180,7 @@ class KVCarCache(Cache):
             self._decoded.crop(paged)
         if self._summaries is not None:
             self._summaries.crop(paged)
+        self._views = {}
         self._seen = kept
 
     @torch.no_grad()
@@ -313,6 +318,7 @@ class KVCarCache(Cache):
         self._decoded = DecodedPast() if self._keeps_decoded else None
         most = self.attend_pages
         self._summaries = None if most is None else PageSummaries(most, self.plan.page_tokens)
+        self._views: dict[int, tuple[tuple[object, ...], PagedPast]] = {}
         self._mask: Tensor | None = None
         self._mask_known = False
         self._broken = False
@@ -383,11 +389,15 @@ class KVCarCache(Cache):
                 self._summaries.catch_up(layer, self._paged(layer, state))
 
     def _paged(self, layer: int, state: SequenceState) -> PagedPast:
-        """All pages, as attention of a coded layer reads them."""
+        """All pages, as attention of a coded layer reads them; the same object until something about them changes."""
         assert self._host is not None
         assert self._pages is not None
+        key = (self._pages.tokens, self._pages.arenas, state.padding, state.offset, rotary := self._host.rotary(layer))
+        known = self._views.get(layer)
+        if known is not None and all(map(operator.is_, known[0], key)):
+            return known[1]
         coder = self._host.coder(self.bundle)
-        return PagedPast(
+        paged = PagedPast(
             tiles=self._pages.arenas,
             tokens=self._pages.tokens,
             first=state.padding + self.plan.sinks,
@@ -395,8 +405,10 @@ class KVCarCache(Cache):
             offset=state.offset,
             key_readers=coder.readers(layer, "key"),
             value_readers=coder.readers(layer, "value"),
-            rotary=self._host.rotary(layer),
+            rotary=rotary,
         )
+        self._views[layer] = (key, paged)
+        return paged
 
     def _exact_mask(self) -> Tensor | None:
         """Mask over what attention sees exactly; the same for all layers of a pass, so built once."""
@@ -412,6 +424,7 @@ class KVCarCache(Cache):
         self._drop_unfinished_pass()
         for coded in self._coded.values():
             coded.map_batch(change)
+        self._views = {}
         if self._pages is not None:
             self._pages.map_batch(change)
         if self._decoded is not None:

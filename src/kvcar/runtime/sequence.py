@@ -38,9 +38,9 @@ class SequenceState:
             CacheStateError: positions have gaps.
         """
         after = SequenceState(len(self.padding), self.padding.device)
-        after.padding = self.padding if mask is None else self._read_mask(seen, count, mask)
-        after.padding_most = int(after.padding.max())
-        after.offset = self._read_positions(seen, count, positions, after.padding)
+        after.padding = self.padding if mask is None else _kept(self.padding, self._read_mask(seen, count, mask))
+        after.padding_most = self.padding_most if after.padding is self.padding else int(after.padding.max())
+        after.offset = _kept(self.offset, self._read_positions(seen, count, positions, after.padding))
         return after
 
     def _read_mask(self, seen: int, count: int, mask: Tensor) -> Tensor:
@@ -79,3 +79,8 @@ class SequenceState:
         if known.any():
             raise CacheStateError("position_ids go on elsewhere than the cached tokens stopped; reset the cache first")
         return offset
+
+
+def _kept(old: Tensor, new: Tensor) -> Tensor:
+    """The old tensor where the new one says the same, so that what was made for it stays good."""
+    return old if torch.equal(old, new) else new

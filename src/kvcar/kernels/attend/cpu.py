@@ -33,14 +33,14 @@ def serves(query: Tensor, paged: PagedPast | None) -> str | None:
         return f"the query is on {query.device.type}"
     if paged is None:
         return None
-    heads = sum(len(reader.heads) for reader in paged.key_readers)
-    if query.shape[1] // heads * query.shape[2] > _MOST_ROWS:
+    if query.shape[2] > 1 and query.shape[1] // _kv_heads(paged) * query.shape[2] > _MOST_ROWS:
         return "many query tokens are faster as matrix products"
-    for reader in (*paged.key_readers, *paged.value_readers):
-        if reader.affine is None or reader.restore is not None:
-            return "a codec is not affine in its codes"
-        if reader.segment.raw:
-            return "latents of 16 bits"
+    for readers in (paged.key_readers, paged.value_readers):
+        for reader in readers:
+            if not reader.affine_in_codes:
+                return "a codec is not affine in its codes"
+            if reader.segment.raw:
+                return "latents of 16 bits"
     return None
 
 
@@ -64,9 +64,12 @@ def attend_served(
     query: Tensor, exact: ExactPast, paged: PagedPast, scaling: float, softcap: float | None = None
 ) -> Tensor:
     """Same as ``attend`` of what ``serves`` has nothing against."""
-    batch, _, tokens, head_dim = query.shape
-    q = query.float().reshape(batch, exact.keys.shape[1], -1, head_dim) * scaling
-    return _job(paged, head_dim).run(q, exact, paged, softcap, tokens).reshape(query.shape).to(query.dtype)
+    out = _job(paged, query.shape[3]).run(query.float().contiguous(), exact, paged, scaling, softcap)
+    return out.to(query.dtype)
+
+
+def _kv_heads(paged: PagedPast) -> int:
+    return sum(len(reader.heads) for reader in paged.key_readers)
 
 
 def _job(paged: PagedPast, head_dim: int) -> NativeJob:

@@ -10,10 +10,15 @@ from .inputs import ExactPast, PagedPast
 
 
 def attend(
-    query: Tensor, exact: ExactPast, paged: PagedPast | None, scaling: float, softcap: float | None = None
+    query: Tensor,
+    exact: ExactPast,
+    paged: PagedPast | None,
+    scaling: float,
+    softcap: float | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """Same as ``naive.attend``."""
-    backend = backend_for(query.device)
+    """Same as ``naive.attend``, by ``backend``, or by the one of the query's device."""
+    backend = backend or backend_for(query.device)
     if backend in ("cpu", "triton") and paged is not None:
         return _compiled(backend, query, exact, paged, scaling, softcap)
     plain = naive if backend == "naive" else tiled

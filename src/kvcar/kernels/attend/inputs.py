@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +38,11 @@ class Reader:
     rotated: bool
     exact_dtype: torch.dtype
 
+    @cached_property
+    def affine_in_codes(self) -> bool:
+        """Whether nothing but a matrix and a bias stand between codes and vectors."""
+        return self.affine is not None and self.restore is None
+
     def stored(self, *pages: Tensor) -> Tensor:
         """Stored values float32 ``[B, N, S]`` of consecutive ``pages`` uint8 ``[B, pages, page_bytes]``."""
         segment = self.segment
@@ -53,6 +60,18 @@ class Reader:
         return u if self.restore is None else self.restore(u)
 
 
+class Held(NamedTuple):
+    """Tokens ``start`` to ``stop`` of buffers of keys and values ``[B, H, room, D]``.
+
+    The buffers stay the same from step to step, so that a kernel need not ask them anew where they lie.
+    """
+
+    keys: Tensor
+    values: Tensor
+    start: int
+    stop: int
+
+
 @dataclass(frozen=True)
 class ExactPast:
     """Tokens held exactly: sinks, window and the tokens of this pass.
@@ -61,20 +80,21 @@ class ExactPast:
         keys, values: ``[B, H, S, D]``, keys after RoPE.
         mask: bool, broadcastable to ``[B, 1, T, S]``, True where a query may attend; None for everywhere. It covers
             ``before`` too.
-        before: keys and values of tokens before those, perhaps in a narrower dtype; ``joined`` puts them in front.
+        before: tokens before those, perhaps in a narrower dtype; ``joined`` puts them in front.
     """
 
     keys: Tensor
     values: Tensor
     mask: Tensor | None
-    before: tuple[Tensor, Tensor] | None = None
+    before: Held | None = None
 
     def joined(self) -> ExactPast:
         """The same tokens with nothing before them."""
         if self.before is None:
             return self
-        sides = zip(self.before, (self.keys, self.values), strict=True)
-        keys, values = (torch.cat([held.to(new.dtype), new], dim=2) for held, new in sides)
+        old_keys, old_values, start, stop = self.before
+        sides = ((old_keys, self.keys), (old_values, self.values))
+        keys, values = (torch.cat([held[:, :, start:stop].to(new.dtype), new], dim=2) for held, new in sides)
         return ExactPast(keys, values, self.mask)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
+from itertools import accumulate
 from weakref import ref
 
 import torch
@@ -11,8 +13,9 @@ from torch import Tensor
 
 from ..layout import SegmentLayout
 from ..native import native_library
+from ..rotary import RotaryTable
 from .decode8 import decoder_in_8_bits, latent_bits
-from .inputs import ExactPast, PagedPast, Reader, pick
+from .inputs import ExactPast, Held, PagedPast, Reader, pick
 
 _I32, _I64, _POINTER, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
@@ -47,7 +50,7 @@ class _Job(ctypes.Structure):
         *((name, _I32) for name in ("batch", "heads", "rows", "head_dim", "page_tokens", "pairs", "splits", "threads")),
         ("tokens", _I64), ("first", _POINTER), ("offset", _POINTER), ("page_index", _POINTER),
         ("fine_cos", _POINTER), ("fine_sin", _POINTER), ("coarse_cos", _POINTER), ("coarse_sin", _POINTER),
-        ("softcap", _F32), ("key_readers", _I32), ("value_readers", _I32), ("arenas", _I32),
+        ("scaling", _F32), ("softcap", _F32), ("key_readers", _I32), ("value_readers", _I32), ("arenas", _I32),
         ("keys", _POINTER), ("values", _POINTER), ("arena", _POINTER), ("most", _POINTER), ("mass", _POINTER),
         ("query", _POINTER), ("part", _POINTER), ("mask", _POINTER),
         ("mask_batch_stride", _I64), ("mask_row_stride", _I64), ("mask_token_stride", _I64), ("mask_rows", _I32),
@@ -65,23 +68,37 @@ class NativeJob:
     """
 
     def __init__(self, paged: PagedPast, head_dim: int, in_8_bits: bool = True) -> None:
-        self._columns = int(native_library().kvcar_columns())
-        self._in_8_bits = in_8_bits and bool(native_library().kvcar_has_decode8())
+        self._library = native_library()
+        self._columns = int(self._library.kvcar_columns())
+        self._in_8_bits = in_8_bits and bool(self._library.kvcar_has_decode8())
         self._key_readers, self._value_readers, self._rotary = paged.key_readers, paged.value_readers, paged.rotary
         self._head_dim, self._width = head_dim, self._rounded(head_dim)
         self._pairs = 0 if paged.rotary is None else paged.rotary.width // 2
         self._order = _pair_order(head_dim, self._pairs, paged)
         self._kept: list[object] = []  # what pointers point to
         self._folds: dict[int, tuple[Tensor, Tensor]] = {}
+        self._plain_queries = self._pairs > 0 and self._width == head_dim and _is_plain(paged.rotary)
+        # What the last step set. Weakly, so that a cache that is gone is freed.
+        self._paged: ref[PagedPast] | None = None
+        self._paged_kept: object = None
+        self._held: tuple[ref[Tensor], ref[Tensor]] | None = None
+        self._held_bases = (0, 0)
+        self._sizes: tuple[int, ...] = ()
+        self._places: list[int] = []
+        self._scratch = 0
         self._tiles: tuple[ref[Tensor], ...] = ()
         self._arenas = (_Arena * 0)()
+        self._parts = (_Part * 2)()
+        self._part_places = tuple(ctypes.addressof(part) for part in self._parts)
         keys, values = paged.key_readers, paged.value_readers
+        self._page_tokens = keys[0].segment.page_tokens
         self._keys = (_Reader * len(keys))(*(self._key_reader(i, r) for i, r in enumerate(keys)))
         self._values = (_Reader * len(values))(*(self._value_reader(r) for r in values))
         self.struct = _Job(
-            head_dim=head_dim, page_tokens=keys[0].segment.page_tokens, pairs=self._pairs, key_readers=len(keys),
+            head_dim=head_dim, page_tokens=self._page_tokens, pairs=self._pairs, key_readers=len(keys),
             value_readers=len(values), keys=ctypes.addressof(self._keys), values=ctypes.addressof(self._values),
         )  # fmt: skip
+        self._reference = ctypes.byref(self.struct)
 
     def is_for(self, paged: PagedPast) -> bool:
         """Whether it was made for the readers and the rotation of ``paged``."""
@@ -91,27 +108,26 @@ class NativeJob:
             and paged.rotary is self._rotary
         )
 
-    def run(self, q: Tensor, exact: ExactPast, paged: PagedPast, softcap: float | None, tokens: int) -> Tensor:
-        """Attention of scaled queries float32 ``[B, H, Q, D]``, row ``r`` of token ``r % tokens``; the output likewise.
+    def run(
+        self, query: Tensor, exact: ExactPast, paged: PagedPast, scaling: float, softcap: float | None = None
+    ) -> Tensor:
+        """Attention of queries float32 ``[B, Hq, T, D]``, contiguous; the output likewise.
 
         Raises:
             MemoryError: none is left for the kernel's scratch.
         """
-        batch, heads, rows, dim = q.shape
-        q = q.contiguous()
-        threads = torch.get_num_threads()
-        pages = -(-paged.tokens // paged.key_readers[0].segment.page_tokens)
-        # Two splits a thread even out threads of unequal speed; many sequences need none.
-        splits = max(1, min(pages, -(-2 * threads // batch)))
-        out = torch.empty(batch, heads, rows, dim)
-        most, mass = torch.empty(2, batch, splits + 1, heads * rows).unbind(0)
-        job = self.struct
-        job.batch, job.heads, job.rows, job.splits, job.threads = batch, heads, rows, splits, threads
-        job.softcap, job.query, job.out = softcap or 0.0, q.data_ptr(), out.data_ptr()
-        job.most, job.mass = most.data_ptr(), mass.data_ptr()
+        batch, query_heads, tokens, _ = query.shape
+        out, job = torch.empty_like(query), self.struct
+        job.query, job.out, job.scaling, job.softcap = query.data_ptr(), out.data_ptr(), scaling, softcap or 0.0
+        heads = exact.keys.shape[1]
         # Everything that is pointed to has a name here until the kernel is done.
-        kept = (self._sums(batch, splits, rows), self._pages(paged), self._queries(q), self._exact(exact, tokens))
-        if native_library().kvcar_attend(ctypes.byref(job)):
+        kept = (
+            self._sized(batch, heads, query_heads // heads * tokens, paged.tokens),
+            self._pages(paged),
+            self._queries(query, heads),
+            self._exact(exact, tokens),
+        )
+        if self._library.kvcar_attend(self._reference):
             raise MemoryError("no memory for the scratch of attention over pages")
         del kept
         return out
@@ -186,14 +202,35 @@ class NativeJob:
 
     # Set anew
 
-    def _sums(self, batch: int, splits: int, rows: int) -> list[Tensor]:
-        made = []
-        for native in self._values:
-            made.append(torch.empty(batch, splits, native.heads * rows, self._rounded(native.latents)))
-            native.sums = made[-1].data_ptr()
-        return made
+    def _sized(self, batch: int, heads: int, rows: int, paged_tokens: int) -> Tensor:
+        """Sizes of the step, and where in a scratch its sums go."""
+        threads = torch.get_num_threads()
+        # Two splits a thread even out threads of unequal speed; many sequences need none.
+        splits = max(1, min(-(-paged_tokens // self._page_tokens), -(-2 * threads // batch)))
+        sizes = (batch, heads, rows, splits, threads)
+        if sizes != self._sizes:
+            job = self.struct
+            job.batch, job.heads, job.rows, job.splits, job.threads = self._sizes = sizes
+            statistics, own = batch * (splits + 1) * heads * rows, batch * splits * rows
+            sums = (own * native.heads * self._rounded(native.latents) for native in self._values)
+            self._places = [0, *accumulate((statistics, statistics, *sums))]
+            self._scratch = 0
+        scratch = _scratch(self._places[-1])
+        if scratch.data_ptr() != self._scratch:
+            self._scratch = scratch.data_ptr()
+            self.struct.most, self.struct.mass, *sums = (self._scratch + 4 * place for place in self._places[:-1])
+            for native, place in zip(self._values, sums, strict=True):
+                native.sums = place
+        return scratch
 
     def _pages(self, paged: PagedPast) -> object:
+        """Where pages, first tokens and angles lie: set already, where ``paged`` is the same as in the step before."""
+        if self._paged is None or self._paged() is not paged:
+            self._paged_kept = self._set_pages(paged)
+            self._paged = ref(paged)
+        return self._paged_kept
+
+    def _set_pages(self, paged: PagedPast) -> object:
         job = self.struct
         first, offset = paged.first.contiguous(), paged.offset.contiguous()
         job.tokens, job.first, job.offset = paged.tokens, first.data_ptr(), offset.data_ptr()
@@ -212,7 +249,6 @@ class NativeJob:
     def _arenas_of(self, tiles: Sequence[Tensor]) -> ctypes.Array[_Arena]:
         """Where the tiles lie; the same from step to step until one is added or replaced."""
         if len(tiles) != len(self._tiles) or any(own() is not t for own, t in zip(self._tiles, tiles, strict=True)):
-            # Weakly, so that the pages of a cache that is gone are freed.
             self._tiles = tuple(ref(tile) for tile in tiles)
             self._arenas = (_Arena * len(tiles))(*(_arena(tile) for tile in tiles))
         return self._arenas
@@ -224,37 +260,64 @@ class NativeJob:
         return (int(paged.pages[:, -1].max()) + 1) * paged.page_tokens
 
     def _exact(self, exact: ExactPast, tokens: int) -> object:
-        job, kept, parts = self.struct, [], []
-        for keys, values in (*([exact.before] if exact.before else []), (exact.keys, exact.values)):
-            if keys.dtype != torch.bfloat16:
-                keys, values = keys.float(), values.float()
-            keys, values = (side if side.stride(-1) == 1 else side.contiguous() for side in (keys, values))
-            kept += [keys, values]
-            parts.append(_Part(_side(keys), _side(values), keys.shape[2], int(keys.dtype == torch.bfloat16)))
-        array = (_Part * len(parts))(*parts)
-        job.part, job.parts = ctypes.addressof(array), len(parts)
-        job.mask, job.mask_rows, mask = None, tokens, exact.mask
+        """Tokens held exactly: the part held before, where there is one, and the part of this pass."""
+        job, held = self.struct, exact.before
+        keys, values = _readable(exact.keys), _readable(exact.values)
+        _set_part(self._parts[1], keys, values)
+        kept, first = [keys, values], 1
+        if held is not None:
+            kept += self._set_held(held)
+            first = 0
+        job.part, job.parts = self._part_places[first], 2 - first
+        job.mask, mask = None, exact.mask
         if mask is not None:
-            mask = mask.expand(exact.keys.shape[0], 1, tokens, sum(part.tokens for part in parts))
-            job.mask, job.mask_batch_stride = mask.data_ptr(), mask.stride(0)
+            total = keys.shape[2] + (held.stop - held.start if held is not None else 0)
+            mask = mask.expand(keys.shape[0], 1, tokens, total)
+            job.mask, job.mask_rows, job.mask_batch_stride = mask.data_ptr(), tokens, mask.stride(0)
             job.mask_row_stride, job.mask_token_stride = mask.stride(2), mask.stride(3)
-        return kept, array, mask
+        return kept, mask
 
-    def _queries(self, q: Tensor) -> list[Tensor]:
+    def _set_held(self, held: Held) -> list[Tensor]:
+        """Buffers that are the same as in the step before have their places already; only which tokens changes."""
+        part, (keys, values, start, stop) = self._parts[0], held
+        if self._held is None or self._held[0]() is not keys or self._held[1]() is not values:
+            keys, values = _readable(keys), _readable(values)
+            _set_part(part, keys, values)
+            # Of copies there is nothing to come back to.
+            same = keys is held.keys and values is held.values
+            self._held = (ref(keys), ref(values)) if same else None
+            self._held_bases = part.keys.base, part.values.base
+        size = keys.element_size()
+        part.keys.base = self._held_bases[0] + start * part.keys.token_stride * size
+        part.values.base = self._held_bases[1] + start * part.values.token_stride * size
+        part.tokens = stop - start
+        return [keys, values]
+
+    def _queries(self, query: Tensor, heads: int) -> list[Tensor]:
         """Queries in the order of pairs and padded, or folded into every reader's latents."""
-        if self._pairs:
-            assert self._rotary is not None
-            if self._rotary.style == "interleaved":
-                q = q[..., self._order]
-            if self._rotary.attention_scale != 1.0:
-                # Scales the rotated elements of keys; of queries, which is the same.
-                q = torch.cat([q[..., : 2 * self._pairs] * self._rotary.attention_scale, q[..., 2 * self._pairs :]], -1)
-            if self._width != self._head_dim:
-                q = torch.nn.functional.pad(q, (0, self._width - self._head_dim))
-            q = q.contiguous()
+        if self._plain_queries:
+            place = self.struct.query
             for reader in self._keys:
-                reader.query = q.data_ptr()
-            return [q]
+                reader.query = place
+            return []
+        q = query.view(query.shape[0], heads, -1, query.shape[3])
+        return self._turning(q) if self._pairs else self._folded(q)
+
+    def _turning(self, q: Tensor) -> list[Tensor]:
+        assert self._rotary is not None
+        if self._rotary.style == "interleaved":
+            q = q[..., self._order]
+        if self._rotary.attention_scale != 1.0:
+            # Scales the rotated elements of keys; of queries, which is the same.
+            q = torch.cat([q[..., : 2 * self._pairs] * self._rotary.attention_scale, q[..., 2 * self._pairs :]], -1)
+        if self._width != self._head_dim:
+            q = torch.nn.functional.pad(q, (0, self._width - self._head_dim))
+        q = q.contiguous()
+        for reader in self._keys:
+            reader.query = q.data_ptr()
+        return [q]
+
+    def _folded(self, q: Tensor) -> list[Tensor]:
         made = []
         for index, reader in enumerate(self._key_readers):
             matrix, bias = self._folds[index]
@@ -265,6 +328,36 @@ class NativeJob:
             self._keys[index].query, self._keys[index].constant = folded.data_ptr(), constant.data_ptr()
             made += [folded, constant]
         return made
+
+
+_local = threading.local()
+
+
+def _scratch(floats: int) -> Tensor:
+    """Memory for sums, float32 of at least ``floats`` elements: of this thread, the same for all layers and models."""
+    scratch = getattr(_local, "scratch", None)
+    if scratch is None or len(scratch) < floats:
+        scratch = _local.scratch = torch.empty(floats)
+    return scratch
+
+
+def _readable(side: Tensor) -> Tensor:
+    """``side``, in a dtype that the kernel reads and with its elements side by side."""
+    if side.dtype not in (torch.float32, torch.bfloat16):
+        side = side.float()
+    return side if side.stride(-1) == 1 else side.contiguous()
+
+
+def _set_part(part: _Part, keys: Tensor, values: Tensor) -> None:
+    for side, x in ((part.keys, keys), (part.values, values)):
+        side.base = x.data_ptr()
+        side.batch_stride, side.head_stride, side.token_stride, _ = x.stride()
+    part.tokens, part.is_bfloat16 = keys.shape[2], int(keys.dtype == torch.bfloat16)
+
+
+def _is_plain(rotary: RotaryTable | None) -> bool:
+    """Whether queries go to the kernel as they are."""
+    return rotary is not None and rotary.style == "half" and rotary.attention_scale == 1.0
 
 
 def _pair_order(head_dim: int, pairs: int, paged: PagedPast) -> Tensor:
@@ -283,7 +376,3 @@ def _planes(segment: SegmentLayout) -> ctypes.Array[_Plane]:
 
 def _arena(tile: Tensor) -> _Arena:
     return _Arena(tile.data_ptr(), tile.stride(0), tile.stride(1), tile.shape[1], tile.shape[2])
-
-
-def _side(side: Tensor) -> _Side:
-    return _Side(side.data_ptr(), side.stride(0), side.stride(1), side.stride(2))

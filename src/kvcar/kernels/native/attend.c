@@ -19,7 +19,7 @@
 /* How a segment of the page gives some heads.
  *
  * Keys that rotate: `matrix` is [heads][blocks of COLUMNS][exact latents][COLUMNS], `bias` [heads][padded head dim], `query`
- * [batch][heads of the layer][rows][padded head dim], all in the order (first of each rotated pair, second, the rest).
+ * [batch][heads of the layer][rows][padded head dim], unscaled, all in the order (first of each rotated pair, second, the rest).
  * Or, where `narrow` is given, `matrix` is [heads][exact latents][padded head dim] and the decoder of the latents after
  * those is `narrow` [heads][pairs of latents][padded head dim][2] times `scale` [heads][padded head dim]; `stops`
  * [heads][stops_stride], count first: see decode8.h.
@@ -63,7 +63,7 @@ typedef struct {
     const int64_t *first, *offset; /* [batch]: first token attended; position of token 0 is -offset */
     const int64_t *page_index;     /* [batch][pages]: which page each of these is, null: in order */
     const float *fine_cos, *fine_sin, *coarse_cos, *coarse_sin; /* [TILE or more][pairs] each */
-    float softcap;                                              /* 0 for none */
+    float scaling, softcap;                                     /* on scores; 0 for no cap */
     int32_t key_readers, value_readers, arenas;
     const Reader *keys, *values;
     const Arena *arena;
@@ -101,21 +101,23 @@ static const uint8_t *page_at(const Job *job, int b, int64_t page, const uint8_t
     return 0;
 }
 
-/* Queries of one head, turned back by the position of the tile's first token. */
+/* Queries of one head, scaled and turned back by the position of the tile's first token. */
 static void turn_queries(const Job *job, const float *query, int64_t position, float *out)
 {
     const int pairs = job->pairs, width = rounded_up(job->head_dim), rows = job->rows;
+    const float scaling = job->scaling;
     /* A tile that begins with padding may start before position 0. */
     const float sign = position < 0 ? -1.0f : 1.0f;
     position = position < 0 ? -position : position;
     const float *ca = job->coarse_cos + position / TILE * pairs, *sa = job->coarse_sin + position / TILE * pairs;
     const float *cb = job->fine_cos + position % TILE * pairs, *sb = job->fine_sin + position % TILE * pairs;
-    memcpy(out, query, sizeof(float) * rows * width);
     for (int row = 0; row < rows; row++) {
         const float *q = query + (long)row * width;
         float *o = out + (long)row * width;
+        for (int d = 2 * pairs; d < width; d++)
+            o[d] = scaling * q[d];
         for (int f = 0; f < pairs; f++) {
-            const float c = ca[f] * cb[f] - sa[f] * sb[f], s = sign * (sa[f] * cb[f] + ca[f] * sb[f]);
+            const float c = scaling * (ca[f] * cb[f] - sa[f] * sb[f]), s = scaling * sign * (sa[f] * cb[f] + ca[f] * sb[f]);
             o[f] = q[f] * c + q[f + pairs] * s;
             o[f + pairs] = q[f + pairs] * c - q[f] * s;
         }
@@ -231,7 +233,7 @@ static void score_folded(const Job *job, const Reader *reader, int b, int tile, 
             const float *q = reader->query + (at + row) * latents;
             float *scores = s->weights + ((long)reader->head[h] * job->rows + row) * TILE;
             for (int t = low; t < high; t++) {
-                scores[t] = dot(latents, q, s->floats + (long)(t - low) * stride) + reader->constant[at + row];
+                scores[t] = job->scaling * (dot(latents, q, s->floats + (long)(t - low) * stride) + reader->constant[at + row]);
             }
         }
     }
@@ -366,7 +368,7 @@ static int attend_exact(const Job *job, int b)
             for (int64_t t = 0; t < job->part[p].tokens; t++, token++) {
                 const float *k = exact_vector(&job->part[p].keys, job->part[p].is_bfloat16, dim, b, head, t, room);
                 for (int row = 0; row < rows; row++)
-                    scores[row * tokens + token] = dot(dim, job->query + (at + row) * dim, k);
+                    scores[row * tokens + token] = job->scaling * dot(dim, job->query + (at + row) * dim, k);
             }
         for (int row = 0; row < rows; row++) {
             const uint8_t *mask = job->mask ? job->mask + b * job->mask_batch_stride + row % job->mask_rows * job->mask_row_stride : 0;
