@@ -26,11 +26,16 @@ def test_what_is_held_and_what_each_phase_takes_is_counted_from_shapes():
     # 4 layers' width in two blocks: 64 latents each; 64 tokens are two pages of 32, of 4 bits a latent.
     assert found.phases["encoding"] == 64 * 2 * 64 * 4 + 64 * 128 * 5 + 2 * 32 * 128 // 2
     rows, exact, tile = 4 * 64, 32 + 32 + 4 + 64, 200
-    exact_part = rows * exact * 4 + rows // 2 * exact
-    paged_part = rows * tile * 4 + tile * 128 * 5 + 4 * tile * 32 * 4
-    assert paged_part > exact_part
-    assert found.phases["attention"] == 64 * 64 * 4 + 5 * rows * 16 * 4 + exact * 64 * 4 + paged_part
-    assert found.nbytes == sum(found.held.values()) + found.phases["attention"]
+    decoded, mask = tile * 128 * 5 + 4 * tile * 32 * 4, rows // 2 * exact
+    assert decoded > 5 * mask
+    queries = 64 * 64 * 4 + 5 * rows * 16 * 4 + exact * 64 * 4
+    assert found.phases["attention"] == queries + decoded
+    # Scores exist where they are capped, as attention is not fused then.
+    config.attn_logit_softcapping = 50.0
+    capped = prefill_transient(plan, config, past_tokens=200, element_bytes=4, chunk=64)
+    assert rows * tile * 4 + decoded > rows * exact * 4 + mask
+    assert capped.phases["attention"] == queries + rows * tile * 4 + decoded
+    assert found.nbytes == sum(found.held.values()) + max(found.phases.values())
 
 
 def test_it_does_not_grow_with_the_past_but_for_the_mask():

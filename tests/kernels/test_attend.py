@@ -116,13 +116,26 @@ def test_the_fused_tile_is_what_scores_give(coder, with_rotary, monkeypatch):
     paged = paged_past(coder, 1, 1500, 2, rotary() if with_rotary else None, [0, 40])
     query = torch.randn(2, 4, 64, 16)
     exact = ExactPast(torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16), None)
-    monkeypatch.setattr(tiled, "_LONGEST_TILE", 512)  # the first tile holds what may not be seen, the others are fused
+    monkeypatch.setattr(tiled, "_LONGEST_TILE", 512)
     tiles = []
     fused_tile = tiled.fused.attend_tile
     monkeypatch.setattr(tiled.fused, "attend_tile", lambda *given: tiles.append(given[2]) or fused_tile(*given))
     got = attend(query, exact, paged, 0.25)
     assert bool(tiles) == (with_rotary or coder.units[0].coded.codec is None or not folded(coder, query))
     torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("pages", [True, False], ids=["pages", "no pages"])
+def test_fused_rows_that_see_nothing_are_zero_and_others_are_right(coder, pages):
+    """PyTorch's operation calls the log-sum-exp of such a row 0, as if it had seen something."""
+    paged = paged_past(coder, 1, 40, 2, rotary(), [0, 39]) if pages else None  # of the second sequence, nothing is seen
+    query, mask = torch.randn(2, 4, 64, 16), torch.rand(2, 1, 64, 9) < 0.5
+    mask[0, :, 3:9], mask[1, :, 20:30] = False, False
+    exact = ExactPast(torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16), mask)
+    got = attend(query, exact, paged, 0.25)
+    torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
+    assert not got[1, :, 20:30].any()
+    assert got[0, :, 3:9].any() == pages
 
 
 def folded(coder, query):

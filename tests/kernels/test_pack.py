@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from kvcar.codecs.quantizer import latent_bits
 from kvcar.kernels.layout import coded_segment
-from kvcar.kernels.pack import naive, pack, unpack
+from kvcar.kernels.native import find_compiler
+from kvcar.kernels.pack import cpu, naive, pack, torch_planes, unpack
 from kvcar.plan import BitGroup
 
 GROUPS = st.lists(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 16]), min_size=1, max_size=9, unique=True).flatmap(
@@ -26,26 +27,46 @@ def random_codes(groups, lead, page_tokens, seed):
     return torch.where(bits == 16, raw, u)
 
 
+FORMS = [torch_planes, pytest.param(cpu, marks=pytest.mark.skipif(not find_compiler(), reason="needs a C compiler"))]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__.split(".")[-1])
 @settings(max_examples=40, deadline=None)
 @given(groups=GROUPS, seed=st.integers(0, 2**16))
-def test_same_bytes_as_the_specification(groups, seed):
+def test_same_bytes_as_the_specification(form, groups, seed):
     layout = coded_segment(groups, 32, 0)
     u = random_codes(groups, (), 32, seed)
-    data = pack(u, layout)
+    data = form.pack(u, layout)
     assert data.dtype == torch.uint8
     assert torch.equal(data, naive.pack(u, layout))
-    assert torch.equal(unpack(data, layout), u)
+    assert torch.equal(form.unpack(data, layout), u)
     assert torch.equal(naive.unpack(data, layout), u)
 
 
+def test_the_backend_is_the_one_asked_for(monkeypatch):
+    layout = coded_segment([BitGroup(bits=3, count=5)], 32, 0)
+    u = random_codes([BitGroup(bits=3, count=5)], (2, 3), 32, 1)
+    for backend, form in {"torch": torch_planes, "naive": torch_planes, "cpu": cpu}.items():
+        calls = []
+        monkeypatch.setenv("KVCAR_KERNELS", backend)
+        for name in ("pack", "unpack"):
+            whole = getattr(form, name)
+            monkeypatch.setattr(form, name, lambda x, seg, whole=whole, calls=calls: calls.append(1) or whole(x, seg))
+        assert torch.equal(unpack(pack(u, layout), layout), u)
+        assert len(calls) == 2
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__.split(".")[-1])
 @pytest.mark.parametrize("page_tokens", [32, 64, 160])
-def test_many_pages_out_of_a_wider_buffer(page_tokens):
+def test_many_pages_out_of_a_wider_buffer(form, page_tokens):
     groups = [BitGroup(bits=b, count=c) for b, c in [(16, 3), (8, 1), (7, 2), (5, 9), (3, 7), (1, 11)]]
     layout = coded_segment(groups, page_tokens, 48)
     u = random_codes(groups, (2, 5), page_tokens, 3)
     buffer = torch.full((2, 5, layout.end + 16), 255, dtype=torch.uint8)
-    buffer[..., layout.offset : layout.end] = pack(u, layout)
-    assert torch.equal(unpack(buffer[..., layout.offset : layout.end], layout), u)
+    buffer[..., layout.offset : layout.end] = form.pack(u, layout)
+    assert torch.equal(form.unpack(buffer[..., layout.offset : layout.end], layout), u)
+    assert torch.equal(form.unpack(buffer[1, :, layout.offset : layout.end], layout), u[1])
 
 
 @settings(max_examples=40, deadline=None)

@@ -59,7 +59,7 @@ def prefill_transient(
     chunk: int = PREFILL_CHUNK_TOKENS,
     batch: int = 1,
 ) -> Transient:
-    """Of the pass over a prompt's next ``chunk`` tokens with the compressed cache of ``plan``.
+    """Of the pass over a prompt's next ``chunk`` tokens with the compressed cache of ``plan``, on a CPU.
 
     Args:
         plan: what the cache is made from.
@@ -78,7 +78,7 @@ def prefill_transient(
         "keys and values of the chunk": _chunk_elements(plan, tokens) * element_bytes,
     }
     phases = {
-        "attention": tokens * hidden * element_bytes + _attention(plan, past_tokens, element_bytes, chunk, batch),
+        "attention": tokens * hidden * element_bytes + _attention(plan, text, past_tokens, element_bytes, chunk, batch),
         "mlp": tokens * (hidden + _MLP_ALIVE * _mlp_width(text)) * element_bytes,
         "encoding": _encoding(plan, min(chunk, ENCODED_PAGES_AT_ONCE * plan.page_tokens), batch),
         "logits of one token": batch * int(text.vocab_size) * element_bytes,
@@ -96,7 +96,9 @@ def _mlp_width(config: PreTrainedConfig) -> int:
     return int(given or 4 * config.hidden_size)
 
 
-def _attention(plan: Plan, past_tokens: int, element_bytes: int, chunk: int, batch: int) -> int:
+def _attention(
+    plan: Plan, config: PreTrainedConfig, past_tokens: int, element_bytes: int, chunk: int, batch: int
+) -> int:
     """One layer's, over what is exact and then over tiles of pages; scores of only one of them exist at a time."""
     geometry = plan.geometry
     rows = batch * geometry.query_heads * chunk
@@ -105,10 +107,18 @@ def _attention(plan: Plan, past_tokens: int, element_bytes: int, chunk: int, bat
     tile = min(past_tokens, tile_tokens(geometry.query_heads * chunk))
     queries = _QUERIES_ALIVE * rows * geometry.head_dim * _FLOAT32_BYTES
     joined = batch * exact * geometry.layer_elements_per_token * element_bytes
-    # The mask is repeated for the query heads that share a KV head.
-    exact_scores = rows * exact * _SCORES_ALIVE * _FLOAT32_BYTES + rows // geometry.kv_heads * exact
-    paged_scores = rows * tile * _SCORES_ALIVE * _FLOAT32_BYTES + batch * _decoded_tile(plan, tile)
-    return queries + joined + max(exact_scores, paged_scores)
+    # The mask is repeated for the query heads that share a KV head; fused attention adds it to scores that never exist.
+    mask = rows // geometry.kv_heads * exact
+    decoded = batch * _decoded_tile(plan, tile)
+    if _fuses(plan, config):
+        return queries + joined + max(mask * (1 + _FLOAT32_BYTES), decoded)
+    exact_scores, paged_scores = (rows * n * _SCORES_ALIVE * _FLOAT32_BYTES for n in (exact, tile))
+    return queries + joined + max(exact_scores + mask, paged_scores + decoded)
+
+
+def _fuses(plan: Plan, config: PreTrainedConfig) -> bool:
+    """Whether attention is fused, as it is where scores are not capped and keys rotate, so that no decoder is folded."""
+    return plan.geometry.rotary and getattr(config, "attn_logit_softcapping", None) is None
 
 
 def _decoded_tile(plan: Plan, tokens: int) -> int:

@@ -13,15 +13,12 @@ from torch import Tensor
 
 from ..layout import SegmentLayout
 from ..native import native_library
+from ..native.structs import NativePlane
 from ..rotary import RotaryTable
 from .decode8 import decoder_in_8_bits, latent_bits
 from .inputs import ExactPast, Held, PagedPast, Reader, pick
 
 _I32, _I64, _POINTER, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-
-
-class _Plane(ctypes.Structure):
-    _fields_ = [(name, _I32) for name in ("bits", "shift", "start", "count", "rows", "offset")]
 
 
 class _Reader(ctypes.Structure):
@@ -368,10 +365,8 @@ def _pair_order(head_dim: int, pairs: int, paged: PagedPast) -> Tensor:
     return torch.cat([index[0 : 2 * pairs : 2], index[1 : 2 * pairs : 2], index[2 * pairs :]])
 
 
-def _planes(segment: SegmentLayout) -> ctypes.Array[_Plane]:
-    return (_Plane * len(segment.planes))(
-        *(_Plane(p.bits, p.shift, p.start, p.stop - p.start, p.rows, p.offset) for p in segment.planes)
-    )
+def _planes(segment: SegmentLayout) -> ctypes.Array[NativePlane]:
+    return (NativePlane * len(segment.planes))(*map(NativePlane.of, segment.planes))
 
 
 def _arena(tile: Tensor) -> _Arena:

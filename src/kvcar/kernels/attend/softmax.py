@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import fused
 from .inputs import ExactPast, Reader, pick
 
 
@@ -21,6 +22,9 @@ def begin(query: Tensor, exact: ExactPast, scaling: float, softcap: float | None
         # [B, 1, T, S] -> [B, 1, G * T, S]; one query token needs no copy.
         mask = exact.mask if tokens == 1 else exact.mask.repeat(1, 1, query_heads // heads, 1)
     state = OnlineSoftmax(q, softcap)
+    if fused.serves(q, softcap):
+        state.merge_output(*fused.attend_exact(q, exact, mask))
+        return q, state
     state.add(q @ exact.keys.float().transpose(2, 3), mask, exact.values.float())
     return q, state
 

@@ -28,18 +28,19 @@ def attend(
     """Same as ``naive.attend``."""
     q, state = begin(query, exact, scaling, softcap)
     if paged is not None:
-        _add_pages(state, q, paged, fused.serves(q, softcap))
+        _add_pages(state, q, paged, softcap)
     return state.result().reshape(query.shape).to(query.dtype)
 
 
-def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, fuse: bool) -> None:
+def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, softcap: float | None) -> None:
     key_folds = {reader: _fold_query(q, reader) for reader in paged.key_readers if _folds_keys(q, reader, paged)}
+    fuse = not key_folds and fused.serves(q, softcap)
     for start, pages, count in _tiles(paged, q.shape[1] * q.shape[2]):
         stored: dict[int, Tensor] = {}
         visible = paged.visible(start, count)
-        if fuse and visible is None and not key_folds:
+        if fuse:
             restored = partial(_stored_once, pages=pages, count=count, stored=stored)
-            state.merge_output(*fused.attend_tile(q, paged, start, restored))
+            state.merge_output(*fused.attend_tile(q, paged, start, restored, visible))
             continue
         scores = _scores(q, paged, pages, start, count, key_folds, stored)
         weights = state.weights(scores, None if visible is None else visible[:, None, None, :])

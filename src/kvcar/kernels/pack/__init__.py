@@ -1,5 +1,5 @@
 """Packing stored values into page segments and back."""
 
-from .torch_planes import pack, unpack
+from .dispatch import pack, unpack
 
 __all__ = ["pack", "unpack"]

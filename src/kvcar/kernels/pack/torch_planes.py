@@ -13,8 +13,7 @@ def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
     lead = u.shape[:-2]
     parts = []
     if layout.raw:
-        raw = u[..., : layout.raw].to(torch.float16).contiguous()
-        parts.append(raw.view(torch.uint8).reshape(*lead, -1))
+        parts.append(raw_bytes(u, layout))
     if layout.planes:
         codes = u[..., layout.raw :].to(torch.uint8)
         parts += [_pack_plane(codes, plane, layout.raw).reshape(*lead, -1) for plane in layout.planes]
@@ -26,8 +25,7 @@ def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
     lead = data.shape[:-1]
     u = torch.empty(*lead, layout.page_tokens, layout.latents, device=data.device)
     if layout.raw:
-        raw = data[..., : layout.raw * layout.page_tokens * 2].contiguous().view(torch.float16)
-        u[..., : layout.raw] = raw.view(*lead, layout.page_tokens, layout.raw)
+        u[..., : layout.raw] = raw_values(data, layout)
     if layout.planes:
         shape = (*lead, layout.page_tokens, layout.latents - layout.raw)
         codes = torch.empty(shape, dtype=torch.uint8, device=data.device)
@@ -35,6 +33,18 @@ def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
             _unpack_plane(data, plane, layout.raw, codes)
         u[..., layout.raw :] = codes
     return u
+
+
+def raw_bytes(u: Tensor, layout: SegmentLayout) -> Tensor:
+    """Bytes uint8 ``[..., n]`` of the raw latents of ``u`` ``[..., page_tokens, R]``."""
+    raw = u[..., : layout.raw].to(torch.float16).contiguous()
+    return raw.view(torch.uint8).reshape(*u.shape[:-2], -1)
+
+
+def raw_values(data: Tensor, layout: SegmentLayout) -> Tensor:
+    """Raw latents float16 ``[..., page_tokens, raw]`` of bytes ``[..., size]``."""
+    raw = data[..., : layout.raw * layout.page_tokens * 2].contiguous().view(torch.float16)
+    return raw.view(*data.shape[:-1], layout.page_tokens, layout.raw)
 
 
 def _pack_plane(codes: Tensor, plane: Plane, raw: int) -> Tensor:

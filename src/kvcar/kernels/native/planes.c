@@ -1,0 +1,75 @@
+/* Packing codes into the planes of pages, and back; docs/format.md has the layout. */
+#include <stdlib.h>
+
+#include "tile.h"
+#include "unpack.h"
+
+/* Segments of pages [outer][inner], by strides in bytes, and their stored values float [outer][inner][tokens][width], of which
+ * the first `raw` are not in planes and not touched here. Planes count latents from `raw` on. */
+typedef struct {
+    uint8_t *data;
+    int64_t outer, inner, outer_stride, inner_stride, size;
+    float *values;
+    const Plane *planes;
+    int32_t n_planes, tokens, width, raw, threads, spare;
+} Segments;
+
+static uint8_t *segment_at(const Segments *s, int64_t page)
+{
+    return s->data + page / s->inner * s->outer_stride + page % s->inner * s->inner_stride;
+}
+
+static void pack_plane(const Plane *plane, const uint8_t *codes, int stride, uint8_t *data)
+{
+    const uint8_t mask = (uint8_t)((1u << plane->bits) - 1);
+    uint8_t *to = data + plane->offset;
+    for (int row = 0; row < plane->rows; row++, to += plane->count)
+        for (int place = 0; place < 8 / plane->bits; place++) {
+            const uint8_t *from = codes + (long)(row + place * plane->rows) * stride + plane->start;
+            for (int j = 0; j < plane->count; j++) {
+                const uint8_t part = (uint8_t)((from[j] >> plane->shift & mask) << (place * plane->bits));
+                to[j] = place ? to[j] | part : part;
+            }
+        }
+}
+
+/* Values of all segments; 0, or 1 where memory is missing. */
+int kvcar_unpack(const Segments *s)
+{
+    const int count = s->width - s->raw, stride = rounded_up(count);
+    int failed = 0;
+#pragma omp parallel for num_threads(s->threads) reduction(| : failed)
+    for (int64_t page = 0; page < s->outer * s->inner; page++) {
+        uint8_t *codes = malloc((size_t)s->tokens * stride + 16);
+        if (codes) {
+            const uint8_t *data = segment_at(s, page);
+            unpack(data, data + s->size, s->planes, s->n_planes, codes, stride);
+            to_floats(codes, s->tokens, count, stride, s->values + page * s->tokens * s->width + s->raw, s->width);
+        }
+        failed |= !codes;
+        free(codes);
+    }
+    return failed;
+}
+
+/* Planes of all segments; 0, or 1 where memory is missing. */
+int kvcar_pack(const Segments *s)
+{
+    const int count = s->width - s->raw, stride = rounded_up(count);
+    int failed = 0;
+#pragma omp parallel for num_threads(s->threads) reduction(| : failed)
+    for (int64_t page = 0; page < s->outer * s->inner; page++) {
+        uint8_t *codes = malloc((size_t)s->tokens * stride);
+        if (codes) {
+            const float *values = s->values + page * s->tokens * s->width + s->raw;
+            for (int t = 0; t < s->tokens; t++)
+                for (int j = 0; j < count; j++)
+                    codes[(long)t * stride + j] = (uint8_t)(int)values[(long)t * s->width + j];
+            for (int p = 0; p < s->n_planes; p++)
+                pack_plane(s->planes + p, codes, stride, segment_at(s, page));
+        }
+        failed |= !codes;
+        free(codes);
+    }
+    return failed;
+}
