@@ -88,7 +88,7 @@ def test_a_units_writer_does_what_the_unit_does(structure):
         of_slot = dict(zip(unit.unit.slots, x.split(16, dim=-1), strict=True))
         stored = unit.stored(lambda slot, before_rope, of_slot=of_slot: of_slot[slot])
         expected = unit.pack(stored.unflatten(1, (2, 32)))
-        writer = unit.writer()
+        writer = unit.writer
         assert torch.equal(encode_pages(x, writer), expected)
         if structure in ("raw latents", "lossless"):
             assert torch.equal(naive.encode_pages(x, writer), expected)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..bundle import Bundle, CodedBlock
 from ..codecs import Codec
 from ..kernels.attend import Reader
-from ..kernels.encode import AffineEncoder, Writer
+from ..kernels.encode import AffineEncoder, Writer, encode_pages
 from ..kernels.layout import PageUnit, page_layout
 from ..kernels.pack import pack, unpack
 from ..shapes import Kind, Slot
@@ -40,8 +40,7 @@ class UnitCoder:
 
     def stored(self, fetch: Fetch) -> Tensor:
         """Stored values ``[B, N, R]``: float32, or the exact dtype when lossless."""
-        lossless = self.coded.codec is None
-        x = torch.cat([fetch(slot, not lossless) for slot in self.unit.slots], dim=-1)
+        x = self._vectors(fetch)
         if self.coded.codec is None or self.coded.quantizer is None:
             return x.to(self.exact_dtype)
         return self.coded.quantizer.codes(self.coded.codec.encode(x.float()))
@@ -52,6 +51,11 @@ class UnitCoder:
             return stored.to(self.exact_dtype).contiguous().view(torch.uint8).flatten(2)
         return pack(stored, self.unit.segment)
 
+    def packed(self, fetch: Fetch) -> Tensor:
+        """Bytes uint8 ``[B, pages, size]`` of tokens that fill whole pages: ``stored`` and ``pack`` as one operation."""
+        return encode_pages(self._vectors(fetch), self.writer)
+
+    @cached_property
     def writer(self) -> Writer:
         """How vectors of this unit become its segment, for ``kernels.encode``."""
         codec, quantizer, segment = self.coded.codec, self.coded.quantizer, self.unit.segment
@@ -87,6 +91,11 @@ class UnitCoder:
             decode = partial(_affine, affine) if affine else partial(_decode, self.coded.codec, _as_slice(columns))
         lossless = self.coded.codec is None
         return Reader(self.unit.segment, heads, restore, decode, affine, lossless, self.exact_dtype)
+
+    def _vectors(self, fetch: Fetch) -> Tensor:
+        """The unit's slots side by side ``[B, N, W]``, keys before RoPE unless they are stored exactly."""
+        lossless = self.coded.codec is None
+        return torch.cat([fetch(slot, not lossless) for slot in self.unit.slots], dim=-1)
 
     @cached_property
     def _restore_and_affine(self) -> tuple[Restore | None, tuple[Tensor, Tensor] | None]:

@@ -46,7 +46,10 @@ def encode_oldest(
                 keys, _ = coded.oldest(first, count)
                 summaries.add(layer, keys, pages.tokens, state.padding + coder.plan.sinks)
         fetch = _fetcher(layers, state, rotary_of, pages.tokens, first, count)
-        pages.append([unit.stored(fetch) for unit in coder.units])
+        if pages.fits_whole(count):
+            pages.append_packed([unit.packed(fetch) for unit in coder.units])
+        else:
+            pages.append([unit.stored(fetch) for unit in coder.units])
 
 
 def _refuse_non_finite(layers: Mapping[int, CodedLayer], leave: int) -> None:

@@ -55,6 +55,16 @@ class PageStore:
         self._write(page, self._pack(stored))
         self.tokens += count
 
+    def fits_whole(self, tokens: int) -> bool:
+        """Whether ``tokens`` more begin and end where pages do."""
+        return self.tokens % self._page_tokens == 0 and tokens % self._page_tokens == 0
+
+    def append_packed(self, packed: Sequence[Tensor]) -> None:
+        """Add whole pages: bytes uint8 ``[B, pages, size]`` of every unit, in the units' order."""
+        pages = self._joined_units(packed)
+        self._write(self.tokens // self._page_tokens, pages)
+        self.tokens += pages.shape[1] * self._page_tokens
+
     def contents(self) -> tuple[UnitContents, ...]:
         """Stored values of all tokens, for every unit, in dtypes as narrow as what they hold."""
         used = -(-self.tokens // self._page_tokens)
@@ -102,14 +112,21 @@ class PageStore:
         return UnitContents(raw[:, : self.tokens], codes[:, : self.tokens])
 
     def _pack(self, stored: Sequence[Tensor]) -> Tensor:
-        batch, count = stored[0].shape[:2]
+        count = stored[0].shape[1]
         pages = -(-count // self._page_tokens)
-        out = torch.zeros(batch, pages, self._page_bytes, dtype=torch.uint8, device=stored[0].device)
-        for unit, values in zip(self._units, stored, strict=True):
-            missing = pages * self._page_tokens - count
-            padded = torch.nn.functional.pad(values, (0, 0, 0, missing)) if missing else values
+        missing, shape = pages * self._page_tokens - count, (pages, self._page_tokens)
+        padded = (torch.nn.functional.pad(u, (0, 0, 0, missing)) if missing else u for u in stored)
+        return self._joined_units(
+            [unit.pack(u.unflatten(1, shape)) for unit, u in zip(self._units, padded, strict=True)]
+        )
+
+    def _joined_units(self, packed: Sequence[Tensor]) -> Tensor:
+        """Pages uint8 ``[B, pages, page_bytes]`` of their units' bytes."""
+        shape = (*packed[0].shape[:2], self._page_bytes)
+        out = torch.zeros(shape, dtype=torch.uint8, device=packed[0].device)
+        for unit, own in zip(self._units, packed, strict=True):
             segment = unit.unit.segment
-            out[..., segment.offset : segment.end] = unit.pack(padded.unflatten(1, (pages, self._page_tokens)))
+            out[..., segment.offset : segment.end] = own
         return out
 
     def _unpack(self, unit: UnitCoder, pages: Tensor) -> Tensor:

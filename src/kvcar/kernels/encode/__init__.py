@@ -1,6 +1,6 @@
 """Encoding tokens and packing them into pages as one operation."""
 
+from .dispatch import encode_pages
 from .inputs import AffineEncoder, Writer
-from .torch_units import encode_pages
 
 __all__ = ["AffineEncoder", "Writer", "encode_pages"]

@@ -1,7 +1,7 @@
 """Encoding into pages with Triton: matrix product, quantiser and packing of the planes in one launch.
 
-Used where a caller chooses it, after ``serves`` has said that it can be; nothing imports it by itself. It needs the
-extra ``kvcar[triton]``. ``TRITON_INTERPRET=1`` in the environment, before Triton is first imported, runs the kernel on
+Used where ``kernels.backend`` says so and ``serves`` has nothing against it; nothing else imports it. It needs the extra
+``kvcar[triton]``. ``TRITON_INTERPRET=1`` in the environment, before Triton is first imported, runs the kernel on
 the CPU, slowly.
 """
 
