@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from kvcar.runtime.cache import KVCarCache
 from .device import now
 
 FULL, STATIC = "DynamicCache", "StaticCache"
-_PAGES_ARGUMENT = "attend_pages"
 
 
 @dataclass
@@ -105,7 +103,7 @@ def bundle_runners(model: PreTrainedModel, bundles: dict[str, tuple[Bundle, int 
 
 
 def _bundle_runner(model: PreTrainedModel, name: str, bundle: Bundle, pages: int | None) -> Runner:
-    options: dict[str, Any] = {} if pages is None else {_PAGES_ARGUMENT: pages}
+    options: dict[str, Any] = {} if pages is None else {"attend_pages": pages}
     config = {"window": bundle.plan.window, "bundle_sha256": bundle.digest, **options}
     return Runner(name, "kvcar", model, KVCarCache(bundle, **options), config)
 
@@ -114,7 +112,7 @@ def read_bundles(given: Sequence[str]) -> dict[str, tuple[Bundle, int | None]]:
     """Bundles of ``NAME=FOLDER`` or ``NAME=FOLDER:PAGES``, each with the pages that attention is to read.
 
     Raises:
-        InputError: two of one name, or pages are given but this version's cache cannot choose any.
+        InputError: two of one name.
         BundleError: a folder that holds no bundle.
     """
     found: dict[str, tuple[Bundle, int | None]] = {}
@@ -124,8 +122,6 @@ def read_bundles(given: Sequence[str]) -> dict[str, tuple[Bundle, int | None]]:
         if name in found or name in (FULL, STATIC):
             raise InputError(f"two contenders would be called {name!r}; write NAME=FOLDER with names of their own")
         found[name] = (bundle, pages)
-    if any(pages is not None for _, pages in found.values()):
-        _refuse_missing_argument()
     return found
 
 
@@ -133,11 +129,3 @@ def split_pages(given: str) -> tuple[str, int | None]:
     """``FOLDER:8`` as the folder and 8, ``FOLDER`` as the folder and None."""
     match = re.fullmatch(r"(.+):(\d+)", given)
     return (match[1], int(match[2])) if match else (given, None)
-
-
-def _refuse_missing_argument() -> None:
-    if _PAGES_ARGUMENT not in inspect.signature(KVCarCache.__init__).parameters:
-        raise InputError(
-            f"this version's KVCarCache has no argument {_PAGES_ARGUMENT}, so it cannot choose pages; leave the number "
-            "after the folder out"
-        )

@@ -12,7 +12,7 @@ import torch
 from structures import STRUCTURES, paged_past, rotary
 from triton_device import DEVICE, poison_empty
 
-from kvcar.errors import InputError
+from kvcar.errors import KernelError
 from kvcar.kernels.attend import ExactPast, PagedPast, Reader, attend, naive, triton_values
 from kvcar.kernels.attend import triton as backend
 from kvcar.kernels.layout import coded_segment
@@ -67,7 +67,7 @@ def test_every_structure(structure, coder, with_rotary):
     query, exact = random(2, 4, 1, 16), exact_past(2, 2, 1, 16)
     if structure in REFUSED:
         assert REFUSED[structure] in backend.serves(query, paged)
-        with pytest.raises(InputError, match=f"cannot be used.*{REFUSED[structure]}.*another backend"):
+        with pytest.raises(KernelError, match=f"cannot be used.*{REFUSED[structure]}.*another backend"):
             backend.attend(query, exact, paged, 0.25)
     else:
         assert backend.serves(query, paged) is None

@@ -7,7 +7,7 @@ from triton_device import DEVICE, poison_empty
 
 from kvcar.codecs.linear import LinearCodec
 from kvcar.codecs.quantizer import StaticQuantizer
-from kvcar.errors import InputError
+from kvcar.errors import InputError, KernelError
 from kvcar.kernels.encode import AffineEncoder, Writer, encode_pages, naive
 from kvcar.kernels.encode import triton as backend
 from kvcar.kernels.layout import coded_segment
@@ -102,5 +102,5 @@ def test_what_is_not_served_is_said():
         with pytest.raises(InputError, match=r"40 tokens.*multiple of the 32"):
             implementation(x, writer)
     unknown = Writer(writer.segment, writer.encode, writer.codes, None, torch.float16)
-    with pytest.raises(InputError, match=r"cannot be used.*not affine.*another backend"):
+    with pytest.raises(KernelError, match=r"cannot be used.*not affine.*another backend"):
         backend.encode_pages(x, unknown)

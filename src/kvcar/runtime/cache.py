@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from .masks import exact_mask, sink_places
 from .pages import PageStore
 from .sequence import SequenceState
 from .summaries import PageSummaries
+from .views import PageViews
 
 
 class KVCarCache(Cache):
@@ -180,7 +180,7 @@ class KVCarCache(Cache):
             self._decoded.crop(paged)
         if self._summaries is not None:
             self._summaries.crop(paged)
-        self._views = {}
+        self._views.forget()
         self._seen = kept
 
     @torch.no_grad()
@@ -318,7 +318,7 @@ class KVCarCache(Cache):
         self._decoded = DecodedPast() if self._keeps_decoded else None
         most = self.attend_pages
         self._summaries = None if most is None else PageSummaries(most, self.plan.page_tokens)
-        self._views: dict[int, tuple[tuple[object, ...], PagedPast]] = {}
+        self._views = PageViews(self.plan.sinks)
         self._mask: Tensor | None = None
         self._mask_known = False
         self._broken = False
@@ -389,26 +389,10 @@ class KVCarCache(Cache):
                 self._summaries.catch_up(layer, self._paged(layer, state))
 
     def _paged(self, layer: int, state: SequenceState) -> PagedPast:
-        """All pages, as attention of a coded layer reads them; the same object until something about them changes."""
+        """All pages, as attention of a coded layer reads them."""
         assert self._host is not None
         assert self._pages is not None
-        key = (self._pages.tokens, self._pages.arenas, state.padding, state.offset, rotary := self._host.rotary(layer))
-        known = self._views.get(layer)
-        if known is not None and all(map(operator.is_, known[0], key)):
-            return known[1]
-        coder = self._host.coder(self.bundle)
-        paged = PagedPast(
-            tiles=self._pages.arenas,
-            tokens=self._pages.tokens,
-            first=state.padding + self.plan.sinks,
-            first_most=state.padding_most + self.plan.sinks,
-            offset=state.offset,
-            key_readers=coder.readers(layer, "key"),
-            value_readers=coder.readers(layer, "value"),
-            rotary=rotary,
-        )
-        self._views[layer] = (key, paged)
-        return paged
+        return self._views.of(layer, self._pages, state, self._host.coder(self.bundle), self._host.rotary(layer))
 
     def _exact_mask(self) -> Tensor | None:
         """Mask over what attention sees exactly; the same for all layers of a pass, so built once."""
@@ -424,7 +408,7 @@ class KVCarCache(Cache):
         self._drop_unfinished_pass()
         for coded in self._coded.values():
             coded.map_batch(change)
-        self._views = {}
+        self._views.forget()
         if self._pages is not None:
             self._pages.map_batch(change)
         if self._decoded is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import KernelError
 from ..triton_planes import cannot_run_on
 from .inputs import ExactPast, PagedPast, Reader
 from .triton_pages import are_aligned, page_addresses
@@ -68,11 +68,11 @@ def attend(
     """Same as ``naive.attend``.
 
     Raises:
-        InputError: ``serves`` has a reason against these inputs.
+        KernelError: ``serves`` has a reason against these inputs.
     """
     reason = serves(query, paged)
     if reason is not None:
-        raise InputError(f"the Triton attention cannot be used: {reason}; choose another backend")
+        raise KernelError(f"the Triton attention cannot be used: {reason}; choose another backend")
     return attend_served(query, exact, paged, scaling, softcap)
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import KernelError
 from ..plane_table import PlaneTable, block_latents, joined, segment_fields
 from ..triton_planes import cannot_run_on
 from .inputs import Writer, check_pages
@@ -43,11 +43,12 @@ def encode_pages(x: Tensor, writer: Writer) -> Tensor:
     """Same as ``naive.encode_pages``, but for codes whose latent lies on the edge between two.
 
     Raises:
-        InputError: ``serves`` has a reason against these inputs, or ``N`` is no multiple of the page's tokens.
+        KernelError: ``serves`` has a reason against these inputs.
+        InputError: ``N`` is no multiple of the page's tokens.
     """
     reason = serves(x, writer)
     if reason is not None or writer.affine is None:
-        raise InputError(f"the Triton encoder cannot be used: {reason}; choose another backend")
+        raise KernelError(f"the Triton encoder cannot be used: {reason}; choose another backend")
     segment, pages = writer.segment, check_pages(x, writer)
     x = x.float() if x.stride(-1) == 1 else x.float().contiguous()
     table, most = _tables(writer)
