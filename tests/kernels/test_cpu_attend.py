@@ -258,9 +258,9 @@ def test_a_choice_that_cannot_be_is_refused(fresh_choice, monkeypatch):
 
 @pytest.mark.parametrize("name", ["naive", "torch", "cpu"])
 def test_the_variable_decides(fresh_choice, monkeypatch, name, caplog):
-    monkeypatch.setenv(backend.VARIABLE, name)
     coder = PageCoder(STRUCTURES["autoencoder"](), torch.device("cpu"), torch.float32)
-    paged = paged_past(coder, 0, 100, 1, rotary("half"), [0])
+    paged = paged_past(coder, 0, 100, 1, rotary("half"), [0])  # packed by the default backend, which is told too
+    monkeypatch.setenv(backend.VARIABLE, name)
     query, exact = torch.randn(1, 4, 1, 16), ExactPast(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), None)
     with caplog.at_level(logging.INFO, "kvcar.kernels"):
         got = attend(query, exact, paged, 0.25)

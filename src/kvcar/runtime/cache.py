@@ -122,10 +122,11 @@ class KVCarCache(Cache):
         if self._pages.tokens == 0:
             return exact, None
         paged = self._paged(layer, self._next_state)
-        chosen = None if self._summaries is None else self._summaries.choose(layer, query, paged, scaling)
+        if self._summaries is not None:
+            paged = self._summaries.choose(layer, query, paged, scaling, self.backend)
         if self._decoded is not None:
-            return self._decoded.extend(layer, exact.joined(), paged, chosen), None
-        return exact, paged if chosen is None else paged.only(chosen, gather=False)
+            return self._decoded.extend(layer, exact.joined(), paged), None
+        return exact, paged
 
     # What transformers calls
 

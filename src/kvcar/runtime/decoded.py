@@ -23,14 +23,16 @@ class DecodedPast:
         self._sides: dict[int, tuple[Tensor, Tensor]] = {}
         self._tokens: dict[int, int] = {}
 
-    def extend(self, layer: int, exact: ExactPast, paged: PagedPast, pages: Tensor | None = None) -> ExactPast:
+    def extend(self, layer: int, exact: ExactPast, paged: PagedPast) -> ExactPast:
         """``exact`` with the pages' tokens in front of it, decoded as attention over pages would.
 
-        With ``pages`` int64 ``[B, K]`` only the tokens of those.
+        Args:
+            layer: a coded layer.
+            exact: what comes after the pages.
+            paged: all pages, or some of them, scattered.
         """
-        keys, values = self._up_to(layer, paged)
-        if pages is not None:
-            paged = paged.only(pages, gather=False)
+        keys, values = self._up_to(layer, paged if paged.whole is None else paged.whole)
+        if paged.whole is not None:
             index = paged.token_index(0, paged.tokens)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
             keys, values = keys.gather(2, index), values.gather(2, index)
         mask = _joined_mask(exact, paged)

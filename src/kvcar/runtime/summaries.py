@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..kernels.allocation import allocated_pages
 from ..kernels.attend import PagedPast
+from ..kernels.backend import Backend
 from ..kernels.select import CHOSEN_SUMMARY, SUMMARIES, choose_pages
 from .decoded import decoded_keys
 
@@ -39,6 +40,7 @@ class PageSummaries:
         self._page_tokens = page_tokens
         self._summary = SUMMARIES[summary]()
         self._buffers: dict[int, Tensor] = {}
+        self._filled: dict[int, Tensor] = {}
         self._pages: dict[int, int] = {}
 
     @property
@@ -67,14 +69,19 @@ class PageSummaries:
             stop = min(page + _PAGES_AT_ONCE, full) * self._page_tokens
             self._append(layer, decoded_keys(replace(paged, tokens=stop), page), paged.first)
 
-    def choose(self, layer: int, query: Tensor, paged: PagedPast, scaling: float) -> Tensor | None:
-        """Pages int64 ``[B, most]`` that ``query`` ``[B, Hq, T, D]`` attends to, ascending; None for all of them."""
+    def choose(
+        self, layer: int, query: Tensor, paged: PagedPast, scaling: float, backend: Backend | None = None
+    ) -> PagedPast:
+        """The pages that ``query`` ``[B, Hq, T, D]`` attends to, scattered; ``paged`` itself where it is all of them."""
         full, rest = divmod(paged.tokens, self._page_tokens)
         if query.shape[2] > LONGEST_SELECTING_PASS_TOKENS or full + (rest > 0) <= self.most:
-            return None
-        self.catch_up(layer, paged)
-        held, hidden = self._buffers[layer][:, :, :full], paged.first // self._page_tokens
-        return choose_pages(query, held, self._summary, scaling, self.most, hidden, with_next=rest > 0)
+            return paged
+        if self._pages.get(layer, 0) != full:
+            self.catch_up(layer, paged)
+        with_next = rest > 0
+        held, hidden = self._filled_part(layer, full), paged.hidden_pages
+        chosen = choose_pages(query, held, self._summary, scaling, self.most, hidden, with_next, backend)
+        return paged.only(chosen, gather=False, with_last=with_next)
 
     def crop(self, tokens: int) -> None:
         """Forget all pages but those that the first ``tokens`` tokens fill."""
@@ -86,6 +93,7 @@ class PageSummaries:
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by ``change`` of it, which works on the batch axis (0)."""
         self._buffers = {layer: change(buffer) for layer, buffer in self._buffers.items()}
+        self._filled = {}
 
     def fork(self, most: int) -> PageSummaries:
         """The same summaries, to be added to without changing these."""
@@ -93,6 +101,13 @@ class PageSummaries:
         fork._summary, fork._pages = self._summary, dict(self._pages)
         fork._buffers = {layer: buffer.clone() for layer, buffer in self._buffers.items()}
         return fork
+
+    def _filled_part(self, layer: int, pages: int) -> Tensor:
+        """Summaries ``[B, H, pages, vectors * D]`` of the first pages: a view, the same one from step to step."""
+        part = self._filled.get(layer)
+        if part is None or part.shape[2] != pages:
+            part = self._filled[layer] = self._buffers[layer][:, :, :pages]
+        return part
 
     def _append(self, layer: int, keys: Tensor, first: Tensor) -> None:
         count, held = keys.shape[2] // self._page_tokens, self._pages.get(layer, 0)
@@ -110,6 +125,7 @@ class PageSummaries:
 
     def _resize(self, layer: int) -> None:
         """Give a layer's tensor the room that its pages call for."""
+        self._filled.pop(layer, None)
         old, room = self._buffers[layer], allocated_pages(self._pages[layer])
         if room == old.shape[2]:
             return

@@ -115,7 +115,8 @@ class PagedPast:
         rotary: the layer's rotation, or None for models without.
         pages: int64 ``[B, K]``, ascending, which pages of each sequence the tiles hold; None for all pages in order. A
             page that is partly filled is the last one of every sequence.
-        scattered: with ``pages``, the tiles hold all pages nevertheless; ``gathered`` makes them hold those alone.
+        whole: with ``pages``, the past that they were chosen from, where the tiles hold all its pages nevertheless;
+            ``gathered`` makes them hold those alone.
     """
 
     tiles: Sequence[Tensor]
@@ -127,12 +128,22 @@ class PagedPast:
     value_readers: tuple[Reader, ...]
     rotary: RotaryTable | None
     pages: Tensor | None = None
-    scattered: bool = False
+    whole: PagedPast | None = None
 
     @property
     def page_tokens(self) -> int:
         """Tokens of a page."""
         return self.key_readers[0].segment.page_tokens
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the tiles hold other pages besides ``pages``."""
+        return self.whole is not None
+
+    @cached_property
+    def hidden_pages(self) -> Tensor:
+        """How many of each sequence's first pages hold nothing but padding and sinks, int64 ``[B]``."""
+        return self.first // self.page_tokens
 
     def token_index(self, start: int, count: int) -> Tensor:
         """Indices int64 ``[B or 1, count]`` of the tokens at places ``start`` on; less ``offset``, their positions."""
@@ -148,30 +159,38 @@ class PagedPast:
             return None
         return self.token_index(start, count) >= self.first[:, None]
 
-    def only(self, pages: Tensor, gather: bool = True) -> PagedPast:
+    def only(self, pages: Tensor, gather: bool = True, with_last: bool | None = None) -> PagedPast:
         """The same past with nothing but ``pages`` int64 ``[B, K]``, ascending; all pages must be there now.
 
         Args:
             pages: which pages of each sequence; one that is partly filled is taken for all sequences or for none.
             gather: copy what the readers need of them into one tile; otherwise the result is ``scattered``.
+            with_last: whether the page that is partly filled is among them, where that is known; None looks.
 
         Raises:
             ValueError: a partly filled page is taken for some sequences only.
         """
         tokens, missing = pages.shape[1] * self.page_tokens, -self.tokens % self.page_tokens
-        with_last = set((pages[:, -1] == self.tokens // self.page_tokens).tolist()) if missing else {False}
-        if len(with_last) > 1:
-            raise ValueError("the partly filled page must be among the pages of every sequence or of none")
-        if True in with_last:
+        if missing and (self._takes_last(pages) if with_last is None else with_last):
             tokens -= missing
-        some = replace(self, tokens=tokens, pages=pages, scattered=True)
+        # Not ``replace``, which takes three times as long; a decode step comes here once a layer.
+        some = PagedPast(
+            self.tiles, tokens, self.first, self.first_most, self.offset, self.key_readers, self.value_readers,
+            self.rotary, pages, self,
+        )  # fmt: skip
         return some.gathered() if gather else some
 
     def gathered(self) -> PagedPast:
         """The same past with tiles that hold no page but those it attends to."""
-        if self.pages is None or not self.scattered:
+        if self.pages is None or self.whole is None:
             return self
-        return replace(self, tiles=(_gathered(self, self.pages),), scattered=False)
+        return replace(self, tiles=(_gathered(self, self.pages),), whole=None)
+
+    def _takes_last(self, pages: Tensor) -> bool:
+        taken = set((pages[:, -1] == self.tokens // self.page_tokens).tolist())
+        if len(taken) > 1:
+            raise ValueError("the partly filled page must be among the pages of every sequence or of none")
+        return True in taken
 
 
 def _gathered(paged: PagedPast, pages: Tensor) -> Tensor:

@@ -221,27 +221,38 @@ class NativeJob:
         return scratch
 
     def _pages(self, paged: PagedPast) -> object:
-        """Where pages, first tokens and angles lie: set already, where ``paged`` is the same as in the step before."""
+        """Which pages of the past are attended to, and all that ``_set_past`` sets."""
+        job, pages = self.struct, paged.pages
+        # Of chosen pages all but the choice is the same from step to step.
+        kept = self._past(paged if paged.whole is None else paged.whole)
+        job.tokens, job.scattered = paged.tokens, paged.whole is not None
+        if pages is None:
+            job.page_index = None
+            return kept
+        pages = pages.contiguous()
+        job.page_index = pages.data_ptr()
+        return kept, pages
+
+    def _past(self, paged: PagedPast) -> object:
+        """What ``_set_past`` sets: set already, where ``paged`` is the same as in the step before."""
         if self._paged is None or self._paged() is not paged:
-            self._paged_kept = self._set_pages(paged)
+            self._paged_kept = self._set_past(paged)
             self._paged = ref(paged)
         return self._paged_kept
 
-    def _set_pages(self, paged: PagedPast) -> object:
+    def _set_past(self, paged: PagedPast) -> object:
+        """Where tiles, first tokens and angles lie."""
         job = self.struct
         first, offset = paged.first.contiguous(), paged.offset.contiguous()
-        job.tokens, job.first, job.offset = paged.tokens, first.data_ptr(), offset.data_ptr()
-        index = None if paged.pages is None else paged.pages.contiguous()
-        job.page_index, job.scattered = None if index is None else index.data_ptr(), int(paged.scattered)
+        job.first, job.offset = first.data_ptr(), offset.data_ptr()
         arenas = self._arenas_of(paged.tiles)
         job.arenas, job.arena = len(arenas), ctypes.addressof(arenas)
         if paged.rotary is None:
-            return first, offset, arenas, index
-        # Of some pages, the last may lie as far back as the tiles reach, or, gathered, farther.
+            return first, offset, arenas
         fine, coarse = paged.rotary.tables(self._reach(paged))
         job.fine_cos, job.fine_sin = fine[0].data_ptr(), fine[1].data_ptr()
         job.coarse_cos, job.coarse_sin = coarse[0].data_ptr(), coarse[1].data_ptr()
-        return first, offset, arenas, index, fine, coarse
+        return first, offset, arenas, fine, coarse
 
     def _arenas_of(self, tiles: Sequence[Tensor]) -> ctypes.Array[_Arena]:
         """Where the tiles lie; the same from step to step until one is added or replaced."""
@@ -254,6 +265,7 @@ class NativeJob:
         """A position that no attended token goes beyond, plus one."""
         if paged.pages is None:
             return paged.tokens
+        # Gathered, tokens lie farther than the tiles reach.
         return (int(paged.pages[:, -1].max()) + 1) * paged.page_tokens
 
     def _exact(self, exact: ExactPast, tokens: int) -> object:

@@ -20,9 +20,11 @@ class Summary(ABC):
 
     Attributes:
         vectors: how many, each as wide as a head.
+        is_product: whether the score is the product of the query and the only vector.
     """
 
     vectors: ClassVar[int]
+    is_product: ClassVar[bool] = False
 
     @abstractmethod
     def summarise(self, keys: Tensor, visible: Tensor) -> Tensor:
@@ -47,6 +49,7 @@ class Mean(Summary):
     """The mean key: a page gets what its tokens' scores are on average."""
 
     vectors = 1
+    is_product = True
 
     def summarise(self, keys: Tensor, visible: Tensor) -> Tensor:
         """See ``Summary``."""
@@ -65,6 +68,7 @@ class Midrange(Summary):
     """
 
     vectors = 1
+    is_product = True
 
     def summarise(self, keys: Tensor, visible: Tensor) -> Tensor:
         """See ``Summary``."""
