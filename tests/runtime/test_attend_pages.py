@@ -69,6 +69,34 @@ def test_fewer_pages_change_the_output_and_more_of_them_less(llama):
     assert errors[0] > errors[1] > errors[2] > errors[3] > 0
 
 
+def test_a_number_for_every_layer(llama, tmp_path):
+    """The same number everywhere is that number; as many as there are pages is all; a layer that gets fewer tells."""
+    model, bundle = llama
+    ids, more, layers = token_ids(400), token_ids(40, seed=4), model.config.num_hidden_layers
+    with kvcar.attach(model, bundle, attend_pages=[3] * layers) as attachment:
+        cache = attachment.new_cache()
+        fill(model, cache, ids)
+        expected = fill(model, fork_of(cache, 3), more, 1)
+        assert torch.equal(fill(model, fork_of(cache, cache.attend_pages), more, 1), expected)
+        everything = fill(model, fork_of(cache, None), more, 1)
+        assert torch.equal(fill(model, fork_of(cache, [99] * layers), more, 1), everything)
+        own = [
+            fill(model, fork_of(cache, [2 if i == fewer else 99 for i in range(layers)]), more, 1) for fewer in (0, 1)
+        ]
+        assert not torch.equal(own[0], everything)
+        assert not torch.equal(own[0], own[1])
+        counts = list(range(1, layers + 1))
+        cache = fork_of(cache, counts)
+        cache.flush_window()
+        cache.save(tmp_path / "a.ctx")
+        loaded = KVCarCache.load(tmp_path / "a.ctx", model, attend_pages=counts)
+        assert loaded.attend_pages == tuple(counts)
+        cache.crop(-25)
+        cache.reorder_cache(torch.tensor([0, 0]))
+        doubled = fill(model, cache, more.expand(2, -1), 1)
+        assert torch.equal(doubled[0], doubled[1])
+
+
 def test_long_passes_attend_to_everything(llama):
     model, bundle = llama
     ids, longest = token_ids(300), LONGEST_SELECTING_PASS_TOKENS
@@ -278,6 +306,11 @@ def test_fewer_pages_than_one_are_refused(llama, most):
         KVCarCache(bundle, attend_pages=most)
     with pytest.raises(InputError, match="at least 1 page"):
         kvcar.attach(model, bundle, attend_pages=most)
+    layers = model.config.num_hidden_layers
+    with pytest.raises(InputError, match="at least 1 page"):
+        KVCarCache(bundle, attend_pages=[4] * (layers - 1) + [most])
+    with pytest.raises(InputError, match=f"one number or {layers}"):
+        KVCarCache(bundle, attend_pages=[4] * (layers + 1))
 
 
 def test_a_short_page_is_added_to_no_summary():

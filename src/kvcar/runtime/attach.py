@@ -27,6 +27,7 @@ from .attention import set_current, stand_in_for
 from .cache import KVCarCache
 from .coder import PageCoder
 from .prefill import PREFILL_CHUNK_TOKENS
+from .summaries import PageCounts
 
 _PREPARE = "_prepare_cache_for_generation"
 
@@ -46,7 +47,7 @@ class Attachment:
         bundle: Bundle,
         window: int | None,
         prefill_chunk: int,
-        attend_pages: int | None,
+        attend_pages: PageCounts | None,
     ) -> None:
         bundle.check_model(model)
         prepare = getattr(type(model), _PREPARE, None)
@@ -166,7 +167,7 @@ def attach(
     bundle: Bundle | str | Path,
     window: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK_TOKENS,
-    attend_pages: int | None = None,
+    attend_pages: PageCounts | None = None,
 ) -> Attachment:
     """Let ``model`` run over compressed caches made from ``bundle``.
 
@@ -175,7 +176,7 @@ def attach(
         bundle: a bundle fitted for this model, or its folder.
         window: recent tokens kept exact; see ``KVCarCache``.
         prefill_chunk: most tokens of a prompt that ``generate`` computes at once.
-        attend_pages: pages that a decode step attends to, of all that there are; see ``KVCarCache``.
+        attend_pages: pages that a decode step attends to, in all layers or in each; see ``KVCarCache``.
 
     Returns:
         The attachment; ``detach()`` it, or use it as a context manager.

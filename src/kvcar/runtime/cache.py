@@ -23,7 +23,7 @@ from .layer import CodedLayer
 from .masks import exact_mask, sink_places
 from .pages import PageStore
 from .sequence import SequenceState
-from .summaries import PageSummaries
+from .summaries import PageCounts, PageSummaries
 from .views import PageViews
 
 
@@ -42,10 +42,11 @@ class KVCarCache(Cache):
             not count it).
         attend_pages: in a pass of at most 16 tokens a layer attends to sinks, window and this many pages alone, chosen
             by summaries of their keys; attention is then approximate, and what is stored grows by the summaries. A
-            page that is partly filled is always one of them. None attends to all.
+            page that is partly filled is always one of them. Either one number for all layers or one for each layer of
+            the model (those of layers that are not coded are not used). None attends to all.
 
     Raises:
-        InputError: the window is no multiple of the page size, or fewer pages than 1.
+        InputError: the window is no multiple of the page size; fewer pages than 1, or not as many numbers of pages as layers.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class KVCarCache(Cache):
         bundle: Bundle | str | Path,
         window: int | None = None,
         keep_decoded: bool = False,
-        attend_pages: int | None = None,
+        attend_pages: PageCounts | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
         self.plan = _with_window(self.bundle.plan, window)
@@ -61,7 +62,7 @@ class KVCarCache(Cache):
         self._coded = {layer: self._coded_layer(layer) for layer in self.plan.coded_layers}
         self._host: Host | None = None
         self._keeps_decoded = keep_decoded
-        self.attend_pages = _checked(attend_pages)
+        self.attend_pages = _checked(attend_pages, self.plan.geometry.layers)
         self.backend: Backend | None = None
         self._clear()
 
@@ -231,7 +232,7 @@ class KVCarCache(Cache):
         model: PreTrainedModel,
         bundle: Bundle | str | Path | None = None,
         window: int | None = None,
-        attend_pages: int | None = None,
+        attend_pages: PageCounts | None = None,
     ) -> KVCarCache:
         """Read a cache that ``save`` wrote; its codes are those that were saved, bit for bit.
 
@@ -423,10 +424,17 @@ class KVCarCache(Cache):
             self._state = state
 
 
-def _checked(attend_pages: int | None) -> int | None:
-    if attend_pages is not None and attend_pages < 1:
-        raise InputError(f"attend_pages must be at least 1 page, got {attend_pages}; leave it out to attend to all")
-    return attend_pages
+def _checked(attend_pages: PageCounts | None, layers: int) -> PageCounts | None:
+    if attend_pages is None:
+        return None
+    counts = (attend_pages,) if isinstance(attend_pages, int) else tuple(attend_pages)
+    if any(count < 1 for count in counts):
+        raise InputError(f"attend_pages must be at least 1 page, got {min(counts)}; leave it out to attend to all")
+    if isinstance(attend_pages, int):
+        return attend_pages
+    if len(counts) != layers:
+        raise InputError(f"attend_pages must be one number or {layers}, one for each layer; got {len(counts)}")
+    return counts
 
 
 def _with_window(plan: Plan, window: int | None) -> Plan:

@@ -19,6 +19,7 @@ from .coder import PageCoder
 from .context_file import ContextHeader, PartSpec, read_file, write_file
 from .parts import TOKEN_IDS, code_bits, contents_of_parts, decode_part, encode_part, specs_of, tensors_of
 from .snapshot import cache_of, contents_of
+from .summaries import PageCounts
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def load_context(
     model: PreTrainedModel,
     bundle: Bundle | str | Path | None,
     window: int | None,
-    attend_pages: int | None,
+    attend_pages: PageCounts | None,
 ) -> KVCarCache:
     """See ``KVCarCache.load``."""
     header, data = read_file(path)

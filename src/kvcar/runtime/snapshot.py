@@ -14,6 +14,7 @@ from .coder import PageCoder
 from .contents import CacheContents, KeysValues
 from .pages import PageStore
 from .sequence import SequenceState
+from .summaries import PageCounts
 
 
 @torch.no_grad()
@@ -38,7 +39,7 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
 
 
 def cache_of(
-    contents: CacheContents, bundle: Bundle, coder: PageCoder, window: int | None, attend_pages: int | None
+    contents: CacheContents, bundle: Bundle, coder: PageCoder, window: int | None, attend_pages: PageCounts | None
 ) -> KVCarCache:
     """A cache that holds ``contents``, on the device of ``coder``; raises InputError as ``KVCarCache`` does."""
     cache, device = KVCarCache(bundle, window, attend_pages=attend_pages), coder.device
@@ -60,7 +61,7 @@ def cache_of(
     return cache
 
 
-def fork_of(cache: KVCarCache, attend_pages: int | None) -> KVCarCache:
+def fork_of(cache: KVCarCache, attend_pages: PageCounts | None) -> KVCarCache:
     """A cache of the same tokens, to be added to without changing ``cache``; codes of full arenas are shared.
 
     Args:

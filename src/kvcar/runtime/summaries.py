@@ -6,7 +6,7 @@ together, and otherwise (no window, tokens taken back, a cache that was loaded) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,8 @@ from ..kernels.backend import Backend
 from ..kernels.select import CHOSEN_SUMMARY, SUMMARIES, choose_pages
 from .decoded import decoded_keys
 
+# Pages to attend to: of every layer, or one number for each layer of the model.
+PageCounts = int | Sequence[int]
 LONGEST_SELECTING_PASS_TOKENS = 16
 _PAGES_AT_ONCE = 8
 _DTYPE = torch.float16
@@ -30,13 +32,13 @@ class PageSummaries:
     One tensor for each layer, so that one product scores all pages; it grows as the pages' arenas do, by an eighth.
 
     Args:
-        most: pages that a decode step attends to.
+        most: pages that a decode step attends to, in every layer or in each one.
         page_tokens: tokens of a page.
         summary: name in ``SUMMARIES``.
     """
 
-    def __init__(self, most: int, page_tokens: int, summary: str = CHOSEN_SUMMARY) -> None:
-        self.most = most
+    def __init__(self, most: PageCounts, page_tokens: int, summary: str = CHOSEN_SUMMARY) -> None:
+        self._most = most
         self._page_tokens = page_tokens
         self._summary = SUMMARIES[summary]()
         self._buffers: dict[int, Tensor] = {}
@@ -74,13 +76,14 @@ class PageSummaries:
     ) -> PagedPast:
         """The pages that ``query`` ``[B, Hq, T, D]`` attends to, scattered; ``paged`` itself where it is all of them."""
         full, rest = divmod(paged.tokens, self._page_tokens)
-        if query.shape[2] > LONGEST_SELECTING_PASS_TOKENS or full + (rest > 0) <= self.most:
+        most = self._most if isinstance(self._most, int) else self._most[layer]
+        if query.shape[2] > LONGEST_SELECTING_PASS_TOKENS or full + (rest > 0) <= most:
             return paged
         if self._pages.get(layer, 0) != full:
             self.catch_up(layer, paged)
         with_next = rest > 0
         held, hidden = self._filled_part(layer, full), paged.hidden_pages
-        chosen = choose_pages(query, held, self._summary, scaling, self.most, hidden, with_next, backend)
+        chosen = choose_pages(query, held, self._summary, scaling, most, hidden, with_next, backend)
         return paged.only(chosen, gather=False, with_last=with_next)
 
     def crop(self, tokens: int) -> None:
@@ -95,7 +98,7 @@ class PageSummaries:
         self._buffers = {layer: change(buffer) for layer, buffer in self._buffers.items()}
         self._filled = {}
 
-    def fork(self, most: int) -> PageSummaries:
+    def fork(self, most: PageCounts) -> PageSummaries:
         """The same summaries, to be added to without changing these."""
         fork = PageSummaries(most, self._page_tokens)
         fork._summary, fork._pages = self._summary, dict(self._pages)
