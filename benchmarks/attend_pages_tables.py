@@ -36,13 +36,13 @@ def _setting(records: list[dict[str, Any]]) -> list[str]:
             "perplexity",
             "ratio to full",
             "time per step (s)",
+            "times as fast as full",
         ]
     ]
-    for r in sorted(records, key=lambda r: r["attend_pages"] or r["pages"] + 1):
-        attended = "all" if r["attend_pages"] is None else str(r["attend_pages"])
+    for r in sorted(records, key=_mean_pages):
         rows.append(
             [
-                f"{attended} of {r['pages']}",
+                _attended(r),
                 f"{r['times_smaller']:.2f}",
                 f"{r['kl_divergence']:.5f} ± {r['kl_divergence_stderr']:.5f}",
                 f"{r['kl_divergence_from_all']:.5f} ± {r['kl_divergence_from_all_stderr']:.5f}",
@@ -50,6 +50,7 @@ def _setting(records: list[dict[str, Any]]) -> list[str]:
                 f"{r['perplexity_full']:.3f} -> {r['perplexity']:.3f}",
                 f"{r['perplexity_ratio']:.4f} ± {r['perplexity_ratio_stderr']:.4f}",
                 f"{r['seconds_per_step_median']:.3f}",
+                f"{r['seconds_per_step_full_median'] / r['seconds_per_step_median']:.2f}",
             ]
         )
     first = records[0]
@@ -61,3 +62,17 @@ def _setting(records: list[dict[str, Any]]) -> list[str]:
         f"{first['seconds_per_step_full_median']:.3f} s."
     )
     return [f"## `{config['bundle']}`, {first['context']:,} tokens", markdown(rows), note]
+
+
+def _mean_pages(r: dict[str, Any]) -> float:
+    counts = r["attend_pages"]
+    if counts is None:
+        return r["pages"] + 1
+    return sum(counts) / len(counts) if isinstance(counts, list) else counts
+
+
+def _attended(r: dict[str, Any]) -> str:
+    counts = r["attend_pages"]
+    if counts is None:
+        return f"all {r['pages']}"
+    return f"{_mean_pages(r):g}{' by layer' if isinstance(counts, list) else ''} of {r['pages']}"

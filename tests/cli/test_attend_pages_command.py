@@ -4,9 +4,7 @@ import json
 
 import pytest
 from test_commands import bundle, error_of, model_folder, run, text_file, words  # noqa: F401  # fixtures
-from typer.testing import CliRunner
 
-from kvcar.cli import app
 from kvcar.evaluate.attended import FOLLOWING_TOKENS
 
 
@@ -46,13 +44,43 @@ def test_size_counts_summaries(bundle, model_folder, tmp_path):  # noqa: F811
     assert sizes[1] - sizes[0] == 8 * 4 * 2 * 16 * 2
 
 
+def test_eval_with_a_number_for_each_layer(bundle, model_folder, text_file, tmp_path):  # noqa: F811
+    path = tmp_path / "figures.json"
+    output = run(
+        "eval", model_folder, "-b", bundle, "--text", text_file, "--context", 400, "--windows", 1, "--attend-pages", "1,2,3,99",
+        "--following", 10, "--json", path,
+    )  # fmt: skip
+    assert "2.8 of 5" in output
+    assert json.loads(path.read_text())["attend_pages"] == [1, 2, 3, 99]
+    message = error_of("eval", model_folder, "-b", bundle, "--text", text_file, "--attend-pages", "1,2")
+    assert "one for each layer; got 2" in message
+
+
 @pytest.mark.parametrize("command", ["eval", "generate", "size"])
-def test_no_pages_at_all_are_refused(command, bundle, model_folder):  # noqa: F811
-    result = CliRunner().invoke(app, [command, str(model_folder), "-b", str(bundle), "--attend-pages", "0"])
-    assert result.exit_code == 2
-    assert "attend-pages" in result.output
+@pytest.mark.parametrize("given", ["0", "4,0,4,4", "few", "4,,4,4"])
+def test_no_pages_at_all_are_refused(command, given, bundle, model_folder):  # noqa: F811
+    options = ("--prompt", words(4)) if command == "generate" else ()
+    message = error_of(command, model_folder, "-b", bundle, "--attend-pages", given, *options)
+    assert "--attend-pages takes a number of pages, or one for each layer" in message
 
 
 def test_a_context_too_short_to_step_its_end_is_refused(bundle, model_folder, text_file):  # noqa: F811
     message = error_of("eval", model_folder, "-b", bundle, "--text", text_file, "--context", 100, "--attend-pages", 2)
     assert f"last {FOLLOWING_TOKENS}" in message
+
+
+def test_pages_shared_out_are_what_attend_pages_takes(bundle, model_folder, text_file, tmp_path):  # noqa: F811
+    path = tmp_path / "pages.json"
+    output = run(
+        "pages", model_folder, "-b", bundle, "--text", text_file, "--context", 400, "--average", 2, "--following", 10,
+        "--json", path,
+    )  # fmt: skip
+    counts = json.loads(path.read_text())["pages"]
+    assert sum(counts) == 2 * 4
+    printed = ",".join(map(str, counts))
+    assert f"--attend-pages {printed}" in output
+    run(
+        "generate", model_folder, "-b", bundle, "--prompt", words(400), "--max-new-tokens", 4, "--attend-pages", printed
+    )
+    message = error_of("pages", model_folder, "-b", bundle, "--text", text_file, "--context", 100, "--average", 9)
+    assert "to share out 9 a layer" in message

@@ -37,12 +37,12 @@ Window = Annotated[
     ),
 ]
 AttendPages = Annotated[
-    int | None,
+    str | None,
     typer.Option(
         "--attend-pages",
         metavar="PAGES",
-        min=1,
-        help="Decode and attend to this many pages a step, chosen by summaries, instead of all: faster, and approximate.",
+        help="Decode and attend to this many pages a step, chosen by summaries, instead of all: faster, and approximate. "
+        "One number, or one for each layer with commas between.",
     ),
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model has.")]

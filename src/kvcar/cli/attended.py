@@ -1,4 +1,4 @@
-"""What ``kvcar eval --attend-pages`` measures and prints."""
+"""What ``--attend-pages`` says, and what ``kvcar eval`` prints of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,31 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
+from ..errors import InputError
 from ..evaluate.attended import Attended
+from ..runtime.summaries import PageCounts
 
 
-def attended_table(results: Mapping[int | None, Attended]) -> Table:
+def page_counts(given: str | None) -> int | tuple[int, ...] | None:
+    """Pages of ``--attend-pages``: one number for all layers, or one for each.
+
+    Raises:
+        InputError: these are no numbers, or fewer pages than 1.
+    """
+    if given is None:
+        return None
+    try:
+        counts = tuple(int(part) for part in given.split(","))
+    except ValueError:
+        counts = (0,)
+    if min(counts) < 1:
+        raise InputError(
+            f"--attend-pages takes a number of pages, or one for each layer with commas between, each 1 or more; got {given!r}"
+        )
+    return counts[0] if len(counts) == 1 else counts
+
+
+def attended_table(results: Mapping[PageCounts | None, Attended]) -> Table:
     """A row for each number of pages."""
     first = next(iter(results.values()))
     table = Table(
@@ -29,7 +50,7 @@ def attended_table(results: Mapping[int | None, Attended]) -> Table:
         table.add_column(heading, justify="right")
     for pages, a in results.items():
         table.add_row(
-            f"all {a.pages}" if pages is None else f"{min(pages, a.pages)} of {a.pages}",
+            _attended(pages, a.pages),
             f"{a.times_smaller:.2f}",
             f"{a.perplexity_ratio.value:.4f} ± {a.perplexity_ratio.stderr:.4f}",
             f"{a.kl_divergence.value:.5f} ± {a.kl_divergence.stderr:.5f}",
@@ -38,3 +59,11 @@ def attended_table(results: Mapping[int | None, Attended]) -> Table:
             f"{a.seconds_per_step:.3f} s ({a.seconds_per_step_full:.3f} s)",
         )
     return table
+
+
+def _attended(counts: PageCounts | None, pages: int) -> str:
+    if counts is None:
+        return f"all {pages}"
+    if isinstance(counts, int):
+        return f"{min(counts, pages)} of {pages}"
+    return f"{sum(min(count, pages) for count in counts) / len(counts):.1f} of {pages}, by layer"

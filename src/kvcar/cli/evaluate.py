@@ -18,7 +18,7 @@ from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
 from .app import app
 from .arguments import AttendPages, BundlePath, Context, Device, Dtype, Json, Model, Text, Window, Windows
-from .attended import attended_table
+from .attended import attended_table, page_counts
 from .console import check_writable, errors, out, progress_bars
 from .figures import fidelity_table
 from .texts import evaluation_context, evaluation_text
@@ -57,9 +57,12 @@ def evaluate(
     loaded_bundle = Bundle.load(bundle)
     check_writable(json)
     source = evaluation_text(text)
-    KVCarCache(loaded_bundle, window)  # a bad window is told before the model is loaded
     context = evaluation_context(context, loaded_bundle.plan.geometry.max_positions)
-    if attend_pages is not None and context < following + 2:
+    counts = page_counts(attend_pages)
+    KVCarCache(
+        loaded_bundle, window, attend_pages=counts
+    )  # what is wrong with these is told before the model is loaded
+    if counts is not None and context < following + 2:
         raise InputError(f"a context of {context} tokens is too short to step its last {following}; give --following")
     fitted_on_this = source.sha256 == loaded_bundle.fit.text_sha256
     if fitted_on_this:
@@ -73,12 +76,12 @@ def evaluate(
             "fit": loaded_bundle.fit.model_dump(mode="json"),
         }  # fmt: skip
         with attach(loaded.model, loaded_bundle, window):
-            if attend_pages is not None:
+            if counts is not None:
                 found = measure_attended(
-                    loaded.model, loaded_bundle, ids, [attend_pages], following, window, on_progress=tell
+                    loaded.model, loaded_bundle, ids, [counts], following, window, on_progress=tell
                 )
                 out.print(attended_table(found))
-                record = Record("attend-pages", attended_figures(found[attend_pages]), config)
+                record = Record("attend-pages", attended_figures(found[counts]), config)
             else:
                 on_chunk = counter(tell, "evaluate", ids.numel())
                 caches = {bundle.name: lambda: KVCarCache(loaded_bundle, window, keep_decoded=True)}

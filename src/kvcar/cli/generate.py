@@ -19,6 +19,7 @@ from ..runtime.cache import KVCarCache
 from ..runtime.context import read_context
 from .app import app
 from .arguments import AttendPages, BundlePath, Device, Dtype, Json, Model, Window
+from .attended import page_counts
 from .console import check_writable, errors, progress_bars
 
 _EXAMPLES = """Continue a prompt with MODEL over a compressed cache, printing as it goes.
@@ -65,16 +66,17 @@ def generate(
     padding, held_before = (0, 0) if context is None else _context_tokens(context)
     loaded_bundle = Bundle.load(bundle)
     check_writable(json)
+    counts = page_counts(attend_pages)
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
     inputs = _encode(loaded, given, chat, padding, held_before)
     tokens = inputs["input_ids"].shape[1]
     _check_length(held_before + tokens, max_new_tokens, loaded_bundle.plan.geometry.max_positions)
     torch.manual_seed(seed)
-    with attach(loaded.model, loaded_bundle, window, attend_pages=attend_pages) as attachment:
+    with attach(loaded.model, loaded_bundle, window, attend_pages=counts) as attachment:
         cache = attachment.new_cache()
         if context is not None:
-            cache = KVCarCache.load(context, loaded.model, window=window, attend_pages=attend_pages)
+            cache = KVCarCache.load(context, loaded.model, window=window, attend_pages=counts)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         )
@@ -100,7 +102,7 @@ def generate(
             "cache_tokens": held, "stored_bytes": stored, "full_bytes": full, "times_smaller": full / stored,
         }  # fmt: skip
         config = {
-            "model": model, "bundle": bundle.name, "prompt": given, "seed": seed, "attend_pages": attend_pages
+            "model": model, "bundle": bundle.name, "prompt": given, "seed": seed, "attend_pages": counts
         }  # fmt: skip
         Record("generation", figures, config).write(json)
 

@@ -16,6 +16,7 @@ from ..models.load import load_config
 from ..record import Record
 from .app import app
 from .arguments import AttendPages, Json, Model
+from .attended import page_counts
 from .console import check_writable, out, progress_bars
 
 _EXAMPLES = """Say how much fits into memory with MODEL's own cache and with a compressed one. Reads no weights.
@@ -54,7 +55,9 @@ def size(
             raise ModelMismatchError(
                 f"this bundle was fitted for {loaded.model.name}, whose cache has another shape than {model}'s"
             )
-        sizes[str(bundle)] = compressed_size(loaded.plan, model_bytes=2, summaries=attend_pages is not None)
+        sizes[str(bundle)] = compressed_size(
+            loaded.plan, model_bytes=2, summaries=page_counts(attend_pages) is not None
+        )
     fits = {name: what_fits(of, budget, batch, tokens, geometry.max_positions) for name, of in sizes.items()}
     out.print(_table(sizes, fits, memory, batch, tokens))
     if json is not None:
@@ -66,7 +69,7 @@ def size(
             for name, of, fit in zip(("full", "compressed"), sizes.values(), fits.values(), strict=False)
         }  # fmt: skip
         config = {
-            "model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens, "attend_pages": attend_pages
+            "model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens, "attend_pages": page_counts(attend_pages)
         }  # fmt: skip
         Record("size", figures, config).write(json)
 

@@ -22,7 +22,7 @@ from ..progress import OnProgress, counter, silent
 from ..runtime.cache import KVCarCache
 from ..runtime.prefill import PREFILL_CHUNK_TOKENS, prefill
 from ..runtime.snapshot import fork_of
-from ..runtime.summaries import LONGEST_SELECTING_PASS_TOKENS
+from ..runtime.summaries import LONGEST_SELECTING_PASS_TOKENS, PageCounts
 from .fidelity import TokenScores, step_logits
 from .full_cache import bfloat16_bytes
 from .statistics import Estimate, estimate_figures, mean_of, ratio_of
@@ -35,7 +35,7 @@ class Attended:
     """Decode steps that attend to one number of pages, over some windows of text.
 
     Attributes:
-        attend_pages: pages attended to, None for all.
+        attend_pages: pages attended to in every layer, or in each one; None for all.
         pages: pages there are in the end.
         perplexity, perplexity_full: of the following tokens, with this cache and with the full one.
         perplexity_ratio: of the two, on the same tokens.
@@ -48,7 +48,7 @@ class Attended:
         step_tokens: tokens fed at once.
     """
 
-    attend_pages: int | None
+    attend_pages: PageCounts | None
     pages: int
     perplexity: Estimate
     perplexity_full: Estimate
@@ -87,13 +87,13 @@ def measure_attended(
     model: PreTrainedModel,
     bundle: Bundle,
     windows: Tensor,
-    page_counts: Sequence[int],
+    page_counts: Sequence[int | tuple[int, ...]],
     following: int = FOLLOWING_TOKENS,
     window: int | None = None,
     step_tokens: int = 1,
     prefill_chunk: int = PREFILL_CHUNK_TOKENS,
     on_progress: OnProgress = silent,
-) -> dict[int | None, Attended]:
+) -> dict[PageCounts | None, Attended]:
     """Step the end of every window with all pages (None) and with each of ``page_counts``.
 
     Args:
@@ -112,7 +112,7 @@ def measure_attended(
     """
     count, context = windows.shape
     _check(context, following, step_tokens)
-    runs = {pages: _Run() for pages in (None, *page_counts)}
+    runs: dict[PageCounts | None, _Run] = {pages: _Run() for pages in (None, *page_counts)}
     full_run = _Run()
     tell = counter(on_progress, "decode", count * following * (len(runs) + 1))
     for ids in windows.to(model.device):
@@ -166,7 +166,7 @@ def _stepped(model: PreTrainedModel, cache: Cache, ids: Tensor, step_tokens: int
 
 
 def _summarise(
-    pages: int | None, run: _Run, full: _Run, context: int, following: int, windows: int, step_tokens: int
+    pages: PageCounts | None, run: _Run, full: _Run, context: int, following: int, windows: int, step_tokens: int
 ) -> Attended:
     nll, nll_full = torch.cat(run.scores.nll), torch.cat(run.scores.nll_full)
     return Attended(

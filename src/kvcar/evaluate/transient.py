@@ -104,13 +104,13 @@ def _attention(
     rows = batch * geometry.query_heads * chunk
     # What the window holds, plus the page that is not full yet; and the sinks.
     exact = min(past_tokens, plan.window + plan.page_tokens + plan.sinks) + chunk
-    tile = min(past_tokens, tile_tokens(geometry.query_heads * chunk))
+    tile = min(past_tokens, tile_tokens(geometry.query_heads * chunk, fuses := _fuses(plan, config)))
     queries = _QUERIES_ALIVE * rows * geometry.head_dim * _FLOAT32_BYTES
     joined = batch * exact * geometry.layer_elements_per_token * element_bytes
     # The mask is repeated for the query heads that share a KV head; fused attention adds it to scores that never exist.
     mask = rows // geometry.kv_heads * exact
     decoded = batch * _decoded_tile(plan, tile)
-    if _fuses(plan, config):
+    if fuses:
         return queries + joined + max(mask * (1 + _FLOAT32_BYTES), decoded)
     exact_scores, paged_scores = (rows * n * _SCORES_ALIVE * _FLOAT32_BYTES for n in (exact, tile))
     return queries + joined + max(exact_scores + mask, paged_scores + decoded)

@@ -20,6 +20,8 @@ from .softmax import OnlineSoftmax, begin
 _SHORTEST_TILE = 512
 _LONGEST_TILE = 4096
 _SCORES_AT_ONCE = 2**21
+# Fused, a tile has no scores, and joining its output to what came before costs as much for a short one.
+_FUSED_TILE = 2048
 
 
 def attend(
@@ -35,7 +37,7 @@ def attend(
 def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, softcap: float | None) -> None:
     key_folds = {reader: _fold_query(q, reader) for reader in paged.key_readers if _folds_keys(q, reader, paged)}
     fuse = not key_folds and fused.serves(q, softcap)
-    for start, pages, count in _tiles(paged, q.shape[1] * q.shape[2]):
+    for start, pages, count in _tiles(paged, tile_tokens(q.shape[1] * q.shape[2], fuse)):
         stored: dict[int, Tensor] = {}
         visible = paged.visible(start, count)
         if fuse:
@@ -53,19 +55,21 @@ def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, softcap: float
                 state.add_decoded(weights, reader.heads, values)
 
 
-def tile_tokens(rows: int) -> int:
+def tile_tokens(rows: int, fuse: bool) -> int:
     """Tokens of a tile for so many query rows of one sequence, all heads counted.
 
     Few query rows take long tiles, so that each operation has enough to do; many rows take short ones, so that
-    their scores stay small.
+    their scores stay small, unless they are fused.
     """
+    if fuse:
+        return _FUSED_TILE
     return max(_SHORTEST_TILE, min(_LONGEST_TILE, _SCORES_AT_ONCE // rows))
 
 
-def _tiles(paged: PagedPast, rows: int) -> Iterator[tuple[int, tuple[Tensor, ...], int]]:
-    """First token, pages (in one or several tensors) and number of tokens of every tile that holds any."""
+def _tiles(paged: PagedPast, most: int) -> Iterator[tuple[int, tuple[Tensor, ...], int]]:
+    """First token, pages (in one or several tensors) and number of tokens, up to ``most``, of every tile that holds any."""
     page_tokens = paged.key_readers[0].segment.page_tokens
-    target = tile_tokens(rows) // page_tokens
+    target = max(1, most // page_tokens)
     start, left, tile, held = 0, paged.tokens, [], 0
     for arena in paged.tiles:
         for pages in arena.split(target, dim=1):
