@@ -80,7 +80,7 @@ def _table(found: PageBudget, average: int) -> Table:
     for group, cost in zip(found.groups, found.costs, strict=True):
         counts = sorted({found.pages[layer] for layer in group})
         table.add_row(
-            f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0]),
+            "-".join(map(str, sorted({min(group), max(group)}))),
             f"{cost.value:.5f} ± {cost.stderr:.5f}",
             " or ".join(map(str, counts)),
         )
