@@ -253,7 +253,7 @@ def test_figures_that_cannot_be_written_are_told_before_the_work(bundle, model_f
 
 
 COMMANDS = [
-    "compare", "demo", "eval", "finetune", "fit", "generate", "inspect", "quantize", "reproduce", "save", "similarity", "size", "tasks",
+    "compare", "demo", "eval", "finetune", "fit", "generate", "inspect", "pages", "quantize", "reproduce", "save", "similarity", "size", "tasks",
     "train",
 ]  # fmt: skip
 

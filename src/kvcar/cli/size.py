@@ -42,7 +42,7 @@ def size(
     json: Json = None,
 ) -> None:
     """Compute sizes; the examples in the help text say the rest."""
-    budget = parse_bytes(memory)
+    budget, counts = parse_bytes(memory), page_counts(attend_pages)
     check_writable(json)
     loaded = Bundle.load(bundle) if bundle is not None else None
     with progress_bars() as tell:
@@ -55,9 +55,7 @@ def size(
             raise ModelMismatchError(
                 f"this bundle was fitted for {loaded.model.name}, whose cache has another shape than {model}'s"
             )
-        sizes[str(bundle)] = compressed_size(
-            loaded.plan, model_bytes=2, summaries=page_counts(attend_pages) is not None
-        )
+        sizes[str(bundle)] = compressed_size(loaded.plan, model_bytes=2, summaries=counts is not None)
     fits = {name: what_fits(of, budget, batch, tokens, geometry.max_positions) for name, of in sizes.items()}
     out.print(_table(sizes, fits, memory, batch, tokens))
     if json is not None:
@@ -69,7 +67,7 @@ def size(
             for name, of, fit in zip(("full", "compressed"), sizes.values(), fits.values(), strict=False)
         }  # fmt: skip
         config = {
-            "model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens, "attend_pages": page_counts(attend_pages)
+            "model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens, "attend_pages": counts
         }  # fmt: skip
         Record("size", figures, config).write(json)
 
