@@ -1,4 +1,4 @@
-"""What the C kernel of attention is given: the structs of ``native/attend.c`` and the tensors they point to."""
+"""What the C kernel of attention is given: its structs filled in, and the tensors they point to."""
 
 from __future__ import annotations
 
@@ -15,44 +15,9 @@ from ..layout import SegmentLayout
 from ..native import native_library
 from ..native.structs import NativePlane
 from ..rotary import RotaryTable
+from . import native_structs as structs
 from .decode8 import decoder_in_8_bits, latent_bits
 from .inputs import ExactPast, Held, PagedPast, Reader, pick
-
-_I32, _I64, _POINTER, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-
-
-class _Reader(ctypes.Structure):
-    _fields_ = [
-        ("offset", _I64),
-        *((name, _I32) for name in ("latents", "planes", "heads", "exact", "stops_stride", "spare")),
-        *((name, _POINTER) for name in ("plane", "head", "matrix", "bias", "narrow", "scale", "stops", "query", "constant")),
-        ("sums", _POINTER),
-    ]  # fmt: skip
-
-
-class _Arena(ctypes.Structure):
-    _fields_ = [("base", _POINTER), *((name, _I64) for name in ("batch_stride", "page_stride", "pages", "page_bytes"))]
-
-
-class _Side(ctypes.Structure):
-    _fields_ = [("base", _POINTER), ("batch_stride", _I64), ("head_stride", _I64), ("token_stride", _I64)]
-
-
-class _Part(ctypes.Structure):
-    _fields_ = [("keys", _Side), ("values", _Side), ("tokens", _I64), ("is_bfloat16", _I32), ("spare", _I32)]
-
-
-class _Job(ctypes.Structure):
-    _fields_ = [
-        *((name, _I32) for name in ("batch", "heads", "rows", "head_dim", "page_tokens", "pairs", "splits", "threads")),
-        ("tokens", _I64), ("first", _POINTER), ("offset", _POINTER), ("page_index", _POINTER),
-        ("fine_cos", _POINTER), ("fine_sin", _POINTER), ("coarse_cos", _POINTER), ("coarse_sin", _POINTER),
-        ("scaling", _F32), ("softcap", _F32), ("key_readers", _I32), ("value_readers", _I32), ("arenas", _I32),
-        ("keys", _POINTER), ("values", _POINTER), ("arena", _POINTER), ("most", _POINTER), ("mass", _POINTER),
-        ("query", _POINTER), ("part", _POINTER), ("mask", _POINTER),
-        ("mask_batch_stride", _I64), ("mask_row_stride", _I64), ("mask_token_stride", _I64), ("mask_rows", _I32),
-        ("parts", _I32), ("scattered", _I32), ("spare", _I32), ("out", _POINTER),
-    ]  # fmt: skip
 
 
 class NativeJob:
@@ -84,14 +49,14 @@ class NativeJob:
         self._places: list[int] = []
         self._scratch = 0
         self._tiles: tuple[ref[Tensor], ...] = ()
-        self._arenas = (_Arena * 0)()
-        self._parts = (_Part * 2)()
+        self._arenas = (structs.Arena * 0)()
+        self._parts = (structs.Part * 2)()
         self._part_places = tuple(ctypes.addressof(part) for part in self._parts)
         keys, values = paged.key_readers, paged.value_readers
         self._page_tokens = keys[0].segment.page_tokens
-        self._keys = (_Reader * len(keys))(*(self._key_reader(i, r) for i, r in enumerate(keys)))
-        self._values = (_Reader * len(values))(*(self._value_reader(r) for r in values))
-        self.struct = _Job(
+        self._keys = (structs.Reader * len(keys))(*(self._key_reader(i, r) for i, r in enumerate(keys)))
+        self._values = (structs.Reader * len(values))(*(self._value_reader(r) for r in values))
+        self.struct = structs.Job(
             head_dim=head_dim, page_tokens=self._page_tokens, pairs=self._pairs, key_readers=len(keys),
             value_readers=len(values), keys=ctypes.addressof(self._keys), values=ctypes.addressof(self._values),
         )  # fmt: skip
@@ -139,12 +104,12 @@ class NativeJob:
         self._kept.append(x)
         return x.data_ptr()
 
-    def _reader(self, reader: Reader) -> _Reader:
+    def _reader(self, reader: Reader) -> structs.Reader:
         planes = _planes(reader.segment)
-        heads = (_I32 * len(reader.heads))(*reader.heads)
+        heads = (ctypes.c_int32 * len(reader.heads))(*reader.heads)
         self._kept += [planes, heads]
         segment = reader.segment
-        return _Reader(
+        return structs.Reader(
             offset=segment.offset, latents=segment.latents, exact=segment.latents, planes=len(planes), heads=len(heads),
             plane=ctypes.addressof(planes), head=ctypes.addressof(heads),
         )  # fmt: skip
@@ -158,13 +123,13 @@ class NativeJob:
         own_bias = bias.float().view(heads, self._head_dim)[:, order]
         return torch.nn.functional.pad(by_head, (0, extra)), torch.nn.functional.pad(own_bias, (0, extra))
 
-    def _value_reader(self, reader: Reader) -> _Reader:
+    def _value_reader(self, reader: Reader) -> structs.Reader:
         native = self._reader(reader)
         matrix, bias = self._by_head(reader, torch.arange(self._head_dim))
         native.matrix, native.bias = self._keep(matrix), self._keep(bias)
         return native
 
-    def _key_reader(self, index: int, reader: Reader) -> _Reader:
+    def _key_reader(self, index: int, reader: Reader) -> structs.Reader:
         """With the decoder in blocks of columns, or, where keys do not turn, kept aside to fold into queries."""
         native = self._reader(reader)
         matrix, bias = self._by_head(reader, self._order)
@@ -188,7 +153,7 @@ class NativeJob:
         native.bias = self._keep(bias)
         return native
 
-    def _round(self, native: _Reader, rounded: list[Tensor], stops: list[list[int]]) -> None:
+    def _round(self, native: structs.Reader, rounded: list[Tensor], stops: list[list[int]]) -> None:
         """Hand over decoders int8 ``[latents, padded D]`` of every head, pairs of latents side by side."""
         stacked = torch.stack(rounded)
         stacked = torch.nn.functional.pad(stacked, (0, 0, 0, stacked.shape[1] % 2))
@@ -254,11 +219,11 @@ class NativeJob:
         job.coarse_cos, job.coarse_sin = coarse[0].data_ptr(), coarse[1].data_ptr()
         return first, offset, arenas, fine, coarse
 
-    def _arenas_of(self, tiles: Sequence[Tensor]) -> ctypes.Array[_Arena]:
+    def _arenas_of(self, tiles: Sequence[Tensor]) -> ctypes.Array[structs.Arena]:
         """Where the tiles lie; the same from step to step until one is added or replaced."""
         if len(tiles) != len(self._tiles) or any(own() is not t for own, t in zip(self._tiles, tiles, strict=True)):
             self._tiles = tuple(ref(tile) for tile in tiles)
-            self._arenas = (_Arena * len(tiles))(*(_arena(tile) for tile in tiles))
+            self._arenas = (structs.Arena * len(tiles))(*(_arena(tile) for tile in tiles))
         return self._arenas
 
     def _reach(self, paged: PagedPast) -> int:
@@ -357,7 +322,7 @@ def _readable(side: Tensor) -> Tensor:
     return side if side.stride(-1) == 1 else side.contiguous()
 
 
-def _set_part(part: _Part, keys: Tensor, values: Tensor) -> None:
+def _set_part(part: structs.Part, keys: Tensor, values: Tensor) -> None:
     for side, x in ((part.keys, keys), (part.values, values)):
         side.base = x.data_ptr()
         side.batch_stride, side.head_stride, side.token_stride, _ = x.stride()
@@ -381,5 +346,5 @@ def _planes(segment: SegmentLayout) -> ctypes.Array[NativePlane]:
     return (NativePlane * len(segment.planes))(*map(NativePlane.of, segment.planes))
 
 
-def _arena(tile: Tensor) -> _Arena:
-    return _Arena(tile.data_ptr(), tile.stride(0), tile.stride(1), tile.shape[1], tile.shape[2])
+def _arena(tile: Tensor) -> structs.Arena:
+    return structs.Arena(tile.data_ptr(), tile.stride(0), tile.stride(1), tile.shape[1], tile.shape[2])
