@@ -61,3 +61,14 @@ def test_what_leaves_nothing_to_share_is_refused(options):
     bundle = fitted(model, bits=3)
     with kvcar.attach(model, bundle), pytest.raises(InputError, match="to share out"):
         measure_page_budget(model, bundle, token_ids(300), **({"following": 10} | options))
+
+
+def test_another_window_leaves_other_pages_to_share():
+    model = tiny_model("llama")
+    bundle = fitted(model, bits=3)
+    own, page = bundle.plan.window, bundle.plan.page_tokens
+    assert own > 0
+    with kvcar.attach(model, bundle):
+        for window, held in ((None, (300 - own) // page), (0, 300 // page)):
+            found = measure_page_budget(model, bundle, token_ids(300), 2, following=4, window=window, prefill_chunk=100)
+            assert found.held_pages == held

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..bundle import Bundle
 from ..errors import InputError
+from ..kernels.allocation import coded_tokens
 from ..progress import OnProgress, counter, silent
 from ..runtime.cache import KVCarCache
 from ..runtime.prefill import PREFILL_CHUNK_TOKENS, prefill
@@ -74,13 +75,14 @@ def measure_page_budget(
         InputError: windows too short, or no more pages than ``average``, so that there is nothing to choose.
     """
     count, context = windows.shape
-    held = (context - bundle.plan.window) // bundle.plan.page_tokens
+    plan = KVCarCache(bundle, window).plan
+    held = coded_tokens(context, plan.window, plan.page_tokens) // plan.page_tokens
     if average < FEWEST_PAGES or held <= average or following >= context - 1:
         raise InputError(
-            f"a context of {context} tokens has {max(0, held)} pages and its last {following} are stepped; to share out {average} "
+            f"a context of {context} tokens has {held} pages and its last {following} are stepped; to share out {average} "
             f"a layer there must be more pages than that, and {FEWEST_PAGES} or more for each layer"
         )
-    coded = bundle.plan.coded_layers
+    coded = plan.coded_layers
     groups = tuple(tuple(coded[i : i + layers_at_once]) for i in range(0, len(coded), layers_at_once))
     divergences: list[list[Tensor]] = [[] for _ in groups]
     tell = counter(on_progress, "limit layers", count * (len(groups) + 1) * following)
@@ -90,7 +92,7 @@ def measure_page_budget(
         reference = _stepped(model, fork_of(cache, None), ids[start:-1])
         tell(following)
         for group, found in zip(groups, divergences, strict=True):
-            limited = [average if layer in group else context for layer in range(bundle.plan.geometry.layers)]
+            limited = [average if layer in group else context for layer in range(plan.geometry.layers)]
             scores = TokenScores()
             scores.add(_stepped(model, fork_of(cache, limited), ids[start:-1]), reference, ids[start + 1 :])
             found += scores.divergence
@@ -98,7 +100,7 @@ def measure_page_budget(
     costs = tuple(mean_of(torch.cat(found)) for found in divergences)
     by_layer = {layer: cost.value for group, cost in zip(groups, costs, strict=True) for layer in group}
     shared = dict(zip(by_layer, share_pages(list(by_layer.values()), average, held), strict=True))
-    pages = tuple(shared.get(layer, average) for layer in range(bundle.plan.geometry.layers))
+    pages = tuple(shared.get(layer, average) for layer in range(plan.geometry.layers))
     return PageBudget(pages, groups, costs, held)
 
 
