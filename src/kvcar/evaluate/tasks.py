@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..bundle import Bundle
 from ..errors import InputError
 from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
+from .scoring import Scorer, alike_together
 
 try:
     import lm_eval
@@ -31,6 +31,9 @@ except ImportError:
 # The harness' decorators hide what they decorate from type checkers.
 _HFLM: Any = huggingface.HFLM
 _simple_evaluate: Any = lm_eval.simple_evaluate
+
+_Request = tuple[tuple[str, str] | None, list[int], list[int]]
+"""Its texts, for the harness' own cache of responses; ids of the context and of the continuation."""
 
 # Above 0 turns standard errors on; those of means have a closed form.
 _BOOTSTRAP = 1000
@@ -70,9 +73,9 @@ class KVCarLM(_HFLM):
                 "set tokenizer.eos_token"
             )
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self._step_tokens = step_tokens
         self._bundle, self._window = bundle, window
         self._attachment = None if bundle is None else attach(model, bundle, window)
+        self._scorer = Scorer(model, self.new_cache, step_tokens)
 
     def close(self) -> None:
         """Detach the model."""
@@ -85,15 +88,33 @@ class KVCarLM(_HFLM):
             return DynamicCache(config=self.model.config)
         return KVCarCache(self._bundle, self._window, keep_decoded=True)
 
-    @torch.no_grad()
-    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits ``[B, T, V]`` of texts padded on the right, where padding reaches no token that is scored."""
-        del attn_mask, labels
-        cache, logits = self.new_cache(), []
-        for start in range(0, inps.shape[1], self._step_tokens):
-            ids = inps[:, start : start + self._step_tokens]
-            logits.append(self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits)
-        return torch.cat(logits, dim=1)
+    def _loglikelihood_tokens(
+        self, requests: Sequence[_Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood and whether it is greedy, of each continuation in ``requests``, in their order."""
+        size = override_bs or int(self.batch_size)
+        texts = [self._cut(context, continuation) for _, context, continuation in requests]
+        order = alike_together(texts)
+        found: dict[int, tuple[float, bool]] = {}
+        with tqdm(total=len(texts), disable=disable_tqdm, desc="stepping through the cache") as bar:
+            for first in range(0, len(order), size):
+                batch = order[first : first + size]
+                for index, scored in zip(batch, self._scorer.score([texts[i] for i in batch]), strict=True):
+                    found[index] = (scored.log_likelihood, scored.greedy)
+                    if requests[index][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
+                bar.update(len(batch))
+        return [found[index] for index in range(len(texts))]
+
+    def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """A text's end, as the harness cuts what is longer than the model's positions."""
+        kept = self.max_length + 1 - len(continuation)
+        if kept < 1:
+            raise InputError(
+                f"a continuation has {len(continuation)} tokens, but the model has {self.max_length} positions; leave its "
+                "item out"
+            )
+        return context[-kept:], continuation
 
 
 def local_task(path: Path) -> dict[str, Any]:

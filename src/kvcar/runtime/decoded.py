@@ -22,6 +22,7 @@ class DecodedPast:
     def __init__(self) -> None:
         self._sides: dict[int, tuple[Tensor, Tensor]] = {}
         self._tokens: dict[int, int] = {}
+        self._fresh = _Fresh()
 
     def extend(self, layer: int, exact: ExactPast, paged: PagedPast) -> ExactPast:
         """``exact`` with the pages' tokens in front of it, decoded as attention over pages would.
@@ -45,15 +46,20 @@ class DecodedPast:
     def crop(self, tokens: int) -> None:
         """Forget all but the first ``tokens`` tokens."""
         self._tokens = {layer: min(held, tokens) for layer, held in self._tokens.items()}
+        self._fresh = _Fresh()
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace what is held by ``change`` of it, which works on the batch axis (0)."""
-        self._sides = {layer: (change(k), change(v)) for layer, (k, v) in self._sides.items()}
+        # Without the room behind, which is many times what a short text fills.
+        for layer, (keys, values) in self._sides.items():
+            held = self._tokens[layer]
+            self._sides[layer] = (change(keys[:, :, :held]), change(values[:, :, :held]))
+        self._fresh = _Fresh()
 
     def _up_to(self, layer: int, paged: PagedPast) -> tuple[Tensor, Tensor]:
         held = self._tokens.get(layer, 0)
         if held < paged.tokens:
-            fresh = _decode(paged, held)
+            fresh = self._fresh.keys(paged, held), self._fresh.values(paged, held)
             self._sides[layer] = self._grown(layer, held, paged.tokens, fresh)
             self._tokens[layer] = paged.tokens
         keys, values = self._sides[layer]
@@ -74,22 +80,44 @@ class DecodedPast:
         return grown[0], grown[1]
 
 
+class _Fresh:
+    """Decodes the latest tokens of one layer after the other.
+
+    Only those, also of a page that older ones share: stepping one token at a time would decode each of them as often as
+    a page has tokens. What several layers read, of a block that spans them, is unpacked once.
+    """
+
+    def __init__(self) -> None:
+        self._span = (0, 0)
+        self._restored: dict[tuple[int, bool], Tensor] = {}
+
+    def keys(self, paged: PagedPast, first: int) -> Tensor:
+        """Keys after RoPE ``[B, H, N, D]`` of the tokens from ``first`` on."""
+        return turned_keys(paged, self._side(paged.key_readers, paged, first), first)
+
+    def values(self, paged: PagedPast, first: int) -> Tensor:
+        """Values of the same tokens."""
+        return self._side(paged.value_readers, paged, first)
+
+    def _side(self, readers: tuple[Reader, ...], paged: PagedPast, first: int) -> Tensor:
+        if self._span != (first, paged.tokens):
+            self._span, self._restored = (first, paged.tokens), {}
+        return all_heads(readers, lambda reader: self._of(reader, paged, first))
+
+    def _of(self, reader: Reader, paged: PagedPast, first: int) -> Tensor:
+        # Readers of one segment all restore its values, or all fold that into their decoders.
+        key = (reader.segment.offset, reader.restore is None)
+        if key not in self._restored:
+            page, skipped = divmod(first, paged.page_tokens)
+            tokens = slice(skipped, paged.tokens - page * paged.page_tokens)
+            # Contiguous: a product of scattered rows runs as one product for each sequence, many times slower.
+            self._restored[key] = reader.restored(*_pages_from(paged, page), tokens=tokens).contiguous()
+        return self._restored[key]
+
+
 def decoded_keys(paged: PagedPast, page: int) -> Tensor:
     """Keys after RoPE ``[B, H, N, D]`` of the tokens of ``page`` and all later ones."""
-    start = page * paged.page_tokens
-    return turned_keys(paged, _side(paged.key_readers, _pages_from(paged, page), paged.tokens - start), start)
-
-
-def _decode(paged: PagedPast, first: int) -> tuple[Tensor, Tensor]:
-    """Keys after RoPE and values ``[B, H, N, D]`` of the tokens from ``first`` on."""
-    page, skipped = divmod(first, paged.page_tokens)
-    keys = decoded_keys(paged, page)
-    values = _side(paged.value_readers, _pages_from(paged, page), keys.shape[2])
-    return keys[:, :, skipped:], values[:, :, skipped:]
-
-
-def _side(readers: tuple[Reader, ...], pages: list[Tensor], tokens: int) -> Tensor:
-    return all_heads(readers, lambda reader: reader.restored(*pages)[:, :tokens])
+    return _Fresh().keys(paged, page * paged.page_tokens)
 
 
 def _pages_from(paged: PagedPast, page: int) -> list[Tensor]:

@@ -103,8 +103,11 @@ class PageStore:
         self.arenas = kept
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every arena by ``change(arena)``, which works on the batch axis (0)."""
-        self.arenas = [change(arena) for arena in self.arenas]
+        """Replace every arena by ``change`` of it, which works on the batch axis (0)."""
+        used = -(-self.tokens // self._page_tokens)
+        for index, arena in enumerate(self.arenas):
+            self.arenas[index] = _changed(arena, change, min(used, arena.shape[1]))
+            used = max(0, used - arena.shape[1])
 
     def _joined(self, parts: Sequence[UnitContents]) -> UnitContents:
         """Consecutive runs as one, without what lies beyond the last token."""
@@ -152,3 +155,14 @@ class PageStore:
             if low < high:
                 arena[:, low - first : high - first] = pages[:, low - start : high - start]
             first += arena.shape[1]
+
+
+def _changed(arena: Tensor, change: Callable[[Tensor], Tensor], used: int) -> Tensor:
+    """``change(arena)``, of which only the first ``used`` pages hold anything."""
+    if used == arena.shape[1]:
+        return change(arena)
+    changed = change(arena[:, :used])
+    # Not ``new_zeros``, which writes all of the room; this leaves it to the system to do so when it is used.
+    room = torch.zeros(changed.shape[0], *arena.shape[1:], dtype=arena.dtype, device=arena.device)
+    room[:, :used] = changed
+    return room

@@ -54,9 +54,9 @@ class Reader:
             u = unpack(data, segment)
         return u.reshape(data.shape[0], -1, segment.latents)
 
-    def restored(self, *pages: Tensor) -> Tensor:
-        """What ``decode`` takes, float32 ``[B, N, R]``, of the same pages."""
-        u = self.stored(*pages)
+    def restored(self, *pages: Tensor, tokens: slice = slice(None)) -> Tensor:
+        """What ``decode`` takes, float32 ``[B, N, R]``, of ``tokens`` of the same pages."""
+        u = self.stored(*pages)[:, tokens]
         return u if self.restore is None else self.restore(u)
 
 
