@@ -56,25 +56,24 @@ class Scorer:
         ids, targets = (x.to(self._device) for x in _laid_out(texts))
         total = torch.zeros(len(texts), device=self._device)
         greedy = torch.ones(len(texts), dtype=torch.bool, device=self._device)
-        cache, rows = (
-            self._new_cache(),
-            _Rows([len(context) + len(continuation) - 1 for context, continuation in texts]),
-        )
+        cache = self._new_cache()
+        rows = _Rows([len(context) + len(continuation) - 1 for context, continuation in texts])
         for start in range(0, ids.shape[1], self._step_tokens):
             span = slice(start, start + self._step_tokens)
             moved = rows.step(start, ids[:, span].tolist())
             if moved is not None:
                 cache.batch_select_indices(torch.tensor(moved, device=self._device))
-            alive, row = (torch.tensor(x, device=self._device) for x in (rows.texts, rows.row_of_text))
-            first_text = torch.tensor(rows.text_of_row, device=self._device)
-            given = {"input_ids": ids[first_text, span], "past_key_values": cache, "use_cache": True}
+            held = (rows.texts, rows.row_of_text, rows.text_of_row)
+            alive, row, one_text = (torch.tensor(x, device=self._device) for x in held)
+            given = {"input_ids": ids[one_text, span], "past_key_values": cache, "use_cache": True}
             wanted = targets[alive, span]
-            if not (wanted >= 0).any():
+            asked = wanted >= 0
+            if not asked.any():
                 # Nobody asks what follows, and the head costs as much as several layers.
                 self._decoder(**given)
                 continue
             log_probs = torch.log_softmax(self._model(**given).logits.float(), dim=-1)
-            asked, place = wanted >= 0, torch.arange(wanted.shape[1], device=self._device)
+            place = torch.arange(wanted.shape[1], device=self._device)
             found = log_probs[row[:, None], place, wanted.clamp_min(0)]
             total[alive] += (found * asked).sum(1)
             greedy[alive] &= ((log_probs.argmax(-1)[row] == wanted) | ~asked).all(1)
@@ -89,31 +88,33 @@ class _Rows:
 
     Attributes:
         texts: those that have not ended.
-        row_of_text: the row of each of them.
         text_of_row: one of the texts in each row.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
         self._lengths = lengths
         self._row = [0] * len(lengths)
-        self._rows = 0
         self.texts: list[int] = []
-        self.row_of_text: list[int] = []
         self.text_of_row: list[int] = []
+
+    @property
+    def row_of_text(self) -> list[int]:
+        """The row of each text that has not ended."""
+        return [self._row[text] for text in self.texts]
 
     def step(self, start: int, tokens: Sequence[Sequence[int]]) -> list[int] | None:
         """Take in the next tokens of all texts; says which old row each new one continues, None where nothing changes."""
+        before = len(self.text_of_row)
         self.texts = [text for text, length in enumerate(self._lengths) if length > start]
-        nodes: dict[tuple[int, tuple[int, ...]], int] = {}
         self.text_of_row = []
+        nodes: dict[tuple[int, tuple[int, ...]], int] = {}
         for text in self.texts:
             node = (self._row[text], tuple(tokens[text]))
             if node not in nodes:
                 nodes[node] = len(nodes)
                 self.text_of_row.append(text)
             self._row[text] = nodes[node]
-        self.row_of_text = [self._row[text] for text in self.texts]
-        parents, before, self._rows = [parent for parent, _ in nodes], self._rows, len(nodes)
+        parents = [parent for parent, _ in nodes]
         return None if start == 0 or parents == list(range(before)) else parents
 
 
@@ -140,7 +141,8 @@ def alike_together(texts: Sequence[Text]) -> list[int]:
     wholes = [[*context, *continuation] for context, continuation in texts]
     groups: list[list[int]] = []
     for index, whole in enumerate(wholes):
-        if groups and _shared(wholes[groups[-1][-1]], whole) * 2 >= min(len(whole), len(wholes[groups[-1][-1]])):
+        last = wholes[index - 1]
+        if groups and _shared(last, whole) * 2 >= min(len(last), len(whole)):
             groups[-1].append(index)
         else:
             groups.append([index])

@@ -89,7 +89,7 @@ class _Fresh:
 
     def __init__(self) -> None:
         self._span = (0, 0)
-        self._restored: dict[tuple[int, bool], Tensor] = {}
+        self._restored: dict[int, Tensor] = {}
 
     def keys(self, paged: PagedPast, first: int) -> Tensor:
         """Keys after RoPE ``[B, H, N, D]`` of the tokens from ``first`` on."""
@@ -105,8 +105,8 @@ class _Fresh:
         return all_heads(readers, lambda reader: self._of(reader, paged, first))
 
     def _of(self, reader: Reader, paged: PagedPast, first: int) -> Tensor:
-        # Readers of one segment all restore its values, or all fold that into their decoders.
-        key = (reader.segment.offset, reader.restore is None)
+        # All readers of a segment restore its values alike.
+        key = reader.segment.offset
         if key not in self._restored:
             page, skipped = divmod(first, paged.page_tokens)
             tokens = slice(skipped, paged.tokens - page * paged.page_tokens)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -67,12 +67,9 @@ class PageStore:
 
     def contents(self) -> tuple[UnitContents, ...]:
         """Stored values of all tokens, for every unit, in dtypes as narrow as what they hold."""
-        used = -(-self.tokens // self._page_tokens)
         runs: list[Tensor] = []
-        for arena in self.arenas:
-            held = arena[:, : max(0, used)]
-            runs += held.split(_PAGES_AT_ONCE, dim=1) if held.shape[1] else []
-            used -= arena.shape[1]
+        for arena, used in self._used():
+            runs += arena[:, :used].split(_PAGES_AT_ONCE, dim=1) if used else []
         return tuple(self._joined([unit.contents(run) for run in runs]) for unit in self._units) if runs else ()
 
     def fill(self, contents: Sequence[UnitContents], device: torch.device) -> None:
@@ -95,19 +92,19 @@ class PageStore:
     def crop(self, tokens: int) -> None:
         """Forget all but the first ``tokens`` tokens; arenas that hold none of them are freed."""
         self.tokens = tokens
-        kept, pages = [], -(-tokens // self._page_tokens)
-        for arena in self.arenas:
-            if pages > 0:
-                kept.append(arena)
-            pages -= arena.shape[1]
-        self.arenas = kept
+        self.arenas = [arena for arena, used in self._used() if used]
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every arena by ``change`` of it, which works on the batch axis (0)."""
-        used = -(-self.tokens // self._page_tokens)
-        for index, arena in enumerate(self.arenas):
-            self.arenas[index] = _changed(arena, change, min(used, arena.shape[1]))
-            used = max(0, used - arena.shape[1])
+        self.arenas = [_changed(arena, change, used) for arena, used in self._used()]
+
+    def _used(self) -> Iterator[tuple[Tensor, int]]:
+        """Every arena and how many of its pages hold tokens."""
+        left = -(-self.tokens // self._page_tokens)
+        for arena in self.arenas:
+            used = min(left, arena.shape[1])
+            yield arena, used
+            left -= used
 
     def _joined(self, parts: Sequence[UnitContents]) -> UnitContents:
         """Consecutive runs as one, without what lies beyond the last token."""
