@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pages import load, markdown
+from task_tables import PAIRED, task_table
 
 _HEAD = """# Quality against bytes, by profile
 
@@ -23,7 +24,7 @@ def frontier_page() -> str:
     records = load("frontier-*.json", "frontier")
     for text in dict.fromkeys(r["config"]["text_name"] for r in records):
         sections += _text(text, [r for r in records if r["config"]["text_name"] == text])
-    sections += _stored() + _fits() + _scale()
+    sections += _tasks() + _stored() + _fits() + _scale()
     return "\n\n".join(sections) + "\n"
 
 
@@ -61,6 +62,20 @@ def _text(name: str, records: list[dict[str, Any]]) -> list[str]:
     if any(r["config"]["profile"] == "stored" for r in records):
         note += _STORED
     return [f"## {name}", markdown(rows), note + f" Records: `frontier-{name}-*`"]
+
+
+def _tasks() -> list[str]:
+    records, full = load("tasks-*.json", "tasks"), load("paper-demo-tasks-full.json", "paper-tasks")
+    if not (records and full):
+        return []
+    table = task_table(full[0], [(r["config"]["bundle"], r) for r in records])
+    c = records[0]["config"]
+    note = (
+        f"By lm-evaluation-harness through `kvcar tasks`, {c['step_tokens']} token(s) at a time, window {c['window']}: everything but "
+        f"sinks is read from codes. {PAIRED} Records: `paper-demo-tasks-full`, "
+        + ", ".join(f"`{r['record']}`" for r in records)
+    )
+    return ["## Zero-shot accuracy", table, note]
 
 
 def _stored() -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import load, markdown
+from task_tables import PAIRED, task_table
 
 READING = Path(__file__).parent / "paper_reading.md"
 
@@ -107,36 +108,17 @@ def _row(name: str, by_text: dict[str, dict[str, Any]], texts: list[str]) -> lis
 
 def _tasks(name: str) -> list[str]:
     records = load(f"paper-{name}-tasks-*.json")
-    if not records:
+    full = [r for r in records if r["record"].endswith("-tasks-full")]
+    if not full:
         return []
-    full = next((r for r in records if r["record"].endswith("-tasks-full")), None)
-    tasks = list(records[0]["tasks"])
-    head = ["cache"]
-    for task in tasks:
-        head += [f"{task}: accuracy", "difference to full", "items"]
-    rows = [head]
-    for r in sorted(records, key=lambda r: r is not full):
-        row = ["full" if r is full else f"`{r['config']['setting']['name']}`"]
-        for task in tasks:
-            own = r["tasks"][task]
-            difference = "" if r is full or full is None else _paired(own["correct"], full["tasks"][task]["correct"])
-            row += [f"{100 * own['acc']:.2f} ± {100 * own['acc_stderr']:.2f} %", difference, str(own["items"])]
-        rows.append(row)
-    c = records[0]["config"]
+    table = task_table(full[0], [(r["config"]["setting"]["name"], r) for r in records if r not in full])
+    c = full[0]["config"]
     note = (
-        f"By lm-evaluation-harness, {c['step_tokens']} token(s) at a time, window 0, model in {c['dtype']}; items from the start "
-        "of each file. Differences are in points, with the standard error of the paired difference. Records: "
+        f"By lm-evaluation-harness, {c['step_tokens']} token(s) at a time, window 0, model in {c['dtype']}; "
+        f"{'all items' if c['limit'] is None else 'items from the start'} of each file. {PAIRED} Records: "
         + ", ".join(f"`{r['record']}`" for r in records)
     )
-    return ["### Zero-shot accuracy", markdown(rows), note]
-
-
-def _paired(own: list[int], full: list[int]) -> str:
-    differences = [a - b for a, b in zip(own, full, strict=True)]
-    n = len(differences)
-    mean = sum(differences) / n
-    variance = sum((d - mean) ** 2 for d in differences) / max(1, n - 1)
-    return f"{100 * mean:+.2f} ± {100 * (variance / n) ** 0.5:.2f}"
+    return ["### Zero-shot accuracy", table, note]
 
 
 def _system(name: str) -> list[str]:

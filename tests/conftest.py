@@ -19,9 +19,10 @@ from kvcar.kernels.attend import cpu  # what it imports reads the variables abov
 
 @pytest.fixture(autouse=True)
 def one_thread_for_tiny_models(request):
-    """Tiny tensors gain nothing from threads and lose much where another process is busy; the demo model keeps all."""
+    """Tiny tensors gain nothing from threads and lose much where another process is busy; the demo model has its share."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(threads if request.node.get_closest_marker("demo_model") else 1)
+    share = max(1, threads // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    torch.set_num_threads(share if request.node.get_closest_marker("demo_model") else 1)
     yield
     torch.set_num_threads(threads)
 

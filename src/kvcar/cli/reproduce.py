@@ -50,7 +50,7 @@ def reproduce(
     out.print(f"records are in [bold]{records}[/]")
 
 
-_TASK_EXAMPLES = """Zero-shot accuracy through the cache, by lm-evaluation-harness (pip install 'kvcar[tasks]').
+_TASK_EXAMPLES = """Zero-shot accuracy through the cache, by lm-evaluation-harness (pip install 'kvcar\\[tasks]').
 
 [bold]Examples[/]
 
