@@ -64,6 +64,7 @@ def fit(
         seconds = time.perf_counter() - began
         result.bundle.save(folder / name, model_card(result.bundle, None), overwrite=True)
         figures = {
+            "uncalibrated_kl": result.uncalibrated_kl,
             "held_back_kl": result.held_kl,
             "tuned_kl": result.tuned_kl,
             "curve": [[p.times_smaller, p.predicted_kl] for p in result.curve],
@@ -75,7 +76,10 @@ def fit(
         Record("frontier-fit", figures, {"model": model, "name": name, **option.as_dict()}).write(
             RESULTS / f"frontier-fit-{name}.json"
         )
-        print(f"{name}: held-back KL {result.held_kl:.5f}, tuned {result.tuned_kl:.5f}, {seconds:.0f} s", flush=True)
+        print(
+            f"{name}: held-back KL {result.uncalibrated_kl:.5f}, calibrated {result.held_kl:.5f}, tuned {result.tuned_kl:.5f}, {seconds:.0f} s",
+            flush=True,
+        )
 
 
 @app.command()

@@ -83,6 +83,11 @@ class ProfileOptions:
         """Times smaller that is aimed at where no divergence is."""
         return DEFAULT_TIMES_SMALLER if self.times_smaller is None else self.times_smaller
 
+    @property
+    def window_read(self) -> int:
+        """Recent tokens that are read exactly: none after a stored context is loaded."""
+        return 0 if PROFILES[self.profile].entropy_coded else self.window
+
     def as_dict(self) -> dict[str, str | int | float | bool | None]:
         """For a bundle's provenance."""
         return asdict(self) | {"codec": "linear"}
