@@ -50,8 +50,9 @@ class _Costs:
         for side in sorted(self.actual):
             errors, gradients = total(self._errors[side]), total(self._gradients[side])
             expected = float((errors * gradients).sum()) / tokens
-            ratio = float(total(self.actual[side])) / max(expected, 1e-30)
-            found[side] = min(max(ratio, _LEAST), _MOST)
+            actual = float(total(self.actual[side]))
+            # A side without errors says nothing.
+            found[side] = min(max(actual / expected, _LEAST), _MOST) if expected else 1.0
         return found
 
 
@@ -85,7 +86,8 @@ def cost_ratios(
         errors = _errors(passes, plan, ids, codes)
 
         def hear(layer: int, kind: Kind, gradients: Tensor, errors: Mapping[Side, Tensor] = errors) -> None:
-            costs.add((layer, kind), errors[layer, kind], gradients)
+            if (layer, kind) in errors:  # others stay exact
+                costs.add((layer, kind), errors[layer, kind], gradients)
 
         for tokens in probe.run(ids[None], hear):
             costs.tokens += tokens

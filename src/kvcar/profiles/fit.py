@@ -163,7 +163,7 @@ def _fit_one(
         return ProfileFit(bundle, size, first.held_kl, held_kl, held_kl, curve)
     tuning = DistillOptions(
         steps=options.tune_steps, learning_rate=options.tune_rate, held_windows=len(held), seed=options.seed,
-        validate_every=max(1, options.tune_steps // 2),
+        validate_every=max(1, options.tune_steps // 2), window=options.window_read,
     )  # fmt: skip
     tuned = distill(model, bundle, torch.cat([fitted, held]), tuning, on_progress, on_step)
     return ProfileFit(tuned.bundle, size, first.held_kl, tuned.before, tuned.after, curve, tuple(tuned.history))

@@ -41,6 +41,7 @@ class DistillOptions:
         validate_every: steps between validations.
         patience: validations without progress that end it; 0 never does.
         seed: of the order of windows.
+        window: recent tokens read exactly; None takes the plan's.
     """
 
     steps: int = 20
@@ -50,6 +51,7 @@ class DistillOptions:
     validate_every: int = 10
     patience: int = 2
     seed: int = 0
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if self.trains not in ("decoders", "all"):
@@ -162,7 +164,8 @@ class _Distillation:
 
     def __init__(self, model: PreTrainedModel, bundle: Bundle, windows: Tensor, options: DistillOptions) -> None:
         plan: Plan = bundle.plan
-        self.passes = TwoPass(model, plan, step_tokens(plan.page_tokens, plan.window), plan.window)
+        window = plan.window if options.window is None else options.window
+        self.passes = TwoPass(model, plan, step_tokens(plan.page_tokens, plan.window), window)
         self._bundle, self._options, self._device = bundle, options, next(model.parameters()).device
         self._train, self._held = windows[: -options.held_windows], windows[-options.held_windows :]
         self._units = nn.ModuleDict()
