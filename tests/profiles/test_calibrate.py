@@ -17,9 +17,7 @@ def setting():
     model = tiny_model("llama")
     geometry = read_geometry(model.config)
     blocks = tuple(Block(codec="linear", slots=tuple(geometry.slots(kind))) for kind in KINDS)
-    plan = Plan(
-        geometry=geometry, blocks=blocks, sinks=SINKS, window=WINDOW, page_tokens=STEP, exact_dtype="bfloat16"
-    )
+    plan = Plan(geometry=geometry, blocks=blocks, sinks=SINKS, window=WINDOW, page_tokens=STEP, exact_dtype="bfloat16")
     return model, plan, token_ids(256, batch=6, seed=7)
 
 
