@@ -15,10 +15,10 @@ import typer
 from kvcar.bundle import Bundle
 from kvcar.cli.texts import windows_of_all
 from kvcar.evaluate.fidelity import fidelity_figures, measure_fidelity
-from kvcar.fit.text import joined, read_text, token_windows
-from kvcar.models.load import load_model
+from kvcar.fit.text import TextSource, joined, read_text, token_windows
+from kvcar.models.load import LoadedModel, load_model
 from kvcar.profiles.fit import fit_profiles
-from kvcar.profiles.options import ProfileOptions
+from kvcar.profiles.options import PROFILES, ProfileOptions
 from kvcar.record import Record
 from kvcar.report.card import model_card
 from kvcar.runtime.attach import attach
@@ -46,13 +46,32 @@ def _tell(what: str, done: int, total: int) -> None:
 
 @app.command()
 def fit(
-    folder: Path, texts: list[Path], only: Only = None, model: str = "demo", tokens: int = 24_576, tune_steps: int = 0
+    folder: Path, texts: list[Path], only: Only = None, model: str = "demo", tokens: int = 0, tune_steps: int = 0
 ) -> None:
-    """Fit the bundles from shared statistics; a record of each fit goes into ``results/``."""
+    """Fit the bundles from shared statistics, those for stored contexts from their own; a record of each goes into ``results/``.
+
+    ``tokens`` 0 takes what each profile takes by default.
+    """
     sources = [read_text(text) for text in texts]
     loaded = load_model(model, "float32")
-    windows = windows_of_all(loaded.tokenizer, sources, 1024, tokens // 1024)
-    names = [name for name in SETTINGS if not only or name in only]
+    chosen = [name for name in SETTINGS if not only or name in only]
+    for stored in (False, True):
+        names = [name for name in chosen if PROFILES[SETTINGS[name][0]].entropy_coded == stored]
+        if names:
+            _fit_together(folder, loaded, sources, names, model, tokens, tune_steps)
+
+
+def _fit_together(
+    folder: Path,
+    loaded: LoadedModel,
+    sources: list[TextSource],
+    names: list[str],
+    model: str,
+    tokens: int,
+    tune_steps: int,
+) -> None:
+    most = tokens or PROFILES[SETTINGS[names[0]][0]].fit_tokens
+    windows = windows_of_all(loaded.tokenizer, sources, 1024, most // 1024)
     options = [
         ProfileOptions(profile=SETTINGS[name][0], times_smaller=SETTINGS[name][1], tune_steps=tune_steps)
         for name in names
@@ -64,7 +83,6 @@ def fit(
         seconds = time.perf_counter() - began
         result.bundle.save(folder / name, model_card(result.bundle, None), overwrite=True)
         figures = {
-            "uncalibrated_kl": result.uncalibrated_kl,
             "held_back_kl": result.held_kl,
             "tuned_kl": result.tuned_kl,
             "curve": [[p.times_smaller, p.predicted_kl] for p in result.curve],
@@ -76,10 +94,7 @@ def fit(
         Record("frontier-fit", figures, {"model": model, "name": name, **option.as_dict()}).write(
             RESULTS / f"frontier-fit-{name}.json"
         )
-        print(
-            f"{name}: held-back KL {result.uncalibrated_kl:.5f}, calibrated {result.held_kl:.5f}, tuned {result.tuned_kl:.5f}, {seconds:.0f} s",
-            flush=True,
-        )
+        print(f"{name}: held-back KL {result.held_kl:.5f}, tuned {result.tuned_kl:.5f}, {seconds:.0f} s", flush=True)
 
 
 @app.command()

@@ -33,7 +33,8 @@ from .console import check_writable, out, progress_bars, step_teller
 from .figures import fidelity_table
 from .texts import fit_texts, windows_of_all
 
-DEFAULT_TOKENS = 24_576
+DEFAULT_TOKENS = PROFILES[DEFAULT_PROFILE].fit_tokens
+_STORED_TOKENS = PROFILES["stored"].fit_tokens
 _CONTEXT = 1024
 _CHECK_WINDOWS = 2
 _EFFECT_WINDOWS, _EFFECT_CONTEXT = 2, 256
@@ -64,7 +65,10 @@ def fit(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder to write; must not exist.")],
     text: Texts = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help=f"Tokens to fit on. Default: {DEFAULT_TOKENS}, or what the text has.")
+        int | None,
+        typer.Option(
+            min=1, help=f"Tokens to fit on. Default: {DEFAULT_TOKENS} (stored: {_STORED_TOKENS}), or what the text has."
+        ),
     ] = None,
     profile: Annotated[
         str | None, typer.Option(help=f"How wide blocks may be: {', '.join(PROFILES)}. Default: {DEFAULT_PROFILE}.")
@@ -155,7 +159,8 @@ def fit(
     sources, held = fit_texts(text, check)
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
-        windows, source = fit_windows(loaded, sources, tokens), joined(sources)
+        most = PROFILES[options.profile].fit_tokens if isinstance(options, ProfileOptions) else DEFAULT_TOKENS
+        windows, source = fit_windows(loaded, sources, tokens, most), joined(sources)
         found = None
         if isinstance(options, ProfileOptions):
             found = fit_profile(loaded.model, model, windows, source, options, tell, step_teller())
@@ -181,7 +186,7 @@ def fit(
         }
         if found is not None:
             figures |= {
-                "uncalibrated_kl": found.uncalibrated_kl, "held_back_kl": found.held_kl, "tuned_kl": found.tuned_kl, "tuning": list(found.history),
+                "held_back_kl": found.held_kl, "tuned_kl": found.tuned_kl, "tuning": list(found.history),
                 "curve": [[point.times_smaller, point.predicted_kl] for point in found.curve],
             }  # fmt: skip
         Record("fit", figures, config={"model": model, **options.as_dict()}).write(json)
@@ -200,20 +205,17 @@ def _tell_curve(found: ProfileFit) -> None:
         out.print(
             f"saved with 'kvcar save', contexts take about {found.times_smaller:g} times less than the full cache"
         )
-    if found.held_kl < found.uncalibrated_kl:
-        out.print(
-            f"measuring what errors really cost took it from {found.uncalibrated_kl:.5f} to {found.held_kl:.5f} on held-back "
-            "windows (two passes)"
-        )
     if found.history:
         out.print(f"tuning took it from {found.held_kl:.5f} to {found.tuned_kl:.5f} on held-back windows (two passes)")
 
 
-def fit_windows(loaded: LoadedModel, sources: Sequence[TextSource], tokens: int | None = None) -> Tensor:
-    """Token ids int64 ``[N, context]`` that a fit reads by default; raises InputError where a text is too short."""
+def fit_windows(
+    loaded: LoadedModel, sources: Sequence[TextSource], tokens: int | None = None, most: int = DEFAULT_TOKENS
+) -> Tensor:
+    """Token ids int64 ``[N, context]`` of so many tokens, or of up to ``most``; raises InputError where a text is too short."""
     context = min(_CONTEXT, loaded.model.config.get_text_config().max_position_embeddings)
     if tokens is None:
-        return windows_of_all(loaded.tokenizer, sources, context, DEFAULT_TOKENS // context)
+        return windows_of_all(loaded.tokenizer, sources, context, most // context)
     context = min(context, tokens)
     if context < 2:
         raise InputError(f"fitting needs more than {tokens} tokens")

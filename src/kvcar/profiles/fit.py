@@ -22,9 +22,8 @@ from ..shapes import KINDS, KVGeometry
 from ..train.distill import DistillOptions, distill
 from ..train.losses import kl_divergence
 from ..train.run import OnStep, told_nobody
-from ..train.two_pass import Code, TwoPass
+from ..train.two_pass import TwoPass
 from .build import Solved, choose_blocks, empty_plan, longest_run, predicted_curve, solve
-from .calibrate import cost_ratios
 from .options import PROFILES, ProfileOptions
 from .statistics import Statistics, collect_statistics
 from .stored import solve_stored
@@ -55,9 +54,7 @@ class ProfileFit:
     Attributes:
         bundle: the result.
         times_smaller: that it was made for.
-        uncalibrated_kl: two-pass divergence on held-back windows of the fitting text, before what errors really cost was
-            measured and bits were shared out anew.
-        held_kl: the same after that, or as it was where that did not help; before tuning.
+        held_kl: two-pass divergence on held-back windows of the fitting text, before tuning.
         tuned_kl: the same after tuning; equal where there was none.
         curve: sizes around it, before tuning.
         history: entries of the tuning's steps.
@@ -65,7 +62,6 @@ class ProfileFit:
 
     bundle: Bundle
     times_smaller: float
-    uncalibrated_kl: float
     held_kl: float
     tuned_kl: float
     curve: tuple[CurvePoint, ...]
@@ -115,7 +111,8 @@ def fit_profiles(
     first, geometry = options[0], read_geometry(model.config)
     if len({(o.window, o.window_read, o.sinks, o.page_tokens, o.effect_tokens, o.seed) for o in options}) > 1:
         raise InputError(
-            "profiles fitted together must share window, sinks, page_tokens, effect_tokens and seed, and be stored ones all or none"
+            "profiles fitted together must share window, sinks, page_tokens, effect_tokens and seed, and all be for stored "
+            "contexts or none"
         )
     for each in options:
         _check_text(windows, geometry, each)
@@ -153,41 +150,20 @@ def _fit_one(
     on_step: OnStep,
 ) -> ProfileFit:
     fitted, held = windows
-    first, best = _solutions(model, plan, options, statistics, (fitted, held), on_progress)
-    size, solved, held_kl = best.size, best.solved, best.held_kl
+    solver = _Solver(statistics, plan, options, model.dtype.itemsize)
+    size, solved, held_kl = _to_target(solver, options, _Measure(model, plan, held, options.window_read), on_progress)
     print_, identity = identify(model, name)
     fit = provenance(fitted, source, options.seed, options.as_dict() | {"times_smaller": size})
     bundle = Bundle(solved.plan, solved.blocks, print_, identity, fit)
-    curve = best.solver.curve(held_kl / max(solved.predicted_kl, 1e-12))
+    curve = solver.curve(held_kl / max(solved.predicted_kl, 1e-12))
     if not options.tune_steps:
-        return ProfileFit(bundle, size, first.held_kl, held_kl, held_kl, curve)
+        return ProfileFit(bundle, size, held_kl, held_kl, curve)
     tuning = DistillOptions(
         steps=options.tune_steps, learning_rate=options.tune_rate, held_windows=len(held), seed=options.seed,
         validate_every=max(1, options.tune_steps // 2), window=options.window_read,
     )  # fmt: skip
     tuned = distill(model, bundle, torch.cat([fitted, held]), tuning, on_progress, on_step)
-    return ProfileFit(tuned.bundle, size, first.held_kl, tuned.before, tuned.after, curve, tuple(tuned.history))
-
-
-def _solutions(
-    model: PreTrainedModel,
-    plan: Plan,
-    options: ProfileOptions,
-    statistics: Statistics,
-    windows: tuple[Tensor, Tensor],
-    on_progress: OnProgress,
-) -> tuple[_Found, _Found]:
-    """What the metric finds, and the better on held-back windows of that and what it finds with measured ratios to real costs."""
-    fitted, held = windows
-    measure = _Measure(model, plan, held, options.window_read)
-    first = _to_target(_Solver(statistics, plan, options, model.dtype.itemsize), options, measure, on_progress)
-    ratios = cost_ratios(
-        model, first.solved.plan, first.codes, _spread(fitted, options.effect_tokens), options.window_read, options.seed,
-        on_progress,
-    )  # fmt: skip
-    again = _Solver(statistics.scaled(ratios), plan, options, model.dtype.itemsize)
-    second = _to_target(again, options, measure, on_progress)
-    return first, max(first, second, key=lambda found: (found.size, -found.held_kl))
+    return ProfileFit(tuned.bundle, size, tuned.before, tuned.after, curve, tuple(tuned.history))
 
 
 class _Solver:
@@ -210,25 +186,11 @@ class _Solver:
         return tuple(CurvePoint(size, factor * kl) for size, kl in points)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A solution at a size, its measured divergence, and the solver that it came from."""
-
-    size: float
-    solved: Solved
-    held_kl: float
-    solver: _Solver
-
-    @property
-    def codes(self) -> dict[int, Code]:
-        return {i: coded.round_trip for i, coded in enumerate(self.solved.blocks)}
-
-
 class _Measure:
     """Two-pass divergence of solved plans on the same windows, their clean passes done once."""
 
-    def __init__(self, model: PreTrainedModel, plan: Plan, windows: Tensor, window: int) -> None:
-        self._passes = TwoPass(model, plan, step_tokens(plan.page_tokens, plan.window), window)
+    def __init__(self, model: PreTrainedModel, plan: Plan, windows: Tensor, window_read: int) -> None:
+        self._passes = TwoPass(model, plan, step_tokens(plan.page_tokens, plan.window), window_read)
         with self._passes:
             self._prefilled = [self._passes.prefill(window) for window in windows]
 
@@ -240,12 +202,14 @@ class _Measure:
         return sum(parts) / len(parts)
 
 
-def _to_target(solver: _Solver, options: ProfileOptions, measure: _Measure, on_progress: OnProgress) -> _Found:
-    """At the size asked for, or the smallest within ``max_kl``."""
+def _to_target(
+    solver: _Solver, options: ProfileOptions, measure: _Measure, on_progress: OnProgress
+) -> tuple[float, Solved, float]:
+    """Size, solution and its measured divergence: at the size asked for, or the smallest within ``max_kl``."""
     if options.max_kl is None:
         solved = solver(options.target, on_progress)
-        return _Found(options.target, solved, measure(solved), solver)
-    best: _Found | None = None
+        return options.target, solved, measure(solved)
+    best: tuple[float, Solved, float] | None = None
     curve = solver.curve(1.0)
     low, high = _SMALLEST_SIZE, curve[-1].times_smaller if curve else _LARGEST_SIZE
     size = min(options.target, (low * high) ** 0.5)
@@ -253,7 +217,7 @@ def _to_target(solver: _Solver, options: ProfileOptions, measure: _Measure, on_p
         solved = solver(size, silent)
         found = measure(solved)
         if found <= options.max_kl:
-            low, best = size, _Found(size, solved, found, solver)
+            low, best = size, (size, solved, found)
         else:
             high = size
         on_progress("search for the smallest size", search + 1, _SEARCHES)

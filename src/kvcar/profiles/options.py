@@ -20,6 +20,7 @@ class Profile:
         flops_of: what is counted. "decoding": of decoding keys and values, as a prefill does. "step": of a decode step, in
             which keys are decoded and values are summed as latents; heads of a layer may then be coded apart.
         entropy_coded: whether sizes are those of a stored context, whose codes take their entropy.
+        fit_tokens: tokens to fit on, unless told otherwise: blocks of thousands of elements at small sizes need many.
     """
 
     widest_elements: int
@@ -27,13 +28,16 @@ class Profile:
     purpose: str
     flops_of: Literal["decoding", "step"] = "decoding"
     entropy_coded: bool = False
+    fit_tokens: int = 24_576
 
 
 PROFILES = {
     "fast": Profile(1024, 60, "keys in narrow blocks, so that a decode step takes few FLOPs", flops_of="step"),
     "balanced": Profile(1024, 1200, "a few adjacent layers to a block"),
     "small": Profile(8192, None, "many or all layers to a block, for capacity"),
-    "stored": Profile(8192, None, "contexts saved to disk, where codes take their entropy", entropy_coded=True),
+    "stored": Profile(
+        8192, None, "contexts saved to disk, where codes take their entropy", entropy_coded=True, fit_tokens=65_536
+    ),
 }
 DEFAULT_PROFILE = "balanced"
 

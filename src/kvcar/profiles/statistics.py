@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,8 +20,6 @@ from ..shapes import KINDS, Kind, KVGeometry, Slot
 _SAMPLE_TOKENS = 2048
 
 Slots = tuple[Slot, ...]
-Side = tuple[int, Kind]
-"""One layer's keys, or its values."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Statistics:
 
     geometry: KVGeometry
     moments: dict[Kind, LayerMoments]
-    metrics: dict[Side, Tensor]
+    metrics: dict[tuple[int, Kind], Tensor]
     _bases: dict[Slots, Basis] = field(default_factory=dict)
 
     def basis(self, slots: Slots) -> Basis:
@@ -57,10 +55,6 @@ class Statistics:
         covariance = self.moments[kind].covariance(layers)[columns][:, columns]
         # The spectrum of L' C L is that of the symmetric root's product.
         return torch.linalg.eigvalsh(root.T @ covariance @ root).flip(0).clamp_min(0)
-
-    def scaled(self, ratios: Mapping[Side, float]) -> Statistics:
-        """The same with metrics that say what errors were measured to cost; see ``calibrate.py``."""
-        return Statistics(self.geometry, self.moments, {s: m * ratios.get(s, 1.0) for s, m in self.metrics.items()})
 
     def sample(self, slots: Slots) -> Tensor:
         """Sampled vectors float32 ``[S, W]`` of a block."""
@@ -115,7 +109,7 @@ def collect_statistics(
     stride = max(1, windows.shape[0] * (windows.shape[1] - sinks) // _SAMPLE_TOKENS)
     windows = own_share(windows)
     moments: dict[Kind, LayerMoments] = {kind: LayerMoments(layers, width, band, stride) for kind in KINDS}
-    sides: list[Side] = [(layer, kind) for layer in layers for kind in KINDS]
+    sides: list[tuple[int, Kind]] = [(layer, kind) for layer in layers for kind in KINDS]
     blocks = [tuple(Slot(layer, head, kind) for head in range(geometry.kv_heads)) for layer, kind in sides]
     count = counter(on_progress, "capture keys and values", windows.shape[0] * (windows.shape[1] - sinks))
     count(0)
