@@ -43,7 +43,8 @@ def test_rows_that_are_shared_change_nothing_of_the_full_cache():
 
 @pytest.mark.parametrize("step_tokens", [1, 3])
 def test_rows_that_are_shared_change_nothing_of_a_compressed_cache(step_tokens):
-    model = tiny_model("llama")
+    # In float32 another order of sums flips codes of 3 bits now and then, which moves what follows by tenths.
+    model = tiny_model("llama").double()
     bundle = fitted(model, bits=3)
     given = texts(1)
     full = Scorer(model, lambda: DynamicCache(config=model.config), step_tokens).score(given)
@@ -53,7 +54,7 @@ def test_rows_that_are_shared_change_nothing_of_a_compressed_cache(step_tokens):
         alone = Scorer(model, lambda: KVCarCache(bundle, 0), step_tokens)
         found = together.score(given)
         for text, each in zip(given, found, strict=True):
-            assert each.log_likelihood == pytest.approx(alone.score([text])[0].log_likelihood, abs=0.01)
+            assert each.log_likelihood == pytest.approx(alone.score([text])[0].log_likelihood, abs=1e-3)
     # What sharing could do is far below what reading the codes does.
     assert max(abs(a.log_likelihood - b.log_likelihood) for a, b in zip(full, found, strict=True)) > 1
 
