@@ -46,11 +46,16 @@ def _tell(what: str, done: int, total: int) -> None:
 
 @app.command()
 def fit(
-    folder: Path, texts: list[Path], only: Only = None, model: str = "demo", tokens: int = 0, tune_steps: int = 0
+    folder: Path,
+    texts: list[Path],
+    only: Only = None,
+    model: str = "demo",
+    tokens: int | None = None,
+    tune_steps: int = 0,
 ) -> None:
     """Fit the bundles from shared statistics, those for stored contexts from their own; a record of each goes into ``results/``.
 
-    ``tokens`` 0 takes what each profile takes by default.
+    Without ``tokens`` each profile takes as many as it does by default.
     """
     sources = [read_text(text) for text in texts]
     loaded = load_model(model, "float32")
@@ -67,7 +72,7 @@ def _fit_together(
     sources: list[TextSource],
     names: list[str],
     model: str,
-    tokens: int,
+    tokens: int | None,
     tune_steps: int,
 ) -> None:
     most = tokens or PROFILES[SETTINGS[names[0]][0]].fit_tokens

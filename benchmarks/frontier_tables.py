@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pages import load, markdown
-from task_tables import PAIRED, task_table
+from task_tables import task_section
 
 _HEAD = """# Quality against bytes, by profile
 
@@ -54,28 +54,21 @@ def _text(name: str, records: list[dict[str, Any]]) -> list[str]:
                 str(r["config"]["fit"]["options"]["tune_steps"]),
             ]
         )
-    first = records[0]
-    note = (
-        f"{first['config']['text']}, {first['windows']} windows of {first['context']:,} tokens; fitted on "
-        f"{first['config']['fit']['text']}, {first['config']['fit']['tokens']:,} tokens. "
-    )
+    first, fit = records[0], records[0]["config"]["fit"]
+    note = f"{first['config']['text']}, {first['windows']} windows of {first['context']:,} tokens; fitted on {fit['text']}, {fit['tokens']:,} tokens"
+    for r in records:
+        if (tokens := r["config"]["fit"]["tokens"]) != fit["tokens"]:
+            note += f" (`{r['config']['name']}`: {tokens:,})"
+    note += ". "
     if any(r["config"]["profile"] == "stored" for r in records):
         note += _STORED
     return [f"## {name}", markdown(rows), note + f" Records: `frontier-{name}-*`"]
 
 
 def _tasks() -> list[str]:
-    records, full = load("tasks-*.json", "tasks"), load("paper-demo-tasks-full.json", "paper-tasks")
-    if not (records and full):
-        return []
-    table = task_table(full[0], [(r["config"]["bundle"], r) for r in records])
-    c = records[0]["config"]
-    note = (
-        f"By lm-evaluation-harness through `kvcar tasks`, {c['step_tokens']} token(s) at a time, window {c['window']}: everything but "
-        f"sinks is read from codes. {PAIRED} Records: `paper-demo-tasks-full`, "
-        + ", ".join(f"`{r['record']}`" for r in records)
-    )
-    return ["## Zero-shot accuracy", table, note]
+    full = load("paper-demo-tasks-full.json", "paper-tasks")
+    others = [(r["config"]["bundle"], r) for r in load("tasks-*.json", "tasks") if r["config"]["window"] == 0]
+    return task_section("## Zero-shot accuracy", full[0], others) if full and others else []
 
 
 def _stored() -> list[str]:

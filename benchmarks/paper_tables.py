@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pages import load, markdown
-from task_tables import PAIRED, task_table
+from task_tables import task_section
 
 READING = Path(__file__).parent / "paper_reading.md"
 
@@ -111,14 +111,8 @@ def _tasks(name: str) -> list[str]:
     full = [r for r in records if r["record"].endswith("-tasks-full")]
     if not full:
         return []
-    table = task_table(full[0], [(r["config"]["setting"]["name"], r) for r in records if r not in full])
-    c = full[0]["config"]
-    note = (
-        f"By lm-evaluation-harness, {c['step_tokens']} token(s) at a time, window 0, model in {c['dtype']}; "
-        f"{'all items' if c['limit'] is None else 'items from the start'} of each file. {PAIRED} Records: "
-        + ", ".join(f"`{r['record']}`" for r in records)
-    )
-    return ["### Zero-shot accuracy", table, note]
+    others = [(r["config"]["setting"]["name"], r) for r in records if r not in full]
+    return task_section("### Zero-shot accuracy", full[0], others)
 
 
 def _system(name: str) -> list[str]:

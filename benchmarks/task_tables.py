@@ -6,18 +6,22 @@ from typing import Any
 
 from pages import markdown
 
-PAIRED = "Differences are in points, with the standard error of the paired difference: item by item, full cache against this one."
 
-
-def task_table(full: dict[str, Any], others: list[tuple[str, dict[str, Any]]]) -> str:
-    """Accuracy with the full cache and with others, by their names; all records hold the same items."""
-    tasks = list(full["tasks"])
+def task_section(heading: str, full: dict[str, Any], others: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Accuracy with the full cache and with others, by their names; all records hold the same items, stepped with window 0."""
     head = ["cache"]
-    for task in tasks:
+    for task in full["tasks"]:
         head += [f"{task}: accuracy", "difference to full", "items"]
     rows = [head, _row("full", full, None)]
     rows += [_row(f"`{name}`", record, full) for name, record in others]
-    return markdown(rows)
+    c = full["config"]
+    note = (
+        f"By lm-evaluation-harness, {c['step_tokens']} token(s) at a time, window 0, model in {c['dtype']}; "
+        f"{'all items' if c['limit'] is None else 'items from the start'} of each file. Differences are in points, with the standard "
+        "error of the paired difference: item by item, full cache against this one. Records: "
+        + ", ".join(f"`{r['record']}`" for r in (full, *(record for _, record in others)))
+    )
+    return [heading, markdown(rows), note]
 
 
 def _row(name: str, record: dict[str, Any], full: dict[str, Any] | None) -> list[str]:
