@@ -15,15 +15,21 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError
 from ..kernels.rotary import RotaryStyle, RotaryTable
+from .uncompiled import uncompiled
 
 _PROBE_POSITIONS = (0, 1, 100)
 _TOLERANCE = 1e-4
 
 
 class RotaryProbe:
-    """Watches the rotary modules below ``root`` and makes a ``RotaryTable`` for each kind of call."""
+    """Watches the rotary modules below ``root`` and makes a ``RotaryTable`` for each kind of call.
+
+    Attributes:
+        listening: set it to False to let calls pass.
+    """
 
     def __init__(self, root: nn.Module) -> None:
+        self.listening = True
         self._calls: dict[int, tuple[Tensor, nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
         self._tables: dict[tuple[int, str], RotaryTable] = {}
         self.handles: list[RemovableHandle] = [
@@ -38,6 +44,11 @@ class RotaryProbe:
         return tuple(self._tables.values())
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        if self.listening:
+            self._take_note(module, args, kwargs, output)
+
+    @uncompiled
+    def _take_note(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         if isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor):
             # Only what says which rotation it is: the hidden states and positions are not held on to.
             extra = tuple(a for a in args if isinstance(a, str))

@@ -23,9 +23,11 @@ from ..errors import AttachError, UnsupportedModelError
 from ..kernels.rotary import RotaryTable
 from ..models.rotary_probe import RotaryProbe
 from ..models.structure import find_decoder
-from .attention import set_current, stand_in_for
+from ..models.uncompiled import uncompiled
+from .attention import stand_in_for
 from .cache import KVCarCache
 from .coder import PageCoder
+from .current import Current, set_current
 from .prefill import PREFILL_CHUNK_TOKENS
 from .summaries import PageCounts
 
@@ -61,12 +63,16 @@ class Attachment:
         self._checked = {id(bundle): bundle}
         self._coders: dict[int, PageCoder] = {}
         self._tables: dict[int, RotaryTable] = {}
+        self._wanted: set[int] = set()
+        self._current = Current()
         self._parts = find_decoder(model, bundle.plan.geometry.layers)
         self.new_cache()  # a bad window is told now, not in the first generate
         self._base = str(model.config.get_text_config()._attn_implementation)
         stand_in = stand_in_for(self._base)
         self._probe = RotaryProbe(self._parts.decoder)
         self._handles = [*self._probe.handles, *self._hook_decoder(), *map(self._hook_attention, self._parts.attention)]
+        for module in self._parts.attention:
+            set_current(module, self._current)
         self._set_attention(stand_in)
         # Only this instance: `generate` asks it for a cache, and gets a compressed one by default.
         model.__dict__[_PREPARE] = partial(_prepare_cache, self, partial(prepare, model))
@@ -126,7 +132,12 @@ class Attachment:
         return module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._begin(module, args, kwargs, torch.compiler.is_compiling())
+
+    @uncompiled
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool) -> None:
         cache = _given_cache(args, kwargs)
+        self._current.cache = None
         if cache is None:
             return
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()) and module.training:
@@ -138,21 +149,44 @@ class Attachment:
         mask = kwargs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UnsupportedModelError("a compressed cache takes 2-D attention masks (left padding) only")
+        _refuse_capture(inputs)
+        self._probe.listening = self._must_learn_rotation(cache)
+        if compiled and self._probe.listening:
+            self._learn_rotation_ahead(inputs)
         cache.begin_pass(self, inputs.shape[0], inputs.shape[1], mask, kwargs.get("position_ids"))
+        self._current.cache = cache
 
     def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = _given_cache(args, kwargs)
-        set_current(module, cache)
+        del args
+        # A compiler traces this far, and is not interrupted once all is known.
+        if self._probe.listening:
+            self._learn_rotation(module, kwargs)
+
+    @uncompiled
+    def _learn_rotation(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         layer = getattr(module, "layer_idx", None)
-        if cache is None or layer is None or layer in self._tables or not self.bundle.plan.geometry.rotary:
-            return
-        if cache.codes(layer):
+        if layer in self._wanted and layer not in self._tables:
             self._tables[layer] = self._probe.table(kwargs.get("position_embeddings"))
 
+    def _learn_rotation_ahead(self, inputs: Tensor) -> None:
+        """By a pass over one token without a cache, as a pass that is compiled cannot be looked into."""
+        given = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs[:1, :1]}
+        with torch.no_grad():
+            self._parts.decoder(**given, use_cache=False)
+        self._probe.listening = False
+
+    def _must_learn_rotation(self, cache: KVCarCache) -> bool:
+        plan = cache.plan
+        self._wanted = (
+            {layer for layer in plan.coded_layers if layer not in self._tables} if plan.geometry.rotary else set()
+        )
+        return bool(self._wanted)
+
+    @uncompiled
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        del module, output
+        del module, args, kwargs, output
         self._probe.forget()
-        cache = _given_cache(args, kwargs)
+        cache, self._current.cache = self._current.cache, None
         if cache is not None:
             cache.end_pass()
 
@@ -211,6 +245,14 @@ def _given_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KVCarCache
     if given is None:
         given = next((a for a in args if isinstance(a, KVCarCache)), None)
     return given if isinstance(given, KVCarCache) else None
+
+
+def _refuse_capture(inputs: Tensor) -> None:
+    if inputs.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise UnsupportedModelError(
+            "a step over a compressed cache cannot be captured as one CUDA graph: a replay would not store its tokens; "
+            "use torch.compile(model, mode='reduce-overhead'), which captures what lies between attention"
+        )
 
 
 def _prepare_cache(

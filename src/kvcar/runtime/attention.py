@@ -10,31 +10,19 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
-from ..kernels.attend import attend
-from .cache import KVCarCache
+from .current import attend_layer, attend_now, current_of
 
 STAND_IN_PREFIX = "kvcar_"
 _BASES = ("sdpa", "eager")
 _IGNORED = {"is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
-
-# Which cache the attention module is being called with; set by its pre-hook just before.
-_current: WeakKeyDictionary[nn.Module, ref[KVCarCache]] = WeakKeyDictionary()
-
-
-def set_current(module: nn.Module, cache: KVCarCache | None) -> None:
-    """Note the cache of the call that is about to reach ``module``'s attention function."""
-    if cache is None:
-        _current.pop(module, None)
-    else:
-        _current[module] = ref(cache)
 
 
 def stand_in_for(base: str) -> str:
@@ -66,18 +54,18 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer; see ``transformers.AttentionInterface`` for the arguments."""
-    held = _current.get(module)
-    cache = None if held is None else held()
+    current = current_of(module)
+    cache = None if current is None else current.cache
     layer = getattr(module, "layer_idx", None)
-    if cache is None or layer is None or not cache.codes(layer):
+    if current is None or cache is None or layer is None or not cache.codes(layer):
         function = _base_function(base, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     softcap = kwargs.pop("softcap", None)
     _refuse_unknown(dropout, kwargs)
     scale: float = scaling or float(query.shape[-1]) ** -0.5
-    exact, paged = cache.past(layer, query, scale)
-    output = attend(query, exact, paged, scale, softcap, cache.backend)
-    return output.transpose(1, 2).contiguous(), None
+    if torch.compiler.is_compiling():
+        return attend_layer(query, key, value, scale, softcap, layer, current.handle), None
+    return attend_now(cache, layer, query, scale, softcap), None
 
 
 def _base_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -129,7 +129,28 @@ class KVCarCache(Cache):
             return self._decoded.extend(layer, exact.joined(), paged), None
         return exact, paged
 
-    # What transformers calls
+    # What transformers calls, and a compiler traces
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Take the keys and values ``[B, H, T, D]`` of a layer; see ``CodedLayer.update``."""
+        if torch.compiler.is_compiling() and layer_idx in self._coded and self._coded[layer_idx].open:
+            # The operator that compiled attention is stores them (``current.attend_layer``).
+            return key_states, value_states
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen by a layer, padding included."""
+        if torch.compiler.is_compiling() and layer_idx in self._coded:
+            return self._seen
+        return super().get_seq_length(layer_idx)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the mask that transformers would build."""
+        if torch.compiler.is_compiling() and layer_idx in self._coded:
+            return self._seen + query_length, 0
+        return super().get_mask_sizes(query_length, layer_idx)
 
     def reset(self) -> None:
         """Forget all tokens; the cache can be used again, also with another batch size."""
@@ -366,6 +387,12 @@ class KVCarCache(Cache):
 
     def _store_pass(self) -> None:
         assert self._pages is not None
+        silent = [layer for layer, coded in self._coded.items() if coded.pending is None]
+        if silent:
+            raise CacheStateError(
+                f"layers {silent} stored nothing in this pass, so their past would be missing; kvcar serves models that "
+                "run all layers in every pass"
+            )
         if self._coded:
             target = coded_tokens(self._seen + self._pass_tokens, self.plan.window, self.plan.page_tokens)
             self._code_oldest(max(0, target - self._pages.tokens))
