@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, Kind] = ("key", "value")
+Side = tuple[int, Kind]
+"""Keys or values of one layer."""
 
 BFLOAT16_BYTES = 2
 """Bytes an element takes in the full cache that every saving is quoted against."""

@@ -28,14 +28,16 @@ def figures():
     model = tiny_model("llama")
     geometry = read_geometry(model.config)
     windows = token_ids(128, batch=6, seed=3)
-    found = collect_statistics(model, geometry, windows, windows[:4], 3, 4, 32, 32, 0, lambda *_: None)
-    keys = found.moments["key"]
+    found = collect_statistics(model, geometry, windows, windows[:4], (3, 2), 4, 32, 32, 0, lambda *_: None)
+    keys, moments = [(layer, "key") for layer in range(3)], found.moments
+    both = [(layer, kind) for layer in (1, 2) for kind in ("key", "value")]
     return {
-        "mean": keys.mean((0, 1, 2)).tolist(),
-        "covariance": keys.covariance((0, 1, 2))[::7, ::5].flatten().tolist(),
+        "mean": moments.mean(keys).tolist(),
+        "covariance": moments.covariance(keys)[::7, ::5].flatten().tolist(),
+        "shared covariance": moments.covariance(both)[::7, ::5].flatten().tolist(),
         "metric": found.metrics[2, "value"][::7, ::5].flatten().tolist(),
         "variances": found.variances(tuple(s for s in geometry.slots("value") if s.layer < 3)).tolist(),
-        "samples": sorted(keys.sample((1,)).sum(1).tolist()),
+        "samples": sorted(moments.sample(keys[1:2]).sum(1).tolist()),
     }
 
 
@@ -50,6 +52,6 @@ def test_two_processes_find_what_one_finds(tmp_path):
     processes, found = json.loads(printed.stdout.strip().splitlines()[-1])
     assert processes == 2
     alone = figures()
-    for name in ("mean", "covariance", "metric", "variances"):
+    for name in ("mean", "covariance", "shared covariance", "metric", "variances"):
         torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(alone[name]), atol=1e-5, rtol=1e-3)
     assert abs(len(found["samples"]) - len(alone["samples"])) <= 2

@@ -8,6 +8,7 @@ from tiny import FAMILIES, tiny_model, token_ids
 import kvcar
 from kvcar.errors import FitError, InputError
 from kvcar.planner.budget import times_smaller
+from kvcar.profiles import build
 from kvcar.profiles import fit as fitting
 from kvcar.profiles.fit import fit_profile
 from kvcar.profiles.options import PROFILES, Profile, ProfileOptions
@@ -46,7 +47,22 @@ def test_blocks_keep_to_the_profile(profile):
     assert all(len(b.slots) * plan.geometry.head_dim <= widest for b in plan.blocks)
     assert not plan.exact_slots
     if profile == "small":
-        assert len(plan.blocks) == 2
+        assert len(plan.blocks) in (1, 2), "all keys and all values, together or apart"
+    if profile == "fast":
+        assert all(b.kind is not None for b in plan.blocks)
+
+
+def test_keys_and_values_share_blocks_where_that_costs_less(monkeypatch):
+    """Values that keys tell: one block costs less than two. Nothing in common: no more than two do."""
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.data = 0.5 * layer.self_attn.k_proj.weight.data
+    together = found(model, profile="small")
+    assert [b.kind for b in together.bundle.plan.blocks] == [None]
+    monkeypatch.setattr(build, "_sharings", lambda *_: (build._APART,))
+    apart = found(model, profile="small")
+    assert [b.kind for b in apart.bundle.plan.blocks] == ["key", "value"]
+    assert together.held_kl < 0.7 * apart.held_kl
 
 
 def test_narrow_limits_cut_layers_into_groups_of_heads(monkeypatch):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
+import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -25,6 +27,8 @@ from ..runtime.prefill import PREFILL_CHUNK_TOKENS
 from .full_cache import Bfloat16Cache, bfloat16_bytes, held_elements, hold_in_bfloat16
 
 _WARM_UP_TOKENS = 700
+_IN_USE_ONLY = {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
+"""glibc then maps what is larger on its own and gives it back when it is freed."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,28 @@ class MemoryRun:
 
 
 def measure_peak_growth(
-    model: str, bundle: Path | None, tokens: int, decode_tokens: int = 16, dtype: str = "auto"
+    model: str,
+    bundle: Path | None,
+    tokens: int,
+    decode_tokens: int = 16,
+    dtype: str = "auto",
+    in_use_only: bool = False,
 ) -> MemoryRun:
     """Run ``tokens`` tokens through a cache in a child process; ``bundle`` None uses the model's own full cache.
 
     What a warm-up has freed is given back first, so that all of the run's own transient memory counts as growth.
 
+    With ``in_use_only`` tensors that are freed go back to the system at once: the peak is then that of memory in use, the same
+    to a few percent from run to run. Without, it also holds what the allocator keeps between tensors of different sizes,
+    as a user sees it: tens of MB, of which it is chance how many.
+
     Raises:
-        InputError: the child failed; its last lines are in the message.
+        InputError: the child failed, its last lines are in the message; or ``in_use_only`` without glibc.
     """
+    if in_use_only and platform.libc_ver()[0] != "glibc":
+        raise InputError(
+            "memory in use can only be told from what the allocator keeps with glibc; measure without in_use_only"
+        )
     given = {
         "model": model,
         "bundle": str(bundle) if bundle else None,
@@ -59,16 +76,18 @@ def measure_peak_growth(
         "decode": decode_tokens,
         "dtype": dtype,
     }
-    return MemoryRun(**_in_child(given))
+    return MemoryRun(**_in_child(given, _IN_USE_ONLY if in_use_only else {}))
 
 
-def measure_chunk_transient(model: str, dtype: str = "auto", chunk: int = PREFILL_CHUNK_TOKENS) -> int:
+def measure_chunk_transient(
+    model: str, dtype: str = "auto", chunk: int = PREFILL_CHUNK_TOKENS, in_use_only: bool = False
+) -> int:
     """Bytes that the model needs for a prompt of one chunk besides weights and full cache, in a child process.
 
     Raises:
         InputError: as ``measure_peak_growth``.
     """
-    run = measure_peak_growth(model, None, chunk, decode_tokens=0, dtype=dtype)
+    run = measure_peak_growth(model, None, chunk, decode_tokens=0, dtype=dtype, in_use_only=in_use_only)
     return run.peak_growth_bytes - run.cache_bytes
 
 
@@ -99,12 +118,12 @@ def fill_memory(
         "window": window,
         "dtype": dtype,
     }
-    return _in_child(given)
+    return _in_child(given, {})
 
 
-def _in_child(given: dict[str, Any]) -> dict[str, int]:
+def _in_child(given: dict[str, Any], environment: dict[str, str]) -> dict[str, int]:
     command = [sys.executable, "-m", "kvcar.evaluate.memory", json.dumps(given)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
     if result.returncode:
         last = "\n".join(result.stderr.strip().splitlines()[-3:])
         raise InputError(f"the memory measurement failed:\n{last}")

@@ -16,12 +16,16 @@ from ..planner.bits import allocate_bits
 from ..planner.budget import bits_for
 from ..planner.partition import Candidate, Run, allocate_bits_and_flops, error_of, partition
 from ..progress import OnProgress
-from ..shapes import KINDS, Kind, KVGeometry
+from ..shapes import KINDS, Kind, KVGeometry, Slot
 from .options import Profile, ProfileOptions
 from .statistics import Slots, Statistics
 
 # Of unpacking one code, in FLOPs that take as long.
 _UNPACK_FLOPS = 32.0
+Kinds = tuple[Kind, ...]
+Sharing = tuple[Kinds, ...]
+_TOGETHER: Sharing = (KINDS,)
+_APART: Sharing = tuple((kind,) for kind in KINDS)
 _RUN_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80)
 
 
@@ -34,64 +38,92 @@ class Solved:
     predicted_kl: float
 
 
-def longest_run(geometry: KVGeometry, profile: Profile) -> int:
-    """Layers of the longest block that a profile allows."""
-    width = geometry.kv_heads * geometry.head_dim
+def longest_run(geometry: KVGeometry, profile: Profile, kinds: int = 1) -> int:
+    """Layers of the longest block of one kind that a profile allows, or of both."""
+    width = geometry.kv_heads * geometry.head_dim * kinds
     return max(1, min(len(geometry.codable_layers), profile.widest_elements // width))
 
 
-def choose_blocks(statistics: Statistics, profile: Profile, budget_bits: float, on_progress: OnProgress) -> list[Slots]:
-    """Blocks of adjacent layers, keys and values apart, that cost least within the profile's limits.
+def bands(geometry: KVGeometry, profile: Profile) -> tuple[int, int]:
+    """Layers within which a profile may code sides of one kind together, and sides of both."""
+    return longest_run(geometry, profile), longest_run(geometry, profile, 2) if _TOGETHER in _sharings(
+        geometry, profile
+    ) else 0
+
+
+def choose_blocks(statistics: Statistics, profile: Profile, budget_bits: int, on_progress: OnProgress) -> list[Slots]:
+    """Blocks of adjacent layers that cost least within the profile's limits, keys with values or apart from them.
 
     Layers wider than the profile's widest block are cut into groups of heads.
     """
-    geometry = statistics.geometry
+    tried = _sharings(statistics.geometry, profile)
+    options = [_blocks_of(statistics, profile, sharing, budget_bits, on_progress) for sharing in tried]
+    if len(options) == 1:
+        return options[0]
+    costs = []
+    for blocks in options:
+        variances = [statistics.variances(slots) for slots in blocks]
+        costs.append(sum(map(error_of, variances, allocate_bits(variances, budget_bits))))
+        on_progress("compare blocks", len(costs), len(options))
+    return options[costs.index(min(costs))]
+
+
+def _sharings(geometry: KVGeometry, profile: Profile) -> tuple[Sharing, ...]:
+    """What is tried. In a decode step keys are decoded and values are not, so a latent of both would be read twice."""
+    fits = 2 * geometry.head_dim <= profile.widest_elements
+    return (_TOGETHER, _APART) if fits and profile.flops_of == "decoding" else (_APART,)
+
+
+def _blocks_of(
+    statistics: Statistics, profile: Profile, sharing: Sharing, budget_bits: float, on_progress: OnProgress
+) -> list[Slots]:
+    geometry, kinds = statistics.geometry, len(sharing[0])
     layers = geometry.codable_layers
     if profile.flops_per_element is None:
         # Wider never costs more bits, so without a limit on FLOPs the longest even runs are best.
-        parts = min(_parts(geometry, profile))
+        parts = min(_parts(geometry, profile, kinds))
         runs = [Run(first, 1, parts) for first in range(len(layers))]
         if parts == 1:
-            runs = list(_even_runs(len(layers), longest_run(geometry, profile)))
-        return [slots for run in runs for kind in KINDS for slots in _slots(geometry, run, kind)]
-    runs = _candidate_runs(geometry, profile)
+            runs = list(_even_runs(len(layers), longest_run(geometry, profile, kinds)))
+        return [slots for run in runs for own in sharing for slots in _slots(geometry, run, own)]
+    runs = _candidate_runs(geometry, profile, kinds)
     sides: list[dict[Run, Candidate]] = []
-    for kind in KINDS:
+    for own in sharing:
         side: dict[Run, Candidate] = {}
         for run in runs:
-            variances = torch.cat([statistics.variances(slots) for slots in _slots(geometry, run, kind)])
-            side[run] = Candidate(variances, _flops_per_latent(geometry, profile, run, kind))
-            on_progress("try blocks", len(sides) * len(runs) + len(side), len(KINDS) * len(runs))
+            variances = torch.cat([statistics.variances(slots) for slots in _slots(geometry, run, own)])
+            side[run] = Candidate(variances, _flops_per_latent(geometry, profile, run, own))
+            on_progress("try blocks", len(sides) * len(runs) + len(side), len(sharing) * len(runs))
         sides.append(side)
     flops = _flops_budget(geometry, profile)
     cuts = partition(len(layers), sides, budget_bits, flops, price_latents=profile.flops_of == "step")
-    return [s for kind, cut in zip(KINDS, cuts, strict=True) for run in cut for s in _slots(geometry, run, kind)]
+    return [s for own, cut in zip(sharing, cuts, strict=True) for run in cut for s in _slots(geometry, run, own)]
 
 
-def _candidate_runs(geometry: KVGeometry, profile: Profile) -> list[Run]:
-    layers, parts = len(geometry.codable_layers), _parts(geometry, profile)
-    most = longest_run(geometry, profile) if 1 in parts else 0
+def _candidate_runs(geometry: KVGeometry, profile: Profile, kinds: int) -> list[Run]:
+    layers, parts = len(geometry.codable_layers), _parts(geometry, profile, kinds)
+    most = longest_run(geometry, profile, kinds) if 1 in parts else 0
     runs = [Run(first, n) for n in _RUN_LENGTHS if n <= most for first in range(layers - n + 1)]
     # Heads apart where that is all that is narrow enough, or where narrow blocks are what is looked for.
     apart = [p for p in parts if p > 1] if profile.flops_of == "step" else [] if most else [min(parts)]
     return runs + [Run(first, 1, p) for p in apart for first in range(layers)]
 
 
-def _parts(geometry: KVGeometry, profile: Profile) -> list[int]:
+def _parts(geometry: KVGeometry, profile: Profile, kinds: int) -> list[int]:
     """Into how many groups of as many heads a layer may be cut so that each is narrow enough, fewest first."""
-    heads, dim = geometry.kv_heads, geometry.head_dim
+    heads, dim = geometry.kv_heads, geometry.head_dim * kinds
     found = [p for p in range(1, heads + 1) if heads % p == 0 and heads // p * dim <= profile.widest_elements]
     return found or [heads]
 
 
-def _flops_per_latent(geometry: KVGeometry, profile: Profile, run: Run, kind: Kind) -> float:
+def _flops_per_latent(geometry: KVGeometry, profile: Profile, run: Run, kinds: Kinds) -> float:
     """FLOPs per token and latent of a run's blocks: of decoding all of it, or of a decode step over its layers."""
     width = geometry.kv_heads * geometry.head_dim / run.parts
     if profile.flops_of == "decoding":
-        return 2.0 * run.count * width
+        return 2.0 * run.count * width * len(kinds)
     # Keys that do not rotate are not decoded either: a latent meets every query head of its heads once.
-    meets = width if kind == "key" and geometry.rotary else geometry.query_heads / run.parts
-    return run.count * (2.0 * meets + _UNPACK_FLOPS)
+    meets = [width if kind == "key" and geometry.rotary else geometry.query_heads / run.parts for kind in kinds]
+    return run.count * sum(2.0 * each + _UNPACK_FLOPS for each in meets)
 
 
 def _flops_budget(geometry: KVGeometry, profile: Profile) -> float:
@@ -107,7 +139,11 @@ def _bits(plan: Plan, profile: Profile, variances: list[Tensor], budget: int) ->
     for block in plan.blocks:
         layers, heads = {s.layer for s in block.slots}, {s.head for s in block.slots}
         run = Run(min(layers), len(layers), plan.geometry.kv_heads // len(heads))
-        flops.append(_flops_per_latent(plan.geometry, profile, run, block.slots[0].kind))
+        flops.append(
+            _flops_per_latent(
+                plan.geometry, profile, run, tuple(k for k in KINDS if any(s.kind == k for s in block.slots))
+            )
+        )
     return allocate_bits_and_flops(variances, flops, budget, _flops_budget(plan.geometry, profile))
 
 
@@ -171,12 +207,12 @@ def predicted_curve(
     return curve
 
 
-def _slots(geometry: KVGeometry, run: Run, kind: Kind) -> list[Slots]:
-    """Blocks of a run: one, or one for every group of heads."""
+def _slots(geometry: KVGeometry, run: Run, kinds: Kinds) -> list[Slots]:
+    """Blocks of a run: one, or one for every group of heads. Sides follow each other: a layer's keys, then its values."""
     layers = geometry.codable_layers[run.first : run.first + run.count]
-    slots = [s for layer in layers for s in geometry.slots(kind) if s.layer == layer]
-    size = len(slots) // run.parts
-    return [tuple(slots[first : first + size]) for first in range(0, len(slots), size)]
+    size = geometry.kv_heads // run.parts
+    groups = [range(first, first + size) for first in range(0, geometry.kv_heads, size)]
+    return [tuple(Slot(layer, head, kind) for layer in layers for kind in kinds for head in heads) for heads in groups]
 
 
 def _even_runs(layers: int, most: int) -> Iterator[Run]:

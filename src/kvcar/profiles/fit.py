@@ -23,10 +23,10 @@ from ..train.distill import DistillOptions, distill
 from ..train.losses import kl_divergence
 from ..train.run import OnStep, told_nobody
 from ..train.two_pass import TwoPass
-from .build import Solved, choose_blocks, empty_plan, longest_run, predicted_curve, solve
+from .build import Solved, bands, choose_blocks, empty_plan, longest_run, predicted_curve, solve
 from .options import PROFILES, ProfileOptions
 from .statistics import Statistics, collect_statistics
-from .stored import solve_stored
+from .stored import bits_per_token, solve_stored
 
 CURVE_SIZES = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0)
 _HELD_WINDOWS = 2
@@ -117,9 +117,9 @@ def fit_profiles(
     for each in options:
         _check_text(windows, geometry, each)
     fitted, held = windows[:-_HELD_WINDOWS], windows[-_HELD_WINDOWS:]
-    band = max(longest_run(geometry, PROFILES[each.profile]) for each in options)
+    apart, shared = zip(*(bands(geometry, PROFILES[each.profile]) for each in options), strict=True)
     statistics = collect_statistics(
-        model, geometry, fitted, _spread(fitted, first.effect_tokens), band, first.sinks,
+        model, geometry, fitted, _spread(fitted, first.effect_tokens), (max(apart), max(shared)), first.sinks,
         step_tokens(first.page_tokens, first.window), first.window_read, first.seed, on_progress,
     )  # fmt: skip
     plans: dict[tuple[str, float], Plan] = {}
@@ -133,8 +133,12 @@ def fit_profiles(
 def _plan(statistics: Statistics, options: ProfileOptions, model_bytes: int, on_progress: OnProgress) -> Plan:
     geometry, profile = statistics.geometry, PROFILES[options.profile]
     rough = empty_plan(geometry, [tuple(geometry.slots(kind)) for kind in KINDS], options)
-    # Blocks without a limit on FLOPs do not depend on the budget, and entropy-coded sizes reach further than whole bits.
-    budget = 1 if profile.flops_per_element is None else bits_for(rough, options.target, model_bytes)
+    # Entropy-coded sizes reach further than whole bits beside a window.
+    budget = (
+        int(bits_per_token(rough, options.target))
+        if profile.entropy_coded
+        else bits_for(rough, options.target, model_bytes)
+    )
     return empty_plan(geometry, choose_blocks(statistics, profile, budget, on_progress), options)
 
 

@@ -39,7 +39,7 @@ def solve_stored(statistics: Statistics, plan: Plan, times_smaller: float, on_pr
         ((statistics.sample(block.slots).double() - basis.mean) @ basis.encoder)
         for block, basis in zip(plan.blocks, bases, strict=True)
     ]
-    step = _step_for(latents, _bits_per_token(plan, times_smaller) / _UNSEEN)
+    step = _step_for(latents, bits_per_token(plan, times_smaller) / _UNSEEN)
     coded, blocks, predicted = [], [], 0.0
     for block, basis, z in zip(plan.blocks, bases, latents, strict=True):
         own, groups, error = _code(basis, z, step)
@@ -49,7 +49,7 @@ def solve_stored(statistics: Statistics, plan: Plan, times_smaller: float, on_pr
     return Solved(plan.model_copy(update={"blocks": tuple(blocks)}), tuple(coded), predicted)
 
 
-def _bits_per_token(plan: Plan, times_smaller: float) -> float:
+def bits_per_token(plan: Plan, times_smaller: float) -> float:
     """What a token's codes may take on disk when sinks are stored exactly."""
     geometry = plan.geometry
     exact = plan.sinks * geometry.layer_elements_per_token * len(plan.coded_layers) * BFLOAT16_BYTES
@@ -63,13 +63,13 @@ def _bits_per_token(plan: Plan, times_smaller: float) -> float:
     return 8 * budget / (REFERENCE_TOKENS - plan.sinks)
 
 
-def _step_for(latents: list[Tensor], bits_per_token: float) -> float:
+def _step_for(latents: list[Tensor], budget_bits: float) -> float:
     """The step at which all blocks' codes together have this entropy."""
     low, high = 1e-6, float(max(z.abs().max() for z in latents)) * 2
     for _ in range(_SEARCHES):
         step = (low * high) ** 0.5
         entropy = sum(entropy_bits_per_token(_codes(z, step)) for z in latents)
-        low, high = (step, high) if entropy > bits_per_token else (low, step)
+        low, high = (step, high) if entropy > budget_bits else (low, step)
     return high
 
 
