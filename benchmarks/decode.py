@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from speed.contenders import FULL, STATIC, Runner, bundle_runners, full_runner, read_bundles, twin
 from speed.device import device_config, use_threads
@@ -53,6 +54,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     device: str = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: torch's choice.")] = None,
+    compiled: Annotated[bool, typer.Option(help="Models under torch.compile; take --transformers none.")] = False,
     seed: int = 0,
     memory: Annotated[str, typer.Option(help="For the largest batch, by arithmetic.")] = "1GiB",
     memory_tokens: int = 4096,
@@ -70,6 +72,8 @@ def main(
     plain = [full_runner(unattached), *_quantized(unattached, transformers)]
     with _attached(loaded.model, bundles):
         runners = [*plain, *bundle_runners(loaded.model, bundles)]
+        if compiled:
+            _compile(runners, ids, prefill_chunk)
         chunks, timings = _race(runners, ids, lengths, pace, static)
     families = {runner.name: runner.family for runner in runners} | {STATIC: "full"}
     figures = {
@@ -79,7 +83,7 @@ def main(
     }
     config = {
         "model": model, "name": name, "text": source.name, "text_sha256": source.sha256, "contexts": lengths,
-        "rounds": rounds, "steps": steps, "batch": batch, "prefill_chunk": prefill_chunk, "dtype": dtype, "seed": seed,
+        "rounds": rounds, "steps": steps, "batch": batch, "prefill_chunk": prefill_chunk, "dtype": dtype, "seed": seed, "compiled": compiled,
         "contenders": {r.name: {"family": r.family, **r.config} for r in runners}, **device_config(ids.device),
     }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
@@ -100,12 +104,20 @@ def _quantized(model: PreTrainedModel, chosen: str) -> list[Runner]:
     found, missing = quantized_contenders(model.config, read_geometry(model.config), names)
     for name, reason in missing.items():
         print(f"left out: {name}: {reason}", flush=True)
-    return [Runner(each.name, "transformers", model, each.make(), dict(each.config)) for each in found]
+    return [Runner(each.name, "transformers", model, each.make, dict(each.config)) for each in found]
 
 
 def _attached(model: PreTrainedModel, bundles: Mapping[str, tuple[Bundle, int | None]]) -> Any:
     """One attachment serves all bundles of a model."""
     return attach(model, next(iter(bundles.values()))[0]) if bundles else nullcontext()
+
+
+def _compile(runners: Sequence[Runner], ids: Any, chunk: int) -> None:
+    for model in {id(runner.model): runner.model for runner in runners}.values():
+        model.forward = torch.compile(model.forward)
+    for runner in runners:
+        runner.warm_up(ids, chunk)
+        print(f"compiled for {runner.name}", flush=True)
 
 
 def _race(

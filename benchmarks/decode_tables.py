@@ -34,7 +34,8 @@ def _decode(r: dict[str, Any]) -> list[str]:
     c = r["config"]
     about = (
         f"{c['model']}, {c['dtype']}, batch {c['batch']}; {c['device']}, {c['usable_cores']} usable cores, {c['threads']} threads; "
-        f"{c['rounds']} rounds of {c['steps']} steps at each context; text {c['text']}. Record: `{r['record']}`"
+        f"{c['rounds']} rounds of {c['steps']} steps at each context; text {c['text']}"
+        f"{'; models under `torch.compile`' if c.get('compiled') else ''}. Record: `{r['record']}`"
     )
     sections = [
         f"## A model's decode steps: {c['name']}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from kvcar.runtime.cache import KVCarCache
 from .device import now
 
 FULL, STATIC = "DynamicCache", "StaticCache"
+_WARM_UP_STEPS = 3
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Runner:
         name: of the contender.
         family: full, transformers or kvcar.
         model: what it is fed to; see ``twin``.
+        new_cache: makes an empty one.
         cache: what it holds so far.
         config: what was chosen, for the record.
         fed: tokens that it holds.
@@ -41,10 +43,13 @@ class Runner:
     name: str
     family: str
     model: PreTrainedModel
-    cache: Cache
+    new_cache: Callable[[], Cache]
     config: dict[str, Any] = field(default_factory=dict)
     fed: int = 0
     chunk_seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.cache = self.new_cache()
 
     @torch.no_grad()
     def feed(self, ids: Tensor) -> float:
@@ -63,6 +68,14 @@ class Runner:
     def decode(self, ids: Tensor) -> list[float]:
         """Seconds of each step over ``ids`` int64 ``[B, steps]``, a token at a time."""
         return [self.feed(ids[:, index : index + 1]) for index in range(ids.shape[1])]
+
+    def warm_up(self, ids: Tensor, chunk: int) -> None:
+        """Run over two chunks of ``ids`` and a few tokens with a cache that is thrown away, so that all is compiled."""
+        kept, fed, self.cache = self.cache, self.fed, self.new_cache()
+        for start in (0, chunk):
+            self.feed(ids[:, start : start + chunk])
+        self.decode(ids[:, 2 * chunk : 2 * chunk + _WARM_UP_STEPS])
+        self.cache, self.fed = kept, fed
 
     @property
     def held_bytes(self) -> int:
@@ -94,7 +107,7 @@ def static_copy(full: Cache, config: Any, room_tokens: int) -> StaticCache:
 
 def full_runner(model: PreTrainedModel) -> Runner:
     """Transformers' default cache."""
-    return Runner(FULL, "full", model, DynamicCache(config=model.config))
+    return Runner(FULL, "full", model, lambda: DynamicCache(config=model.config))
 
 
 def bundle_runners(model: PreTrainedModel, bundles: dict[str, tuple[Bundle, int | None]]) -> list[Runner]:
@@ -105,7 +118,7 @@ def bundle_runners(model: PreTrainedModel, bundles: dict[str, tuple[Bundle, int 
 def _bundle_runner(model: PreTrainedModel, name: str, bundle: Bundle, pages: int | None) -> Runner:
     options: dict[str, Any] = {} if pages is None else {"attend_pages": pages}
     config = {"window": bundle.plan.window, "bundle_sha256": bundle.digest, **options}
-    return Runner(name, "kvcar", model, KVCarCache(bundle, **options), config)
+    return Runner(name, "kvcar", model, lambda: KVCarCache(bundle, **options), config)
 
 
 def read_bundles(given: Sequence[str]) -> dict[str, tuple[Bundle, int | None]]:

@@ -91,8 +91,8 @@ def time_steps(runners: Sequence[Runner], ids: Tensor, pace: Pace, static: bool,
     full = next(runner for runner in runners if runner.name == FULL)
     context = full.fed
     if static:
-        cache = static_copy(full.cache, full.model.config, pace.tokens)
-        taking.append(Runner(STATIC, "full", full.model, cache, fed=context))
+        copied = static_copy(full.cache, full.model.config, pace.tokens)
+        taking.append(Runner(STATIC, "full", full.model, lambda: copied, fed=context))
     held = {runner.name: runner.held_bytes for runner in taking}
     turns = {runner.name: _turn(runner, ids, pace.steps) for runner in taking}
     seconds = in_rounds(

@@ -90,6 +90,15 @@ def test_a_twin_shares_weights_and_a_static_copy_goes_on_as_the_full_cache():
     assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_warming_up_leaves_no_trace():
+    runner = full_runner(tiny_model("llama"))
+    seen = []
+    runner.model.register_forward_hook(lambda *_: seen.append(runner.cache.get_seq_length()))
+    runner.warm_up(token_ids(80), 32)
+    assert seen == [32, 64, 65, 66, 67]
+    assert (runner.fed, runner.cache.get_seq_length(), runner.chunk_seconds) == (0, 0, [])
+
+
 def test_bundles_are_named_and_may_have_a_number_of_pages(tmp_path):
     assert split_pages("x=/a/b:12") == ("x=/a/b", 12)
     assert split_pages("x=/a/b") == ("x=/a/b", None)
