@@ -51,21 +51,15 @@ def bands(geometry: KVGeometry, profile: Profile) -> tuple[int, int]:
     ) else 0
 
 
-def choose_blocks(statistics: Statistics, profile: Profile, budget_bits: int, on_progress: OnProgress) -> list[Slots]:
-    """Blocks of adjacent layers that cost least within the profile's limits, keys with values or apart from them.
+def block_options(
+    statistics: Statistics, profile: Profile, budget_bits: int, on_progress: OnProgress
+) -> list[list[Slots]]:
+    """Blocks of adjacent layers within the profile's limits: the best with keys and values together, and with them apart.
 
     Layers wider than the profile's widest block are cut into groups of heads.
     """
-    tried = _sharings(statistics.geometry, profile)
-    options = [_blocks_of(statistics, profile, sharing, budget_bits, on_progress) for sharing in tried]
-    if len(options) == 1:
-        return options[0]
-    costs = []
-    for blocks in options:
-        variances = [statistics.variances(slots) for slots in blocks]
-        costs.append(sum(map(error_of, variances, allocate_bits(variances, budget_bits))))
-        on_progress("compare blocks", len(costs), len(options))
-    return options[costs.index(min(costs))]
+    sharings = _sharings(statistics.geometry, profile)
+    return [_blocks_of(statistics, profile, sharing, budget_bits, on_progress) for sharing in sharings]
 
 
 def _sharings(geometry: KVGeometry, profile: Profile) -> tuple[Sharing, ...]:

@@ -23,10 +23,10 @@ from ..train.distill import DistillOptions, distill
 from ..train.losses import kl_divergence
 from ..train.run import OnStep, told_nobody
 from ..train.two_pass import TwoPass
-from .build import Solved, bands, choose_blocks, empty_plan, longest_run, predicted_curve, solve
+from .build import Solved, bands, block_options, empty_plan, longest_run, predicted_curve, solve
 from .options import PROFILES, ProfileOptions
 from .statistics import Statistics, collect_statistics
-from .stored import bits_per_token, solve_stored
+from .stored import solve_stored
 
 CURVE_SIZES = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0)
 _HELD_WINDOWS = 2
@@ -122,24 +122,20 @@ def fit_profiles(
         model, geometry, fitted, _spread(fitted, first.effect_tokens), (max(apart), max(shared)), first.sinks,
         step_tokens(first.page_tokens, first.window), first.window_read, first.seed, on_progress,
     )  # fmt: skip
-    plans: dict[tuple[str, float], Plan] = {}
+    plans: dict[tuple[str, float], list[Plan]] = {}
     for each in options:
         given = (each.profile, each.target)
         if given not in plans:
-            plans[given] = _plan(statistics, each, model.dtype.itemsize, on_progress)
+            plans[given] = _plans(statistics, each, model.dtype.itemsize, on_progress)
         yield _fit_one(model, name, (fitted, held), source, each, statistics, plans[given], on_progress, on_step)
 
 
-def _plan(statistics: Statistics, options: ProfileOptions, model_bytes: int, on_progress: OnProgress) -> Plan:
+def _plans(statistics: Statistics, options: ProfileOptions, model_bytes: int, on_progress: OnProgress) -> list[Plan]:
     geometry, profile = statistics.geometry, PROFILES[options.profile]
     rough = empty_plan(geometry, [tuple(geometry.slots(kind)) for kind in KINDS], options)
-    # Entropy-coded sizes reach further than whole bits beside a window.
-    budget = (
-        int(bits_per_token(rough, options.target))
-        if profile.entropy_coded
-        else bits_for(rough, options.target, model_bytes)
-    )
-    return empty_plan(geometry, choose_blocks(statistics, profile, budget, on_progress), options)
+    # Blocks without a limit on FLOPs do not depend on the budget, and entropy-coded sizes reach further than whole bits.
+    budget = 1 if profile.flops_per_element is None else bits_for(rough, options.target, model_bytes)
+    return [empty_plan(geometry, b, options) for b in block_options(statistics, profile, budget, on_progress)]
 
 
 def _fit_one(
@@ -149,25 +145,58 @@ def _fit_one(
     source: TextSource,
     options: ProfileOptions,
     statistics: Statistics,
-    plan: Plan,
+    plans: Sequence[Plan],
     on_progress: OnProgress,
     on_step: OnStep,
 ) -> ProfileFit:
     fitted, held = windows
-    solver = _Solver(statistics, plan, options, model.dtype.itemsize)
-    size, solved, held_kl = _to_target(solver, options, _Measure(model, plan, held, options.window_read), on_progress)
+    best = _best_plan(model, held, options, statistics, plans, on_progress)
     print_, identity = identify(model, name)
-    fit = provenance(fitted, source, options.seed, options.as_dict() | {"times_smaller": size})
-    bundle = Bundle(solved.plan, solved.blocks, print_, identity, fit)
-    curve = solver.curve(held_kl / max(solved.predicted_kl, 1e-12))
+    fit = provenance(fitted, source, options.seed, options.as_dict() | {"times_smaller": best.size})
+    bundle = Bundle(best.solved.plan, best.solved.blocks, print_, identity, fit)
+    curve = best.solver.curve(best.held_kl / max(best.solved.predicted_kl, 1e-12))
     if not options.tune_steps:
-        return ProfileFit(bundle, size, held_kl, held_kl, curve)
+        return ProfileFit(bundle, best.size, best.held_kl, best.held_kl, curve)
     tuning = DistillOptions(
         steps=options.tune_steps, learning_rate=options.tune_rate, held_windows=len(held), seed=options.seed,
         validate_every=max(1, options.tune_steps // 2), window=options.window_read,
     )  # fmt: skip
     tuned = distill(model, bundle, torch.cat([fitted, held]), tuning, on_progress, on_step)
-    return ProfileFit(tuned.bundle, size, tuned.before, tuned.after, curve, tuple(tuned.history))
+    return ProfileFit(tuned.bundle, best.size, tuned.before, tuned.after, curve, tuple(tuned.history))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A plan at the size asked for, or at the smallest within the divergence asked for."""
+
+    solver: _Solver
+    size: float
+    solved: Solved
+    held_kl: float
+
+
+def _best_plan(
+    model: PreTrainedModel,
+    held: Tensor,
+    options: ProfileOptions,
+    statistics: Statistics,
+    plans: Sequence[Plan],
+    on_progress: OnProgress,
+) -> _Found:
+    """The smallest of the plans, or of equal size the one whose measured divergence is least.
+
+    The quadratic model does not decide here: what it expects of wide blocks at few bits may be too good by half.
+    """
+    found: list[_Found] = []
+    for index, plan in enumerate(plans):
+        solver = _Solver(statistics, plan, options, model.dtype.itemsize)
+        measure = _Measure(model, plan, held, options.window_read)
+        try:
+            found.append(_Found(solver, *_to_target(solver, options, measure, on_progress)))
+        except FitError:
+            if index == len(plans) - 1 and not found:
+                raise
+    return min(found, key=lambda each: (-each.size, each.held_kl))
 
 
 class _Solver:

@@ -39,7 +39,7 @@ def solve_stored(statistics: Statistics, plan: Plan, times_smaller: float, on_pr
         ((statistics.sample(block.slots).double() - basis.mean) @ basis.encoder)
         for block, basis in zip(plan.blocks, bases, strict=True)
     ]
-    step = _step_for(latents, bits_per_token(plan, times_smaller) / _UNSEEN)
+    step = _step_for(latents, _bits_per_token(plan, times_smaller) / _UNSEEN)
     coded, blocks, predicted = [], [], 0.0
     for block, basis, z in zip(plan.blocks, bases, latents, strict=True):
         own, groups, error = _code(basis, z, step)
@@ -49,7 +49,7 @@ def solve_stored(statistics: Statistics, plan: Plan, times_smaller: float, on_pr
     return Solved(plan.model_copy(update={"blocks": tuple(blocks)}), tuple(coded), predicted)
 
 
-def bits_per_token(plan: Plan, times_smaller: float) -> float:
+def _bits_per_token(plan: Plan, times_smaller: float) -> float:
     """What a token's codes may take on disk when sinks are stored exactly."""
     geometry = plan.geometry
     exact = plan.sinks * geometry.layer_elements_per_token * len(plan.coded_layers) * BFLOAT16_BYTES
