@@ -46,9 +46,8 @@ def longest_run(geometry: KVGeometry, profile: Profile, kinds: int = 1) -> int:
 
 def bands(geometry: KVGeometry, profile: Profile) -> tuple[int, int]:
     """Layers within which a profile may code sides of one kind together, and sides of both."""
-    return longest_run(geometry, profile), longest_run(geometry, profile, 2) if _TOGETHER in _sharings(
-        geometry, profile
-    ) else 0
+    together = _TOGETHER in _sharings(geometry, profile)
+    return longest_run(geometry, profile), longest_run(geometry, profile, 2) if together else 0
 
 
 def block_options(

@@ -70,6 +70,7 @@ class Attachment:
         self._base = str(model.config.get_text_config()._attn_implementation)
         stand_in = stand_in_for(self._base)
         self._probe = RotaryProbe(self._parts.decoder)
+        self._probe.listening = False
         self._handles = [*self._probe.handles, *self._hook_decoder(), *map(self._hook_attention, self._parts.attention)]
         for module in self._parts.attention:
             set_current(module, self._current)
