@@ -166,7 +166,8 @@ def _scale() -> list[str]:
         )
     note = (
         "Random weights of an 8B model's width (8 KV heads of 128, hidden size 4,096) at reduced depth. Statistics take "
-        "`2 * (layers * band + layers) * (KV heads * head dim)^2 * 8` bytes (less a corner), `band` being the layers of the longest "
-        "block that the profile allows; besides them a window's activations and the bases of the blocks that are solved."
+        "`(2 * layers * band + layers * (2 * shared - 1) + 2 * layers) * (KV heads * head dim)^2 * 8` bytes (less corners), `band` being the "
+        "layers of the longest block of keys or of values that the profile allows and `shared` those of the longest block of both; besides "
+        "them a window's activations and the bases of the blocks that are solved."
     )
     return ["## Fits at scale", markdown(rows), note]

@@ -1,5 +1,7 @@
 """Peak memory of a long run with the full cache and with a bundle, each measured in a process of its own.
 
+Twice: as the system sees it, and of memory in use alone, without what the allocator keeps.
+
 python benchmarks/memory.py BUNDLE --name layers5-5x
 """
 
@@ -33,18 +35,23 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the record.")] = RESULTS,
 ) -> None:
     """Measure ``repeats`` times in turn; the record holds every run, medians, and what a chunk's transient explains."""
-    runs: dict[str, list[MemoryRun]] = {"full": [], "compressed": []}
+    runs: dict[str, list[MemoryRun]] = {"full": [], "compressed": [], "full_in_use": [], "compressed_in_use": []}
     transients = []
     for _ in range(repeats):
-        runs["full"].append(measure_peak_growth(model, None, tokens, dtype=dtype))
-        runs["compressed"].append(measure_peak_growth(model, bundle, tokens, dtype=dtype))
-        transients.append(measure_chunk_transient(model, dtype))
+        for in_use, ending in ((False, ""), (True, "_in_use")):
+            runs["full" + ending].append(measure_peak_growth(model, None, tokens, dtype=dtype, in_use_only=in_use))
+            small = measure_peak_growth(model, bundle, tokens, dtype=dtype, in_use_only=in_use)
+            runs["compressed" + ending].append(small)
+        transients.append(measure_chunk_transient(model, dtype, in_use_only=True))
     growth = {k: median(run.peak_growth_bytes for run in each) for k, each in runs.items()}
     figures: dict[str, Any] = {
         "full_peak_growth_bytes": growth["full"],
         "compressed_peak_growth_bytes": growth["compressed"],
         "ratio": growth["compressed"] / growth["full"],
-        **_explained(bundle, model, tokens, dtype, growth["compressed"], runs["compressed"][0].cache_bytes, transients),
+        "full_in_use_peak_growth_bytes": growth["full_in_use"],
+        "compressed_in_use_peak_growth_bytes": growth["compressed_in_use"],
+        "ratio_in_use": growth["compressed_in_use"] / growth["full_in_use"],
+        **_explained(bundle, model, tokens, dtype, growth, runs["compressed"][0].cache_bytes, transients),
         "runs": {k: [asdict(run) for run in each] for k, each in runs.items()},
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -53,25 +60,31 @@ def main(
     Record("memory", figures, config).write(output / f"memory-{name}.json")
     print(f"{growth['full']:,} -> {growth['compressed']:,} bytes: {figures['ratio']:.2f}")
     print(
-        f"peak / (cache + one chunk's transient): {figures['ratio_to_cache_and_derived_transient']:.2f} derived, "
-        f"{figures['ratio_to_cache_and_full_transient']:.2f} with the full cache's as measured"
+        f"peak / (cache + one chunk's derived transient): {figures['ratio_to_cache_and_derived_transient']:.2f}, "
+        f"of memory in use {figures['ratio_in_use_to_cache_and_derived_transient']:.2f}"
     )
 
 
 def _explained(
-    bundle: Path, model: str, tokens: int, dtype: str, growth: float, cache_bytes: int, transients: list[int]
+    bundle: Path,
+    model: str,
+    tokens: int,
+    dtype: str,
+    growth: dict[str, float],
+    cache_bytes: int,
+    transients: list[int],
 ) -> dict[str, Any]:
-    """The peak against cache and one chunk's transient: as derived, and as the full cache needs it on a first chunk."""
+    """Peaks against cache and one chunk's derived transient; and what a first chunk needs with the full cache."""
     plan, config = Bundle.load(bundle).plan, load_config(model)
     past = max(0, tokens - PREFILL_CHUNK_TOKENS)
-    derived, measured = prefill_transient(plan, config, past, _ELEMENT_BYTES[dtype]), median(transients)
+    derived = prefill_transient(plan, config, past, _ELEMENT_BYTES[dtype])
+    expected = cache_bytes + derived.nbytes
     return {
         "derived_transient": derived.as_dict(),
-        "full_transient_bytes": measured,
+        "full_transient_bytes": median(transients),
         "full_transient_runs": transients,
-        "compressed_peak_less_cache_bytes": growth - cache_bytes,
-        "ratio_to_cache_and_derived_transient": growth / (cache_bytes + derived.nbytes),
-        "ratio_to_cache_and_full_transient": growth / (cache_bytes + measured),
+        "ratio_to_cache_and_derived_transient": growth["compressed"] / expected,
+        "ratio_in_use_to_cache_and_derived_transient": growth["compressed_in_use"] / expected,
     }
 
 

@@ -2,8 +2,8 @@
 
 python benchmarks/scale.py
 
-Statistics take ``layers * band * W**2 * 8`` bytes for keys and as much for values (``W = KV heads x head dim``, ``band`` layers
-of the longest block), and metrics ``layers * W**2 * 8`` each, so the whole model's follow from what is measured here.
+Statistics take ``W**2 * 8`` bytes for every pair of sides that may share a block (``W = KV heads x head dim``; sides of one kind
+less than ``band`` layers apart, keys and values less than ``shared_band``), and metrics ``layers * W**2 * 8`` each, so the whole model's follow from what is measured here.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ RESULTS = Path(__file__).parent / "results"
 WIDTH, QUERY_HEADS, KV_HEADS, HEAD_DIM, FULL_LAYERS = 4096, 32, 8, 128, 32
 
 
-def statistics_bytes(layers: int, band: int) -> int:
+def statistics_bytes(layers: int, band: int, shared_band: int) -> int:
     """Bytes of the moments and metrics of a model of this width."""
     side = (KV_HEADS * HEAD_DIM) ** 2 * 8
-    pairs = sum(min(band, layers - first) for first in range(layers))
-    return 2 * (pairs + layers) * side
+    of_one_kind = 2 * sum(min(band, layers - first) for first in range(layers))
+    of_both = sum(abs(i - j) < shared_band for i in range(layers) for j in range(layers))
+    return (of_one_kind + of_both + 2 * layers) * side
 
 
 def main(
@@ -53,8 +54,8 @@ def main(
     ]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     figures = json.loads(printed.strip().splitlines()[-1])
-    figures["statistics_bytes"] = statistics_bytes(layers, figures["band"])
-    figures["statistics_bytes_at_32_layers"] = statistics_bytes(FULL_LAYERS, figures["band"])
+    figures["statistics_bytes"] = statistics_bytes(layers, figures["band"], figures["shared_band"])
+    figures["statistics_bytes_at_32_layers"] = statistics_bytes(FULL_LAYERS, figures["band"], figures["shared_band"])
     config = {
         "layers": layers,
         "profile": profile,
@@ -74,7 +75,7 @@ def _fit(layers: int, profile: str, tokens: int) -> dict[str, float]:
     from kvcar.evaluate.memory import forget_peak, status_bytes
     from kvcar.fit.text import TextSource
     from kvcar.planner.budget import times_smaller
-    from kvcar.profiles.build import longest_run
+    from kvcar.profiles.build import bands
     from kvcar.profiles.fit import fit_profile
     from kvcar.profiles.options import PROFILES, ProfileOptions
 
@@ -90,8 +91,10 @@ def _fit(layers: int, profile: str, tokens: int) -> dict[str, float]:
     options = ProfileOptions(profile=profile, times_smaller=6.0, effect_tokens=512, tune_steps=0)
     found = fit_profile(model, "random-8b-width", windows, TextSource("random tokens", "", "0" * 64), options)
     plan = found.bundle.plan
+    band, shared_band = bands(plan.geometry, PROFILES[profile])
     return {
-        "band": longest_run(plan.geometry, PROFILES[profile]),
+        "band": band,
+        "shared_band": shared_band,
         "peak_growth_bytes": status_bytes("VmHWM") - before,
         "model_bytes": sum(p.nbytes for p in model.parameters()),
         "codec_bytes": found.bundle.codec_bytes,

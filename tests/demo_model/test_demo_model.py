@@ -48,10 +48,13 @@ def test_a_question_is_answered_from_what_lies_in_pages(bundle, tmp_path):
 
 
 def test_memory_is_really_saved(bundle):
-    """Peak growth of a 4,000-token run, prefill included, each in a process of its own."""
-    full = measure_peak_growth("demo", None, 4000, decode_tokens=4)
-    small = measure_peak_growth("demo", bundle, 4000, decode_tokens=4)
+    """Peak growth of a 4,000-token run, prefill included, each in a process of its own.
+
+    Of memory in use: what the allocator keeps besides is 30 to 50 MB here, and differs from run to run.
+    """
+    full = measure_peak_growth("demo", None, 4000, decode_tokens=4, in_use_only=True)
+    small = measure_peak_growth("demo", bundle, 4000, decode_tokens=4, in_use_only=True)
     assert full.tokens == small.tokens == 4000
     assert full.cache_bytes == 4000 * 30 * 2 * 3 * 64 * 4
     assert full.cache_bytes > 2 * 4.5 * small.cache_bytes, "the model runs in float32, the target is against bfloat16"
-    assert small.peak_growth_bytes < 0.5 * full.peak_growth_bytes
+    assert small.peak_growth_bytes < 0.4 * full.peak_growth_bytes
