@@ -77,7 +77,7 @@ def test_tuning_never_ends_worse():
     model = tiny_model("llama")
     spoiled = found(model, times_smaller=6.0, tune_steps=4, tune_rate=1.0)
     assert spoiled.tuned_kl <= spoiled.held_kl
-    assert len([e for e in spoiled.history if "loss" in e]) == 4
+    assert len([e for e in spoiled.history if "loss" in e]) == 2, "it ends at the first validation that is no better"
 
 
 def test_a_divergence_asks_for_the_smallest_cache_within_it():

@@ -159,7 +159,7 @@ def _fit_one(
         return ProfileFit(bundle, best.size, best.held_kl, best.held_kl, curve)
     tuning = DistillOptions(
         steps=options.tune_steps, learning_rate=options.tune_rate, held_windows=len(held), seed=options.seed,
-        validate_every=max(1, options.tune_steps // 2), window=options.window_read,
+        validate_every=max(1, options.tune_steps // 2), patience=1, window=options.window_read,
     )  # fmt: skip
     tuned = distill(model, bundle, torch.cat([fitted, held]), tuning, on_progress, on_step)
     return ProfileFit(tuned.bundle, best.size, tuned.before, tuned.after, curve, tuple(tuned.history))
