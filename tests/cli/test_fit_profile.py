@@ -18,7 +18,9 @@ def test_a_fit_without_structure_is_by_profile_and_tells_its_curve(model_folder,
     assert bundle.fit.options["profile"] == "balanced"
     assert bundle.fit.options["times_smaller"] == 4
     assert data["tuned_kl"] <= data["held_back_kl"]
-    assert len([e for e in data["tuning"] if "loss" in e]) == 2
+    taken = len([e for e in data["tuning"] if "loss" in e])
+    # It goes on only as long as held-back text says that it helps.
+    assert taken == (2 if data["tuned_kl"] < data["held_back_kl"] else 1)
     assert data["kl_divergence"] > 0
     assert [size for size, _ in data["curve"]][:2] == [3.0, 4.0]
 
