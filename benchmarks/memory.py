@@ -45,11 +45,8 @@ def main(
         transients.append(measure_chunk_transient(model, dtype, in_use_only=True))
     growth = {k: median(run.peak_growth_bytes for run in each) for k, each in runs.items()}
     figures: dict[str, Any] = {
-        "full_peak_growth_bytes": growth["full"],
-        "compressed_peak_growth_bytes": growth["compressed"],
+        **{f"{k}_peak_growth_bytes": each for k, each in growth.items()},
         "ratio": growth["compressed"] / growth["full"],
-        "full_in_use_peak_growth_bytes": growth["full_in_use"],
-        "compressed_in_use_peak_growth_bytes": growth["compressed_in_use"],
         "ratio_in_use": growth["compressed_in_use"] / growth["full_in_use"],
         **_explained(bundle, model, tokens, dtype, growth, runs["compressed"][0].cache_bytes, transients),
         "runs": {k: [asdict(run) for run in each] for k, each in runs.items()},

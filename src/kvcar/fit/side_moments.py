@@ -14,14 +14,13 @@ from ..shapes import Side
 class SideMoments:
     """Means, covariances of sides near each other, and a thin sample, accumulated as vectors stream by.
 
-    Products are taken in float32, a window at a time, about the first window's mean, and summed in float64. Memory is about
-    ``2 * layers * (band + 2 * shared_band) * W**2 * 8`` bytes for ``W`` elements of a side, less corners, with ``shared_band``
-    counted as far as it goes beyond what ``band`` covers (pairs of one kind are in both).
+    Products are taken in float32, a window at a time, about the first window's mean, and summed in float64. Memory is
+    ``W**2 * 8`` bytes for every pair of sides near enough to share a block, ``W`` being the elements of a side.
 
     Args:
         sides: (layer, kind), in the order in which the vectors of a window arrive: layers ascending.
         width: ``W``.
-        band: layers of the longest block of one kind that may be asked for.
+        band: layers of the longest block of one kind that may be asked for, at least 1.
         shared_band: layers of the longest block that keys and values share; 0 for none.
         stride: distance between sampled tokens.
     """
@@ -101,7 +100,7 @@ class SideMoments:
 
     @property
     def _longest(self) -> int:
-        return max(self._band, self._shared_band, 1)
+        return max(self._band, self._shared_band)
 
     def _apart(self, p: int, q: int) -> int:
         """Layers from one place to another."""
@@ -109,4 +108,4 @@ class SideMoments:
 
     def _may_share(self, p: int, q: int) -> bool:
         near = self._apart(p, q)
-        return near < self._shared_band or (self.sides[p][1] == self.sides[q][1] and near < max(self._band, 1))
+        return near < self._shared_band or (self.sides[p][1] == self.sides[q][1] and near < self._band)

@@ -49,8 +49,6 @@ class Statistics:
 
     def variances(self, slots: Slots) -> Tensor:
         """Variances of such a block's basis, falling, without the basis itself."""
-        if slots in self._bases:
-            return self._bases[slots].variances
         sides = _sides_of(slots)
         columns = self._columns(slots, sides)
         root = torch.block_diag(*(torch.linalg.cholesky(m) for m in self._metrics_of(slots, sides)))

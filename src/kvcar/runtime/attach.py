@@ -151,7 +151,8 @@ class Attachment:
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UnsupportedModelError("a compressed cache takes 2-D attention masks (left padding) only")
         _refuse_capture(inputs)
-        self._probe.listening = self._must_learn_rotation(cache)
+        self._wanted = self._unknown_rotations(cache)
+        self._probe.listening = bool(self._wanted)
         if compiled and self._probe.listening:
             self._learn_rotation_ahead(inputs)
         cache.begin_pass(self, inputs.shape[0], inputs.shape[1], mask, kwargs.get("position_ids"))
@@ -166,7 +167,7 @@ class Attachment:
     @uncompiled
     def _learn_rotation(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
         layer = getattr(module, "layer_idx", None)
-        if layer in self._wanted and layer not in self._tables:
+        if layer in self._wanted:
             self._tables[layer] = self._probe.table(kwargs.get("position_embeddings"))
 
     def _learn_rotation_ahead(self, inputs: Tensor) -> None:
@@ -176,12 +177,9 @@ class Attachment:
             self._parts.decoder(**given, use_cache=False)
         self._probe.listening = False
 
-    def _must_learn_rotation(self, cache: KVCarCache) -> bool:
+    def _unknown_rotations(self, cache: KVCarCache) -> set[int]:
         plan = cache.plan
-        self._wanted = (
-            {layer for layer in plan.coded_layers if layer not in self._tables} if plan.geometry.rotary else set()
-        )
-        return bool(self._wanted)
+        return set(plan.coded_layers) - self._tables.keys() if plan.geometry.rotary else set()
 
     @uncompiled
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
