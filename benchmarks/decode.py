@@ -28,6 +28,7 @@ from kvcar.models.load import load_model
 from kvcar.record import Record
 from kvcar.runtime.attach import attach
 from kvcar.runtime.prefill import PREFILL_CHUNK_TOKENS
+from kvcar.runtime.summaries import PageCounts
 from kvcar.shapes import BFLOAT16_BYTES
 
 RESULTS = Path(__file__).parent / "results"
@@ -38,7 +39,12 @@ def main(
     text: Annotated[Path, typer.Argument(help="A .txt or .jsonl file, what is read and decoded.")],
     name: Annotated[str, typer.Option(help="Of the record.")],
     bundle: Annotated[
-        list[str] | None, typer.Option("--bundle", "-b", help="[NAME=]FOLDER, or NAME=FOLDER:PAGES to attend to.")
+        list[str] | None,
+        typer.Option(
+            "--bundle",
+            "-b",
+            help="[NAME=]FOLDER, or NAME=FOLDER:PAGES to attend to (a number, or one a layer with commas).",
+        ),
     ] = None,
     model: str = "demo",
     contexts: str = "512,1024,2048,4096,6000,8000",
@@ -107,7 +113,7 @@ def _quantized(model: PreTrainedModel, chosen: str) -> list[Runner]:
     return [Runner(each.name, "transformers", model, each.make, dict(each.config)) for each in found]
 
 
-def _attached(model: PreTrainedModel, bundles: Mapping[str, tuple[Bundle, int | None]]) -> Any:
+def _attached(model: PreTrainedModel, bundles: Mapping[str, tuple[Bundle, PageCounts | None]]) -> Any:
     """One attachment serves all bundles of a model."""
     return attach(model, next(iter(bundles.values()))[0]) if bundles else nullcontext()
 
@@ -132,7 +138,7 @@ def _race(
 
 
 def _largest_batch(
-    bundles: Mapping[str, tuple[Bundle, int | None]], full: Any, memory_bytes: int, tokens: int
+    bundles: Mapping[str, tuple[Bundle, PageCounts | None]], full: Any, memory_bytes: int, tokens: int
 ) -> dict[str, Any]:
     """Sequences that fit beside the weights, by the arithmetic that the runtime's tensors obey, in bfloat16."""
     sizes = {FULL: full} | {name: compressed_size(each.plan, BFLOAT16_BYTES) for name, (each, _) in bundles.items()}

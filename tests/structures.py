@@ -45,7 +45,13 @@ STRUCTURES: dict[str, Callable[[], Bundle]] = {
 
 
 def paged_past(
-    coder: PageCoder, layer: int, tokens: int, batch: int, rotary: RotaryTable | None, padding: list[int]
+    coder: PageCoder,
+    layer: int,
+    tokens: int,
+    batch: int,
+    rotary: RotaryTable | None,
+    padding: list[int],
+    head_dim: int = HEAD_DIM,
 ) -> PagedPast:
     """Pages of random tokens on the coder's device; the first 4 tokens after the padding are not attended (sinks)."""
     generator = torch.Generator().manual_seed(tokens)
@@ -53,7 +59,7 @@ def paged_past(
 
     def fetch(slot, before_rope):
         del slot, before_rope
-        return torch.randn(batch, tokens, HEAD_DIM, generator=generator).to(coder.device)
+        return torch.randn(batch, tokens, head_dim, generator=generator).to(coder.device)
 
     store.append([unit.stored(fetch) for unit in coder.units])
     offset = torch.tensor(padding, device=coder.device)

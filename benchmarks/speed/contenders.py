@@ -14,10 +14,12 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from kvcar.bundle import Bundle
+from kvcar.cli.attended import page_counts
 from kvcar.cli.compare import named_bundles
 from kvcar.errors import InputError
 from kvcar.evaluate.full_cache import held_bytes
 from kvcar.runtime.cache import KVCarCache
+from kvcar.runtime.summaries import PageCounts
 
 from .device import now
 
@@ -110,25 +112,25 @@ def full_runner(model: PreTrainedModel) -> Runner:
     return Runner(FULL, "full", model, lambda: DynamicCache(config=model.config))
 
 
-def bundle_runners(model: PreTrainedModel, bundles: dict[str, tuple[Bundle, int | None]]) -> list[Runner]:
+def bundle_runners(model: PreTrainedModel, bundles: dict[str, tuple[Bundle, PageCounts | None]]) -> list[Runner]:
     """Compressed caches; ``model`` is attached."""
     return [_bundle_runner(model, name, bundle, pages) for name, (bundle, pages) in bundles.items()]
 
 
-def _bundle_runner(model: PreTrainedModel, name: str, bundle: Bundle, pages: int | None) -> Runner:
+def _bundle_runner(model: PreTrainedModel, name: str, bundle: Bundle, pages: PageCounts | None) -> Runner:
     options: dict[str, Any] = {} if pages is None else {"attend_pages": pages}
     config = {"window": bundle.plan.window, "bundle_sha256": bundle.digest, **options}
     return Runner(name, "kvcar", model, lambda: KVCarCache(bundle, **options), config)
 
 
-def read_bundles(given: Sequence[str]) -> dict[str, tuple[Bundle, int | None]]:
-    """Bundles of ``NAME=FOLDER`` or ``NAME=FOLDER:PAGES``, each with the pages that attention is to read.
+def read_bundles(given: Sequence[str]) -> dict[str, tuple[Bundle, PageCounts | None]]:
+    """Bundles of ``NAME=FOLDER`` or ``NAME=FOLDER:PAGES``, each with the pages that attention is to read (one number, or one a layer).
 
     Raises:
         InputError: two of one name.
         BundleError: a folder that holds no bundle.
     """
-    found: dict[str, tuple[Bundle, int | None]] = {}
+    found: dict[str, tuple[Bundle, PageCounts | None]] = {}
     for each in given:
         folder, pages = split_pages(each)
         ((name, bundle),) = named_bundles([folder]).items()
@@ -138,7 +140,7 @@ def read_bundles(given: Sequence[str]) -> dict[str, tuple[Bundle, int | None]]:
     return found
 
 
-def split_pages(given: str) -> tuple[str, int | None]:
-    """``FOLDER:8`` as the folder and 8, ``FOLDER`` as the folder and None."""
-    match = re.fullmatch(r"(.+):(\d+)", given)
-    return (match[1], int(match[2])) if match else (given, None)
+def split_pages(given: str) -> tuple[str, PageCounts | None]:
+    """``FOLDER:8`` as the folder and 8, ``FOLDER:8,12`` as the folder and (8, 12), ``FOLDER`` as the folder and None."""
+    match = re.fullmatch(r"(.+):(\d+(?:,\d+)*)", given)
+    return (match[1], page_counts(match[2])) if match else (given, None)

@@ -101,6 +101,7 @@ def test_warming_up_leaves_no_trace():
 
 def test_bundles_are_named_and_may_have_a_number_of_pages(tmp_path):
     assert split_pages("x=/a/b:12") == ("x=/a/b", 12)
+    assert split_pages("x=/a/b:12,3") == ("x=/a/b", (12, 3))
     assert split_pages("x=/a/b") == ("x=/a/b", None)
     fitted(tiny_model("llama"), bits=4).save(tmp_path / "b", "card")
     assert {name: pages for name, (_, pages) in read_bundles([f"x={tmp_path / 'b'}:4"]).items()} == {"x": 4}

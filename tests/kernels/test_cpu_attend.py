@@ -3,11 +3,13 @@
 import gc
 import logging
 import os
+import platform
 
 import pytest
 import torch
 from bundles import by_hand
 from structures import HEAD_DIM, MODEL, STRUCTURES, paged_past, slots
+from tiny import tiny_model
 
 from kvcar.errors import InputError, KernelError
 from kvcar.kernels import backend
@@ -36,6 +38,20 @@ def exact_past(count, dtype=torch.float32):
     )
 
 
+OLDER = ("avx512vnni", "avx512bw", "avx512f", "avx2") if platform.machine() in ("x86_64", "AMD64") else ()
+
+
+@pytest.fixture(params=["all", *OLDER])
+def without(request, monkeypatch, tmp_path_factory):
+    """What is compiled depends on the CPU: kernels as CPUs get them that lack one of this one's sets of instructions."""
+    if request.param != "all":
+        monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+        monkeypatch.setattr(build, "_OPENMP", (f"-mno-{request.param}", *build._OPENMP))  # after what is for this CPU
+    build.native_library.cache_clear()
+    yield request.param
+    build.native_library.cache_clear()
+
+
 ROTARIES = {
     "half": lambda: rotary("half"),
     "interleaved, some elements, scaled": lambda: rotary("interleaved", 6, 1.3),
@@ -58,6 +74,21 @@ def test_it_is_the_specification(structure, tokens, count, turning):
     for softcap in (None, 5.0):
         expected = naive.attend(query, exact, paged, 0.25, softcap)
         torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25, softcap), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("query_heads", [2, 6, 10])
+@pytest.mark.parametrize("head_dim", [16, 64, 96])
+def test_older_cpus_get_the_same(without, head_dim, query_heads):
+    """Vectors of all widths, filled or not, and rests: of elements, latents, query rows and tokens."""
+    model = tiny_model("llama", head_dim=head_dim, hidden_size=60, num_attention_heads=query_heads)
+    bundle = by_hand(model, [slots([0], "key", [0]), slots([0], "key", [1]), slots([0], "value")], bits=[8, 7, 5, 3, 2])
+    coder = PageCoder(bundle, torch.device("cpu"), torch.float32)
+    turning = RotaryTable(1.0 / 10000 ** (torch.arange(head_dim // 2, dtype=torch.float64) / head_dim * 2), 1.0, "half")
+    paged = paged_past(coder, 0, 333, 2, turning, [0, 5], head_dim)
+    query, new = torch.randn(2, query_heads, 1, head_dim), torch.randn(2, 2, 2, 6, head_dim)
+    exact = ExactPast(new[0], new[1], None)
+    expected = naive.attend(query, exact, paged, 0.125)
+    torch.testing.assert_close(cpu.attend(query, exact, paged, 0.125), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -163,9 +194,8 @@ def test_a_query_that_sees_nothing_gives_zeros():
     assert torch.equal(cpu.attend(torch.randn(1, 4, 2, 16), nothing, paged, 1.0), torch.zeros(1, 4, 2, 16))
 
 
-@pytest.mark.skipif(not native_library().kvcar_has_decode8(), reason="this CPU has no kernel for 8-bit decoders")
 @pytest.mark.parametrize("bits", [[8, 7, 6, 5], [5, 5, 4, 3, 2, 1], [4]], ids=str)
-def test_decoders_in_8_bits_change_keys_by_what_they_say(bits, monkeypatch):
+def test_decoders_in_8_bits_change_keys_by_what_they_say(bits, without, monkeypatch):
     coder = PageCoder(
         by_hand(MODEL, [slots([i], k) for i in range(4) for k in ("key", "value")], bits=bits),
         torch.device("cpu"),
@@ -178,7 +208,12 @@ def test_decoders_in_8_bits_change_keys_by_what_they_say(bits, monkeypatch):
     reader = paged.key_readers[0]
     matrix, bias = reader.affine
     rounded, biases = matrix.clone(), bias.clone()
-    for head in range(len(reader.heads)):
+    served = native_library().kvcar_decode8_latents()  # nothing is rounded where it is 0
+    assert (
+        served
+        == {"all": served, "avx512vnni": 2, "avx512bw": 4 if served == 4 else 2, "avx512f": 2, "avx2": 0}[without]
+    )
+    for head in range(len(reader.heads) if served else 0):
         own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
         decoder = decoder_in_8_bits(matrix[:, own], bias[own], latent_bits(reader.segment))
         rounded[decoder.exact :, own] = decoder.rounded.float() * decoder.scale

@@ -69,6 +69,17 @@ def test_many_pages_out_of_a_wider_buffer(form, page_tokens):
     assert torch.equal(form.unpack(buffer[1, :, layout.offset : layout.end], layout), u[1])
 
 
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__.split(".")[-1])
+@pytest.mark.parametrize(
+    "counts", [(40, 24), (63, 1, 1), (3, 70, 130, 5), (1,) * 8, (7, 60, 9, 64, 70, 2, 1, 30)], ids=str
+)
+def test_more_latents_than_a_vector_has(form, counts):
+    groups = [BitGroup(bits=8 - i, count=count) for i, count in enumerate(counts)]
+    layout = coded_segment(groups, 96, 0)
+    u = random_codes(groups, (3,), 96, 5)
+    assert torch.equal(form.unpack(form.pack(u, layout), layout), u)
+
+
 @settings(max_examples=40, deadline=None)
 @given(groups=GROUPS)
 def test_a_segment_takes_exactly_its_bits(groups):

@@ -32,7 +32,8 @@ class NativeJob:
     def __init__(self, paged: PagedPast, head_dim: int, in_8_bits: bool = True) -> None:
         self._library = native_library()
         self._columns = int(self._library.kvcar_columns())
-        self._in_8_bits = in_8_bits and bool(self._library.kvcar_has_decode8())
+        self._latents_together = int(self._library.kvcar_decode8_latents())
+        self._in_8_bits = in_8_bits and self._latents_together > 0
         self._key_readers, self._value_readers, self._rotary = paged.key_readers, paged.value_readers, paged.rotary
         self._head_dim, self._width = head_dim, self._rounded(head_dim)
         self._pairs = 0 if paged.rotary is None else paged.rotary.width // 2
@@ -154,10 +155,10 @@ class NativeJob:
         return native
 
     def _round(self, native: structs.Reader, rounded: list[Tensor], stops: list[list[int]]) -> None:
-        """Hand over decoders int8 ``[latents, padded D]`` of every head, pairs of latents side by side."""
-        stacked = torch.stack(rounded)
-        stacked = torch.nn.functional.pad(stacked, (0, 0, 0, stacked.shape[1] % 2))
-        native.narrow = self._keep(stacked.unflatten(1, (-1, 2)).transpose(2, 3))
+        """Hand over decoders int8 ``[latents, padded D]`` of every head, latents that are multiplied together side by side."""
+        stacked, together = torch.stack(rounded), self._latents_together
+        stacked = torch.nn.functional.pad(stacked, (0, 0, 0, -stacked.shape[1] % together))
+        native.narrow = self._keep(stacked.unflatten(1, (-1, together)).transpose(2, 3))
         native.stops_stride = 1 + max(map(len, stops))
         rows = [[len(own), *own, *[0] * (native.stops_stride - 1 - len(own))] for own in stops]
         native.stops = self._keep(torch.tensor(rows, dtype=torch.int32))

@@ -15,13 +15,14 @@
 #include "softmax.h"
 
 #define TILE 64
+#define CACHE_LINE 64
 
 /* How a segment of the page gives some heads.
  *
  * Keys that rotate: `matrix` is [heads][blocks of COLUMNS][exact latents][COLUMNS], `bias` [heads][padded head dim], `query`
  * [batch][heads of the layer][rows][padded head dim], unscaled, all in the order (first of each rotated pair, second, the rest).
  * Or, where `narrow` is given, `matrix` is [heads][exact latents][padded head dim] and the decoder of the latents after
- * those is `narrow` [heads][pairs of latents][padded head dim][2] times `scale` [heads][padded head dim]; `stops`
+ * those is `narrow` [heads][groups of DECODE8_LATENTS latents][padded head dim][DECODE8_LATENTS] times `scale` [heads][padded head dim]; `stops`
  * [heads][stops_stride], count first: see decode8.h.
  * Keys that do not rotate: `matrix` is null, `query` [batch][heads of the layer][rows][latents] holds the decoder already and
  * `constant` [batch][heads of the layer][rows] is what its bias adds to a score.
@@ -102,7 +103,7 @@ static const uint8_t *page_at(const Job *job, int b, int64_t page, const uint8_t
 }
 
 /* Queries of one head, scaled and turned back by the position of the tile's first token. */
-static void turn_queries(const Job *job, const float *query, int64_t position, float *out)
+static void turn_queries(const Job *job, const float *query, int64_t position, float *restrict out)
 {
     const int pairs = job->pairs, width = rounded_up(job->head_dim), rows = job->rows;
     const float scaling = job->scaling;
@@ -112,8 +113,8 @@ static void turn_queries(const Job *job, const float *query, int64_t position, f
     const float *ca = job->coarse_cos + position / TILE * pairs, *sa = job->coarse_sin + position / TILE * pairs;
     const float *cb = job->fine_cos + position % TILE * pairs, *sb = job->fine_sin + position % TILE * pairs;
     for (int row = 0; row < rows; row++) {
-        const float *q = query + (long)row * width;
-        float *o = out + (long)row * width;
+        const float *restrict q = query + (long)row * width;
+        float *restrict o = out + (long)row * width;
         for (int d = 2 * pairs; d < width; d++)
             o[d] = scaling * q[d];
         for (int f = 0; f < pairs; f++) {
@@ -124,27 +125,52 @@ static void turn_queries(const Job *job, const float *query, int64_t position, f
     }
 }
 
-/* out[i * TILE] = score of `rows` rows of queries with one key, turned by the cosines `c` and sines `n` of its place: both in
- * one pass where the pairs fill vectors. */
-static inline __attribute__((always_inline)) void score_key(
-    const int rows, const int pairs, const int width, const float *q, const float *k, const float *c, const float *n, float *out)
+/* out[i * TILE + t] = score of `rows` rows of queries with `tokens` keys, turned by the cosines `c` and sines `n` of their places:
+ * both in one pass where the pairs fill vectors. */
+static inline __attribute__((always_inline)) void score_keys(
+    const int tokens, const int rows, const int pairs, const int width, const float *q, const float *k, const float *c, const float *n,
+    float *out)
 {
-    vec sums[4];
+    vec sums[4][TOGETHER];
     for (int i = 0; i < rows; i++)
-        sums[i] = (vec){ 0 };
-    for (int f = 0; f < pairs; f += LANES) {
-        const vec x = *(const vec *)(k + f), y = *(const vec *)(k + f + pairs), co = *(const vec *)(c + f), si = *(const vec *)(n + f);
-        const vec first = x * co - y * si, second = y * co + x * si;
-        for (int i = 0; i < rows; i++) {
-            const float *own = q + (long)i * width + f;
-            sums[i] += first * *(const vec *)own + second * *(const vec *)(own + pairs);
+        for (int t = 0; t < tokens; t++)
+            sums[i][t] = (vec){ 0 };
+    for (int f = 0; f < pairs; f += LANES)
+        for (int t = 0; t < tokens; t++) {
+            const float *key = k + (long)t * width + f;
+            const vec x = *(const vec *)key, y = *(const vec *)(key + pairs);
+            const vec co = *(const vec *)(c + (long)t * pairs + f), si = *(const vec *)(n + (long)t * pairs + f);
+            const vec first = x * co - y * si, second = y * co + x * si;
+            for (int i = 0; i < rows; i++) {
+                const float *own = q + (long)i * width + f;
+                sums[i][t] += first * *(const vec *)own;
+                sums[i][t] += second * *(const vec *)(own + pairs);
+            }
         }
-    }
     for (int d = 2 * pairs; d < width; d += LANES)
-        for (int i = 0; i < rows; i++)
-            sums[i] += *(const vec *)(k + d) * *(const vec *)(q + (long)i * width + d);
+        for (int t = 0; t < tokens; t++)
+            for (int i = 0; i < rows; i++)
+                sums[i][t] += *(const vec *)(k + (long)t * width + d) * *(const vec *)(q + (long)i * width + d);
     for (int i = 0; i < rows; i++)
-        out[(long)i * TILE] = sum_of(sums[i]);
+        if (tokens == TOGETHER)
+            store_sums(sums[i], out + (long)i * TILE);
+        else
+            for (int t = 0; t < tokens; t++)
+                out[(long)i * TILE + t] = sum_of(sums[i][t]);
+}
+
+/* The same of any number of rows; every case has its own count of rows, so that sums are registers. */
+static inline __attribute__((always_inline)) void score_rows(
+    const int tokens, int rows, const int pairs, const int width, const float *q, const float *k, const float *c, const float *n, float *out)
+{
+    for (; rows >= 4; rows -= 4, q += 4L * width, out += 4L * TILE)
+        score_keys(tokens, 4, pairs, width, q, k, c, n, out);
+    switch (rows) {
+    case 3: score_keys(tokens, 3, pairs, width, q, k, c, n, out); break;
+    case 2: score_keys(tokens, 2, pairs, width, q, k, c, n, out); break;
+    case 1: score_keys(tokens, 1, pairs, width, q, k, c, n, out); break;
+    default: break;
+    }
 }
 
 /* The same key turned in place, for pairs that do not fill vectors. */
@@ -161,27 +187,24 @@ static void turn_key(const int pairs, float *restrict k, const float *restrict c
 static void score_turning(const Job *job, const Scratch *s, int low, int high, float *scores)
 {
     const int pairs = job->pairs, width = rounded_up(job->head_dim), rows = job->rows;
-    for (int t = low; t < high; t++) {
+    const float *cosines = job->fine_cos, *sines = job->fine_sin;
+    int t = low;
+    if (pairs % LANES == 0) {
+        for (; t + TOGETHER <= high; t += TOGETHER)
+            score_rows(
+                TOGETHER, rows, pairs, width, s->turned, s->tile + (long)t * width, cosines + (long)t * pairs,
+                sines + (long)t * pairs, scores + t);
+        for (; t < high; t++)
+            score_rows(
+                1, rows, pairs, width, s->turned, s->tile + (long)t * width, cosines + (long)t * pairs, sines + (long)t * pairs,
+                scores + t);
+        return;
+    }
+    for (; t < high; t++) {
         float *k = s->tile + (long)t * width;
-        const float *c = job->fine_cos + (long)t * pairs, *n = job->fine_sin + (long)t * pairs;
-        const int in_vectors = pairs % LANES == 0;
-        if (!in_vectors)
-            turn_key(pairs, k, c, n);
-        for (int row = 0; row < rows;) {
-            const int some = rows - row >= 4 ? 4 : rows - row;
-            const float *q = s->turned + (long)row * width;
-            float *out = scores + (long)row * TILE + t;
-            switch (in_vectors ? some : -some) {
-            case 4: score_key(4, pairs, width, q, k, c, n, out); break;
-            case 3: score_key(3, pairs, width, q, k, c, n, out); break;
-            case 2: score_key(2, pairs, width, q, k, c, n, out); break;
-            case 1: score_key(1, pairs, width, q, k, c, n, out); break;
-            default:
-                for (int i = 0; i < some; i++)
-                    out[(long)i * TILE] = dot(width, q + (long)i * width, k);
-            }
-            row += some;
-        }
+        turn_key(pairs, k, cosines + (long)t * pairs, sines + (long)t * pairs);
+        for (int row = 0; row < rows; row++)
+            scores[(long)row * TILE + t] = dot(width, s->turned + (long)row * width, k);
     }
 }
 
@@ -190,12 +213,12 @@ static void decode_narrow(
     const Reader *reader, int h, int tokens, int width, const uint8_t *codes, int stride, const float *matrix, const float *bias,
     float *keys)
 {
-#if HAS_DECODE8
+#if DECODE8_LATENTS
     const int32_t *stops = reader->stops + (long)h * reader->stops_stride;
-    const long pairs = (reader->latents - reader->exact + 1) / 2;
+    const long rounded = (reader->latents - reader->exact + DECODE8_LATENTS - 1) / DECODE8_LATENTS * DECODE8_LATENTS;
     decode8(
-        tokens, width, codes, stride, reader->exact, matrix, reader->narrow + h * pairs * 2 * width, stops + 1, stops[0],
-        reader->scale + (long)h * width, bias, keys, width);
+        tokens, width, codes, stride, reader->latents, reader->exact, matrix, reader->narrow + h * rounded * width, stops + 1,
+        stops[0], reader->scale + (long)h * width, bias, keys, width);
 #else
     (void)reader, (void)h, (void)tokens, (void)width, (void)codes, (void)stride, (void)matrix, (void)bias, (void)keys;
 #endif
@@ -207,7 +230,7 @@ static void decode_and_score(const Job *job, const Reader *reader, int b, int64_
     const uint8_t *codes = s->codes + (long)(tile * TILE + low) * stride;
     float *keys = s->tile + (long)low * width;
     if (!reader->narrow)
-        to_floats(codes, some, reader->latents, stride, s->floats, stride);
+        to_floats(codes, 1, some * stride, 0, s->floats, 0);
     for (int h = 0; h < reader->heads; h++) {
         const int head = reader->head[h];
         const float *bias = reader->bias + (long)h * width, *matrix = reader->matrix + (long)h * width * reader->exact;
@@ -226,7 +249,7 @@ static void decode_and_score(const Job *job, const Reader *reader, int b, int64_
 static void score_folded(const Job *job, const Reader *reader, int b, int tile, int low, int high, Scratch *s)
 {
     const int latents = reader->latents, stride = rounded_up(latents);
-    to_floats(s->codes + (long)(tile * TILE + low) * stride, high - low, latents, stride, s->floats, stride);
+    to_floats(s->codes + (long)(tile * TILE + low) * stride, 1, (high - low) * stride, 0, s->floats, 0);
     for (int h = 0; h < reader->heads; h++) {
         const long at = ((long)b * job->heads + reader->head[h]) * job->rows;
         for (int row = 0; row < job->rows; row++) {
@@ -242,7 +265,7 @@ static void score_folded(const Job *job, const Reader *reader, int b, int tile, 
 static void sum_values(const Job *job, const Reader *reader, int tile, int low, int high, Scratch *s, float *sums)
 {
     const int stride = rounded_up(reader->latents), rows = job->rows;
-    to_floats(s->codes + (long)(tile * TILE + low) * stride, high - low, reader->latents, stride, s->floats, stride);
+    to_floats(s->codes + (long)(tile * TILE + low) * stride, 1, (high - low) * stride, 0, s->floats, 0);
     for (int h = 0; h < reader->heads; h++)
         for (int row = 0; row < rows; row++) {
             const float shrink = s->shrink[(long)reader->head[h] * rows + row];
@@ -259,11 +282,33 @@ static void sum_values(const Job *job, const Reader *reader, int tile, int low, 
                 sums + (long)h * rows * stride + l, stride);
 }
 
-static void attend_page(const Job *job, int b, int split, int64_t page, Scratch *s)
+static int64_t pages_of(const Job *job) { return (job->tokens + job->page_tokens - 1) / job->page_tokens; }
+
+/* Which page of the sequence the `page`-th one attended to is. */
+static int64_t index_of(const Job *job, int b, int64_t page)
 {
-    const int64_t pages = (job->tokens + job->page_tokens - 1) / job->page_tokens;
-    const int64_t index = job->page_index ? job->page_index[b * pages + page] : page;
-    const uint8_t *end, *data = page_at(job, b, job->scattered ? index : page, &end);
+    return job->page_index ? job->page_index[b * pages_of(job) + page] : page;
+}
+
+/* Codes of a page's segment; the same segment of the page at `next` is called for meanwhile, null: there is none. A page holds all layers, so that
+ * a layer's segments are too far apart for the CPU to foresee. */
+static void unpack_segment(const Reader *reader, const uint8_t *data, const uint8_t *end, const uint8_t *next, uint8_t *codes)
+{
+    if (next) {
+        const Plane *last = reader->plane + reader->planes - 1;
+        const uint8_t *from = next + reader->offset, *to = from + last->offset + (long)last->rows * last->count;
+        for (; from < to; from += CACHE_LINE)
+            __builtin_prefetch(from);
+    }
+    unpack(data + reader->offset, end, reader->plane, reader->planes, codes, rounded_up(reader->latents));
+}
+
+/* The `page`-th page attended to, with `more` of this split after it. */
+static void attend_page(const Job *job, int b, int split, int64_t page, int more, Scratch *s)
+{
+    const int64_t index = index_of(job, b, page);
+    const uint8_t *end, *other, *data = page_at(job, b, job->scattered ? index : page, &end);
+    const uint8_t *next = more ? page_at(job, b, job->scattered ? index_of(job, b, page + 1) : page + 1, &other) : 0;
     const int all = job->heads * job->rows;
     const long place = (long)b * (job->splits + 1) + split;
     float *most = job->most + place * all, *mass = job->mass + place * all;
@@ -278,7 +323,7 @@ static void attend_page(const Job *job, int b, int split, int64_t page, Scratch 
             continue;
         for (int r = 0; r < job->key_readers; r++) {
             const Reader *reader = job->keys + r;
-            unpack(data + reader->offset, end, reader->plane, reader->planes, s->codes, rounded_up(reader->latents));
+            unpack_segment(reader, data, end, next, s->codes);
             if (reader->query && !reader->constant)
                 decode_and_score(job, reader, b, origin - job->offset[b], tile, low, high, s);
             else
@@ -289,7 +334,7 @@ static void attend_page(const Job *job, int b, int split, int64_t page, Scratch 
         for (int r = 0; r < job->value_readers; r++) {
             const Reader *reader = job->values + r;
             const long size = (long)reader->heads * job->rows * rounded_up(reader->latents);
-            unpack(data + reader->offset, end, reader->plane, reader->planes, s->codes, rounded_up(reader->latents));
+            unpack_segment(reader, data, end, next, s->codes);
             sum_values(job, reader, tile, low, high, s, reader->sums + ((long)b * job->splits + split) * size);
         }
     }
@@ -327,9 +372,9 @@ static int attend_split(const Job *job, int b, int split)
         const long size = (long)job->values[r].heads * job->rows * rounded_up(job->values[r].latents);
         memset(job->values[r].sums + ((long)b * job->splits + split) * size, 0, size * sizeof(float));
     }
-    const int64_t pages = (job->tokens + job->page_tokens - 1) / job->page_tokens;
-    for (int64_t page = pages * split / job->splits; page < pages * (split + 1) / job->splits; page++)
-        attend_page(job, b, split, page, &s);
+    const int64_t pages = pages_of(job), stop = pages * (split + 1) / job->splits;
+    for (int64_t page = pages * split / job->splits; page < stop; page++)
+        attend_page(job, b, split, page, page + 1 < stop, &s);
     free(room);
     return 0;
 }
@@ -460,7 +505,7 @@ static int finish(const Job *job, int b)
 }
 
 int kvcar_columns(void) { return COLUMNS; }
-int kvcar_has_decode8(void) { return HAS_DECODE8; }
+int kvcar_decode8_latents(void) { return DECODE8_LATENTS; }
 
 /* Attention into `out`; 0, or 1 where memory is missing. */
 int kvcar_attend(const Job *job)

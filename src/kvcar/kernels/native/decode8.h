@@ -1,15 +1,17 @@
 /* Decoding codes with 8-bit decoders: codes (unsigned) times decoder (signed), two latents at a time, in 16-bit sums that
  * are widened before they can overflow; `stops` says where, worked out from the decoder itself.
  *
- * AVX2 alone; elsewhere decoders stay float. */
+ * For AVX2; decode8_wide.h is for AVX-512 with its dot products of bytes. Elsewhere decoders stay float. */
 #ifndef KVCAR_DECODE8_H
 #define KVCAR_DECODE8_H
 
 #include <stdint.h>
 
-#if defined(__AVX2__)
+#if defined(__AVX512VNNI__) && defined(__AVX512F__)
+#include "decode8_wide.h"
+#elif defined(__AVX2__)
 #include <immintrin.h>
-#define HAS_DECODE8 1
+#define DECODE8_LATENTS 2 /* side by side in a decoder; 0: no decoder of 8 bits is served */
 #define LANES8 16 /* elements of a head in one vector of 16-bit sums */
 
 /* out[VECTORS * LANES8] = bias + scale * (codes decoder), of one token, plus its `exact` first codes times `matrix`. */
@@ -57,12 +59,13 @@ static inline __attribute__((always_inline)) void decode8_block(
         _mm256_storeu_ps(out + 8 * v, value[v]);
 }
 
-/* All tokens and all elements of keys whose first `exact` latents have the float decoder `matrix` [exact][width]; `width` is
+/* All tokens and all elements of keys of `latents` latents, whose first `exact` ones have the float decoder `matrix` [exact][width]; `width` is
  * a multiple of LANES8, and there is at least one stop. */
 static void decode8(
-    int tokens, int width, const uint8_t *codes, int stride, int exact, const float *matrix, const int8_t *decoder,
+    int tokens, int width, const uint8_t *codes, int stride, int latents, int exact, const float *matrix, const int8_t *decoder,
     const int32_t *stops, int n_stops, const float *scale, const float *bias, float *out, int out_stride)
 {
+    (void)latents;
     for (int t = 0; t < tokens; t++, codes += stride, out += out_stride) {
         int d = 0;
         for (; d + 4 * LANES8 <= width; d += 4 * LANES8)
@@ -74,7 +77,7 @@ static void decode8(
     }
 }
 #else
-#define HAS_DECODE8 0
+#define DECODE8_LATENTS 0
 #endif
 
 #endif

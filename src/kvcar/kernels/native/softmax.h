@@ -34,15 +34,33 @@ static inline void start_rows(int rows, float *most, float *mass)
     }
 }
 
+/* The largest of `x` and `n` scores. */
+static inline float largest(const float *scores, int64_t n, float x)
+{
+    typedef int32_t choice __attribute__((vector_size(LANES * 4)));
+    int64_t t = 0;
+    if (n >= LANES) {
+        vec most = *(const vec *)scores;
+        for (t = LANES; t + LANES <= n; t += LANES) {
+            const vec own = *(const vec *)(scores + t);
+            const choice larger = own > most;
+            most = (vec)(((choice)own & larger) | ((choice)most & ~larger));
+        }
+        for (int lane = 0; lane < LANES; lane++)
+            x = most[lane] > x ? most[lane] : x;
+    }
+    for (; t < n; t++)
+        x = scores[t] > x ? scores[t] : x;
+    return x;
+}
+
 /* Scores of one row to weights, the running maximum and mass brought up to date; returns what earlier sums shrink by. */
 static inline float soften(float *scores, int64_t low, int64_t high, float softcap, float *most, float *mass)
 {
     if (softcap > 0)
         for (int64_t t = low; t < high; t++)
             scores[t] = softcap * tanhf(scores[t] / softcap);
-    float top = *most;
-    for (int64_t t = low; t < high; t++)
-        top = scores[t] > top ? scores[t] : top;
+    const float top = largest(scores + low, high - low, *most);
     float sum = 0;
     for (int64_t t = low; t < high; t++) {
         scores[t] = exp_of(scores[t] - top);

@@ -6,6 +6,7 @@
 #define KVCAR_TILE_H
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define LANES 16
 #else
 #define LANES 8
@@ -22,6 +23,24 @@ static inline __attribute__((always_inline)) float sum_of(const vec x)
         sum += x[lane];
     return sum;
 }
+
+/* Vectors that are summed up together: out[t] = sum of the lanes of x[t]. */
+#if defined(__AVX512F__)
+#define TOGETHER 4
+static inline __attribute__((always_inline)) void store_sums(const vec *x, float *out)
+{
+    const __m512 a = (__m512)x[0], b = (__m512)x[1], c = (__m512)x[2], d = (__m512)x[3];
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const __m512d low = _mm512_unpacklo_pd((__m512d)ab, (__m512d)cd), high = _mm512_unpackhi_pd((__m512d)ab, (__m512d)cd);
+    const __m512 all = _mm512_add_ps((__m512)low, (__m512)high);
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)all, 1)));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+#else
+#define TOGETHER 1
+static inline void store_sums(const vec *x, float *out) { *out = sum_of(*x); }
+#endif
 
 static inline float dot(const int n, const float *a, const float *b)
 {

@@ -9,6 +9,10 @@ typedef struct {
     int32_t bits, shift, start, count, rows, offset;
 } Plane;
 
+#if defined(__AVX512BW__)
+#include "unpack_wide.h"
+#endif
+
 typedef uint32_t words __attribute__((vector_size(16), aligned(1), may_alias));
 
 /* Bits of `from` above `down` under `mask`, moved up by `shift`, for as many bytes as a word or vector has: what crosses a
@@ -81,6 +85,12 @@ static inline __attribute__((always_inline)) void unpack_plane(
 /* Codes [page_tokens][stride], and room for 16 more, of the segment at `data` in a page that ends at `end`. Planes of low bits come before those that add to them. */
 static void unpack(const uint8_t *data, const uint8_t *end, const Plane *planes, int n, uint8_t *out, int stride)
 {
+#if defined(__AVX512BW__)
+    if (n <= MOST_WIDE_PLANES) {
+        unpack_wide(data, planes, n, out, stride);
+        return;
+    }
+#endif
     for (int p = 0; p < n; p++)
         switch (planes[p].bits) {
         case 1: unpack_plane(1, data, end, planes[p], out, stride); break;

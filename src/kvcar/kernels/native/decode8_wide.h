@@ -1,0 +1,95 @@
+/* Decoding codes with 8-bit decoders by AVX-512's dot products: four latents at a time, summed in 32 bits, so that nothing can
+ * overflow; a row of the decoder is read once for four tokens. */
+#ifndef KVCAR_DECODE8_WIDE_H
+#define KVCAR_DECODE8_WIDE_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define DECODE8_LATENTS 4
+#define LANES8 16 /* elements of a head in one vector of 32-bit sums */
+#define TOKENS8 4 /* decoded together */
+
+/* sums += products of four unsigned bytes of `u` and four signed ones of `d`. Written out, as compilers copy sums about around the
+ * intrinsic and then run out of registers. */
+static inline __attribute__((always_inline)) __m512i add_products(__m512i sums, const __m512i u, const __m512i d)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(u), "v"(d));
+    return sums;
+}
+
+/* Of a head: `latents` in `groups` of four after the `exact` first ones, `width` elements. */
+typedef struct {
+    const int8_t *decoder; /* [groups][width][4] */
+    const float *scale, *bias, *matrix; /* [width], [width], [exact][width] */
+    int groups, exact, width;
+} Decoder8;
+
+/* out[t][vectors * LANES8], elements `d` on of some tokens' keys. */
+static inline __attribute__((always_inline)) void decode8_block(
+    const int tokens, const int vectors, const Decoder8 *by, const int d, const uint8_t *codes, const int stride, float *out,
+    const int out_stride)
+{
+    __m512i sums[TOKENS8][4];
+    for (int t = 0; t < tokens; t++)
+        for (int v = 0; v < vectors; v++)
+            sums[t][v] = _mm512_setzero_si512();
+    const int8_t *row = by->decoder + 4 * d;
+    for (int group = 0; group < by->groups; group++, row += 4 * by->width) {
+        __m512i own[4];
+        for (int v = 0; v < vectors; v++)
+            own[v] = _mm512_loadu_si512(row + 4 * LANES8 * v);
+        for (int t = 0; t < tokens; t++) {
+            int32_t four;
+            memcpy(&four, codes + (long)t * stride + by->exact + 4 * group, 4);
+            const __m512i u = _mm512_set1_epi32(four);
+            for (int v = 0; v < vectors; v++)
+                sums[t][v] = add_products(sums[t][v], u, own[v]);
+        }
+    }
+    __m512 values[TOKENS8][4];
+    for (int v = 0; v < vectors; v++) {
+        const __m512 scale = _mm512_loadu_ps(by->scale + d + LANES8 * v), bias = _mm512_loadu_ps(by->bias + d + LANES8 * v);
+        for (int t = 0; t < tokens; t++)
+            values[t][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][v]), scale, bias);
+    }
+    for (int e = 0; e < by->exact; e++) {
+        __m512 own[4];
+        for (int v = 0; v < vectors; v++)
+            own[v] = _mm512_loadu_ps(by->matrix + (long)e * by->width + d + LANES8 * v);
+        for (int t = 0; t < tokens; t++) {
+            const __m512 code = _mm512_set1_ps((float)codes[(long)t * stride + e]);
+            for (int v = 0; v < vectors; v++)
+                values[t][v] = _mm512_fmadd_ps(code, own[v], values[t][v]);
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int v = 0; v < vectors; v++)
+            _mm512_storeu_ps(out + (long)t * out_stride + d + LANES8 * v, values[t][v]);
+}
+
+static inline __attribute__((always_inline)) void decode8_rows(
+    const int tokens, const Decoder8 *by, const uint8_t *codes, const int stride, float *out, const int out_stride)
+{
+    int d = 0;
+    for (; d + 4 * LANES8 <= by->width; d += 4 * LANES8)
+        decode8_block(tokens, 4, by, d, codes, stride, out, out_stride);
+    for (; d < by->width; d += LANES8)
+        decode8_block(tokens, 1, by, d, codes, stride, out, out_stride);
+}
+
+/* As in decode8.h; `stops` are for sums of 16 bits. */
+static void decode8(
+    int tokens, int width, const uint8_t *codes, int stride, int latents, int exact, const float *matrix, const int8_t *decoder,
+    const int32_t *stops, int n_stops, const float *scale, const float *bias, float *out, int out_stride)
+{
+    const Decoder8 by = { decoder, scale, bias, matrix, (latents - exact + 3) / 4, exact, width };
+    (void)stops, (void)n_stops;
+    for (; tokens >= TOKENS8; tokens -= TOKENS8, codes += (long)TOKENS8 * stride, out += (long)TOKENS8 * out_stride)
+        decode8_rows(TOKENS8, &by, codes, stride, out, out_stride);
+    for (; tokens > 0; tokens--, codes += stride, out += out_stride)
+        decode8_rows(1, &by, codes, stride, out, out_stride);
+}
+
+#endif

@@ -1,0 +1,111 @@
+/* Packed planes of a page to codes with AVX-512: a token's codes are put together in a register, from all planes, and stored
+ * once. A masked load puts a plane's bytes where its latents are, and reads nothing else. */
+#ifndef KVCAR_UNPACK_WIDE_H
+#define KVCAR_UNPACK_WIDE_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define WIDE 64 /* latents in a vector */
+#define MOST_WIDE_PLANES 16
+
+/* What a plane adds to a vector of latents of some tokens: `first` is where the page's first token would be if the plane began with
+ * the first of these latents, `from` the same of the first of these tokens. */
+typedef struct {
+    const uint8_t *first, *from;
+    long step;
+    int bits, shift;
+    __mmask64 lanes;
+    __m512i turn, keep;
+} WidePart;
+
+/* Ones in the lanes of latents `start` to `stop`, counted from the vector's first. */
+static inline __mmask64 lanes_between(int start, int stop)
+{
+    start = start < 0 ? 0 : start;
+    stop = stop > WIDE ? WIDE : stop;
+    if (start >= stop)
+        return 0;
+    return (stop == WIDE ? ~0ull : (1ull << stop) - 1) & ~((1ull << start) - 1);
+}
+
+/* Tokens of an eighth of the page. Turning whole words moves a byte's bits to where they belong; what came from its neighbours is masked off. */
+static inline __attribute__((always_inline)) void unpack_eighth(
+    const int n, const WidePart *parts, const int tokens, uint8_t *out, const int stride, const int is_half)
+{
+    for (int t = 0; t < tokens; t++, out += stride) {
+        __m512i codes = _mm512_setzero_si512();
+        for (int p = 0; p < n; p++) {
+            const __m512i bytes = _mm512_maskz_loadu_epi8(parts[p].lanes, parts[p].from + t * parts[p].step);
+            /* 0xEA: (first and second) or third */
+            codes = _mm512_ternarylogic_epi32(_mm512_rorv_epi32(bytes, parts[p].turn), parts[p].keep, codes, 0xEA);
+        }
+        if (is_half)
+            _mm256_storeu_si256((__m256i *)out, _mm512_castsi512_si256(codes));
+        else
+            _mm512_storeu_si512(out, codes);
+    }
+}
+
+static inline __attribute__((always_inline)) void unpack_eighth_of(
+    const int n, const WidePart *parts, const int tokens, uint8_t *out, const int stride, const int is_half)
+{
+    /* Known counts, so that masks and what is turned by stay in registers. */
+    switch (n) {
+    case 1: unpack_eighth(1, parts, tokens, out, stride, is_half); break;
+    case 2: unpack_eighth(2, parts, tokens, out, stride, is_half); break;
+    case 3: unpack_eighth(3, parts, tokens, out, stride, is_half); break;
+    case 4: unpack_eighth(4, parts, tokens, out, stride, is_half); break;
+    case 5: unpack_eighth(5, parts, tokens, out, stride, is_half); break;
+    default: unpack_eighth(n, parts, tokens, out, stride, is_half); break;
+    }
+}
+
+/* What each plane adds to latents `first` to `first` + WIDE; how many add something. */
+static int wide_parts(const uint8_t *data, const Plane *planes, int n, int first, WidePart *parts)
+{
+    int found = 0;
+    for (int p = 0; p < n; p++) {
+        const Plane *plane = planes + p;
+        WidePart *part = parts + found;
+        part->lanes = lanes_between(plane->start - first, plane->start + plane->count - first);
+        part->first = data + plane->offset + first - plane->start;
+        part->step = plane->count;
+        part->bits = plane->bits;
+        part->shift = plane->shift;
+        part->keep = _mm512_set1_epi8((char)(((1u << plane->bits) - 1) << plane->shift));
+        found += part->lanes != 0;
+    }
+    return found;
+}
+
+/* Turn to the tokens of an eighth of the page, `tokens` each. Widths are powers of two: the rest of a division by one, and the
+ * whole part times it, are bits of the eighth. */
+static inline void turn_to(WidePart *parts, int n, int tokens, int eighth)
+{
+    for (int p = 0; p < n; p++) {
+        WidePart *part = parts + p;
+        part->from = part->first + (eighth & (part->bits - 1)) * tokens * part->step;
+        part->turn = _mm512_set1_epi32(((eighth & -part->bits) - part->shift) & 31);
+    }
+}
+
+/* Codes [page_tokens][stride], `stride` a multiple of WIDE / 2; latents of no plane are 0. */
+static void unpack_wide(const uint8_t *data, const Plane *planes, int n, uint8_t *out, int stride)
+{
+    const int tokens = n ? planes[0].rows / planes[0].bits : 0;
+    WidePart parts[MOST_WIDE_PLANES];
+    for (int first = 0; first < stride; first += WIDE) {
+        const int found = wide_parts(data, planes, n, first, parts);
+        for (int eighth = 0; eighth < 8; eighth++) {
+            turn_to(parts, found, tokens, eighth);
+            uint8_t *to = out + (long)eighth * tokens * stride + first;
+            if (stride - first < WIDE)
+                unpack_eighth_of(found, parts, tokens, to, stride, 1);
+            else
+                unpack_eighth_of(found, parts, tokens, to, stride, 0);
+        }
+    }
+}
+
+#endif
