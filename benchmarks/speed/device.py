@@ -31,8 +31,22 @@ def use_threads(threads: int | None) -> None:
 def device_config(device: torch.device) -> dict[str, Any]:
     """What of the device belongs into a record, beside its provenance."""
     allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()}, {cpu_instructions()}"
     return {"device": name, "usable_cores": len(allowed(0)), "threads": torch.get_num_threads()}
+
+
+def cpu_instructions() -> str:
+    """The widest vectors that torch finds, such as AVX2, and whether bfloat16 is multiplied natively: processors' names do not tell."""
+    return torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if _multiplies_bfloat16() else "")
+
+
+def _multiplies_bfloat16() -> bool:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
 def now(device: torch.device) -> float:
