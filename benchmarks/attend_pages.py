@@ -37,12 +37,13 @@ def main(
     windows: int = 1,
     step_tokens: int = 1,
     model: str = "demo",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     prefill_chunk: int = PREFILL_CHUNK_TOKENS,
     output: Annotated[Path, typer.Option(help="Folder of the records.")] = RESULTS,
 ) -> None:
     """Fill one cache for each window, step the rest of it with every number of pages; a record for each number."""
     counts = [count for each in pages if (count := page_counts(each)) is not None]
-    source, loaded_bundle, loaded = read_text(text), Bundle.load(bundle), load_model(model)
+    source, loaded_bundle, loaded = read_text(text), Bundle.load(bundle), load_model(model, dtype)
     ids = token_windows(loaded.tokenizer, source.text, context, windows)
     with attach(loaded.model, loaded_bundle):
         results = measure_attended(
@@ -56,8 +57,9 @@ def main(
         "fit": loaded_bundle.fit.model_dump(mode="json"),
     }  # fmt: skip
     output.mkdir(exist_ok=True)
+    computed = "" if config["dtype"] == "float32" else f"-{config['dtype']}"
     for count, result in results.items():
-        name = f"attend-pages-{source.name.split('.')[0]}-{bundle.name}-{context}-{_named(count)}"
+        name = f"attend-pages-{source.name.split('.')[0]}-{bundle.name}-{context}-{_named(count)}{computed}"
         Record("attend-pages", attended_figures(result), config).write(output / f"{name}.json")
         print(
             f"{name}: KL divergence {result.kl_divergence.value:.5f}, perplexity x {result.perplexity_ratio.value:.4f}, "

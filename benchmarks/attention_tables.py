@@ -10,7 +10,8 @@ _READING = """One layer's attention of a decode step: random codes, keys and val
 calls just before, as a model's other layers would leave it. "Read" counts the bytes that a step must read (codes and exact part, or
 full keys and values) per second, as a share of what copying reaches here (read and written); "computed" counts the multiplications
 and additions of the method as it stands (for compressed caches: decoding keys, scores, summing values as latents), as a share of what
-a matrix product reaches, in float32, or for bfloat16 in whichever of the two is faster. Sinks and window are part of the context."""
+a matrix product reaches, in float32, or for bfloat16 in whichever of the two is faster; the C kernel multiplies bytes to decode keys, so
+that it may go beyond that. Sinks and window are part of the context."""
 
 
 def attention_sections() -> list[str]:

@@ -1,0 +1,70 @@
+"""What the C kernel's 8-bit decoders of keys cost in quality: decode steps with them and with float decoders.
+
+python benchmarks/rounding.py BUNDLE wikitext-2/test.txt
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from speed.device import device_config, use_threads
+
+from kvcar.bundle import Bundle
+from kvcar.errors import InputError, KVCarError
+from kvcar.evaluate.attended import FOLLOWING_TOKENS, Attended, attended_figures, measure_attended
+from kvcar.fit.text import read_text, token_windows
+from kvcar.kernels.attend import cpu
+from kvcar.kernels.native import native_library
+from kvcar.models.load import LoadedModel, load_model
+from kvcar.record import Record
+from kvcar.runtime.attach import attach
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(
+    bundle: Annotated[Path, typer.Argument(help="Folder of a bundle; its name names the record.")],
+    text: Annotated[Path, typer.Argument()],
+    context: Annotated[int, typer.Option(help="Tokens of a window, the following ones included.")] = 4096,
+    following: Annotated[
+        int, typer.Option(help="Tokens at the end of a window, stepped one by one.")
+    ] = FOLLOWING_TOKENS,
+    windows: int = 4,
+    model: str = "demo",
+    threads: int | None = None,
+    output: Annotated[Path, typer.Option(help="Folder of the record.")] = RESULTS,
+) -> None:
+    """Step the ends of the same windows with either kind of decoders; one record."""
+    use_threads(threads)
+    together = int(native_library().kvcar_decode8_latents())
+    if not together:
+        raise InputError("this CPU has no 8-bit decoders; run this where there is AVX2 or AVX-512 VNNI")
+    source, loaded = read_text(text), load_model(model)
+    ids = token_windows(loaded.tokenizer, source.text, context, windows)
+    found = {name: _measure(loaded, bundle, ids, following, name == "int8") for name in ("float32", "int8")}
+    for name, each in found.items():
+        print(f"{name}: KL divergence {each.kl_divergence.value:.6f} ± {each.kl_divergence.stderr:.6f}")
+    config = {
+        "model": model, "bundle": bundle.name, "bundle_sha256": Bundle.load(bundle).digest, "text": source.name,
+        "text_sha256": source.sha256, "context": context, "following": following, "windows": windows,
+        "latents_multiplied_together": together, **device_config(ids.device),
+    }  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {name: attended_figures(each) for name, each in found.items()}
+    Record("rounding", {"decoders": figures}, config).write(output / f"rounding-{bundle.name}.json")
+
+
+def _measure(loaded: LoadedModel, folder: Path, ids: Any, following: int, in_8_bits: bool) -> Attended:
+    """All pages attended to. A bundle that is loaded anew has kernels' jobs of its own, made as the switch says."""
+    cpu.IN_8_BITS, bundle = in_8_bits, Bundle.load(folder)
+    with attach(loaded.model, bundle):
+        return measure_attended(loaded.model, bundle, ids, [], following)[None]
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except KVCarError as error:
+        raise SystemExit(f"error: {error}") from None
