@@ -14,12 +14,16 @@ import torch
 
 def processor_name() -> str:
     """What the processor calls itself."""
+    return _cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_field(name: str) -> str:
+    """What Linux says of the first processor; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
 def use_threads(threads: int | None) -> None:
@@ -37,16 +41,9 @@ def device_config(device: torch.device) -> dict[str, Any]:
 
 def cpu_instructions() -> str:
     """The widest vectors that torch finds, such as AVX2, and whether bfloat16 is multiplied natively: processors' names do not tell."""
-    return torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if _multiplies_bfloat16() else "")
-
-
-def _multiplies_bfloat16() -> bool:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "").split()
-    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+    flags = f"{_cpu_field('flags')} {_cpu_field('Features')}".split()  # on x86, on ARM
+    multiplies_bfloat16 = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
+    return torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if multiplies_bfloat16 else "")
 
 
 def now(device: torch.device) -> float:

@@ -230,7 +230,7 @@ static void decode_and_score(const Job *job, const Reader *reader, int b, int64_
     const uint8_t *codes = s->codes + (long)(tile * TILE + low) * stride;
     float *keys = s->tile + (long)low * width;
     if (!reader->narrow)
-        to_floats(codes, 1, some * stride, 0, s->floats, 0);
+        widen(codes, some * stride, s->floats);
     for (int h = 0; h < reader->heads; h++) {
         const int head = reader->head[h];
         const float *bias = reader->bias + (long)h * width, *matrix = reader->matrix + (long)h * width * reader->exact;
@@ -249,7 +249,7 @@ static void decode_and_score(const Job *job, const Reader *reader, int b, int64_
 static void score_folded(const Job *job, const Reader *reader, int b, int tile, int low, int high, Scratch *s)
 {
     const int latents = reader->latents, stride = rounded_up(latents);
-    to_floats(s->codes + (long)(tile * TILE + low) * stride, 1, (high - low) * stride, 0, s->floats, 0);
+    widen(s->codes + (long)(tile * TILE + low) * stride, (high - low) * stride, s->floats);
     for (int h = 0; h < reader->heads; h++) {
         const long at = ((long)b * job->heads + reader->head[h]) * job->rows;
         for (int row = 0; row < job->rows; row++) {
@@ -265,7 +265,7 @@ static void score_folded(const Job *job, const Reader *reader, int b, int tile, 
 static void sum_values(const Job *job, const Reader *reader, int tile, int low, int high, Scratch *s, float *sums)
 {
     const int stride = rounded_up(reader->latents), rows = job->rows;
-    to_floats(s->codes + (long)(tile * TILE + low) * stride, 1, (high - low) * stride, 0, s->floats, 0);
+    widen(s->codes + (long)(tile * TILE + low) * stride, (high - low) * stride, s->floats);
     for (int h = 0; h < reader->heads; h++)
         for (int row = 0; row < rows; row++) {
             const float shrink = s->shrink[(long)reader->head[h] * rows + row];

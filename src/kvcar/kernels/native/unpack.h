@@ -100,12 +100,18 @@ static void unpack(const uint8_t *data, const uint8_t *end, const Plane *planes,
         }
 }
 
+/* Codes side by side as floats. */
+static inline void widen(const uint8_t *codes, int count, float *out)
+{
+    for (int j = 0; j < count; j++)
+        out[j] = (float)(int)codes[j];
+}
+
 /* The first `count` codes of each of `tokens` rows as floats. */
-static void to_floats(const uint8_t *codes, int tokens, int count, int stride, float *out, int out_stride)
+static inline void to_floats(const uint8_t *codes, int tokens, int count, int stride, float *out, int out_stride)
 {
     for (int t = 0; t < tokens; t++)
-        for (int j = 0; j < count; j++)
-            out[(long)t * out_stride + j] = (float)(int)codes[(long)t * stride + j];
+        widen(codes + (long)t * stride, count, out + (long)t * out_stride);
 }
 
 #endif
