@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 _TYPES = {
     torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float16: "*fp16",
-    torch.bfloat16: "*bf16", int: "i32", float: "fp32",
+    torch.bfloat16: "*bf16", torch.bool: "*i1", int: "i32", float: "fp32",
 }  # fmt: skip
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -73,7 +73,7 @@ def attend_kernels(
 ) -> None:
     """Kernels of one decoding step over blocks of ``latents`` latents, of 6, 5, 4 and 2 bits."""
     from kvcar.kernels.attend import triton as backend
-    from kvcar.kernels.attend import triton_scores, triton_values
+    from kvcar.kernels.attend import triton_merge, triton_scores, triton_values
     from kvcar.kernels.attend.inputs import ExactPast, PagedPast, Reader
     from kvcar.kernels.layout import coded_segment
     from kvcar.kernels.rotary import RotaryTable
@@ -83,6 +83,8 @@ def attend_kernels(
         (triton_scores, "decode_scores"),
         (triton_scores, "direct_scores"),
         (triton_values, "latent_sums"),
+        (triton_merge, "exact_piece"),
+        (triton_merge, "merge_pieces"),
     ]:
         kernel = getattr(module, name)
         setattr(module, name, kernel if isinstance(kernel, Caught) else Caught(kernel))
@@ -100,7 +102,8 @@ def attend_kernels(
     paged = PagedPast(
         [pages], 2500, torch.zeros(1, dtype=torch.int64), 0, torch.zeros(1, dtype=torch.int64), readers, readers, table
     )
-    exact = ExactPast(torch.zeros(1, kv_heads, 3, head_dim), torch.zeros(1, kv_heads, 3, head_dim), None)
+    held = torch.zeros(1, kv_heads, 90, head_dim, dtype=dtype)
+    exact = ExactPast(held, held, torch.ones(1, 1, 1, 90, dtype=torch.bool))
     backend.attend(torch.zeros(1, query_heads, 1, head_dim, dtype=dtype), exact, paged, 0.1, None)
 
 

@@ -13,7 +13,7 @@ from structures import STRUCTURES, paged_past, rotary
 from triton_device import DEVICE, poison_empty
 
 from kvcar.errors import KernelError
-from kvcar.kernels.attend import ExactPast, PagedPast, Reader, attend, naive, triton_values
+from kvcar.kernels.attend import ExactPast, PagedPast, Reader, naive, triton_pages, triton_scores, triton_values
 from kvcar.kernels.attend import triton as backend
 from kvcar.kernels.layout import coded_segment
 from kvcar.kernels.pack import pack
@@ -183,14 +183,41 @@ def test_what_is_not_served_is_said():
     assert "16 bytes" in backend.serves(query, replace(paged, tiles=wide))
 
 
-def test_chosen_pages_go_to_pytorch_at_their_own_positions(monkeypatch):
-    coder = coder_of("heads apart")
-    paged = paged_past(coder, 1, 32 * 12, 2, rotary(DEVICE), [0, 5])
-    some = paged.only(torch.tensor([[1, 4, 11], [2, 3, 9]], device=DEVICE), gather=False)
+@pytest.mark.parametrize("last", [32 * 12, 32 * 11 + 5], ids=["full pages", "last page partly filled"])
+@pytest.mark.parametrize("gathered", [False, True], ids=["where they lie", "gathered"])
+def test_chosen_pages_stand_at_their_own_positions(last, gathered):
+    """Pages of 32 tokens; the first one of the second sequence holds sinks that are not read here."""
+    paged = paged_past(coder_of("heads apart"), 1, last, 2, rotary(DEVICE), [0, 37])
+    some = paged.only(torch.tensor([[1, 4, 11], [1, 3, 11]], device=DEVICE), gather=gathered)
     query, exact = random(2, 4, 1, 16), exact_past(2, 2, 1, 16)
-    assert "only some pages" in backend.serves(query, some)
-    monkeypatch.setenv("KVCAR_KERNELS", "triton")
-    torch.testing.assert_close(attend(query, exact, some, 0.25), naive.attend(query, exact, some.gathered(), 0.25))
+    assert backend.serves(query, some) is None
+    expected = naive.attend(query, exact, some.gathered(), 0.25)
+    torch.testing.assert_close(backend.attend(query, exact, some, 0.25), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("structure", ["one key head exact", "heads apart"])
+@pytest.mark.parametrize("tokens", [0, 1, 70, 352])
+def test_a_table_with_room_gives_what_its_tokens_give(monkeypatch, structure, tokens):
+    """Nothing is read beyond each sequence's own last token, neither of the table nor of the scratch."""
+    paged = paged_past(coder_of(structure), 1, 352, 2, rotary(DEVICE), [0, 0])
+    query, exact = random(2, 4, 1, 16), exact_past(2, 2, 1, 16)
+    monkeypatch.setattr(triton_scores, "_INTERPRETER_TILE_TOKENS", 64)
+    table = triton_pages.page_table(paged)
+    room = torch.full((2, 30), -1, dtype=torch.int64, device=DEVICE)  # no addresses at all
+    room[:, : table.addresses.shape[1]] = table.addresses
+    last = torch.tensor([tokens, 352], device=DEVICE)
+    wide = triton_pages.PageTable(room, last, 30 * 32, 30 * 32)
+    poison_empty(monkeypatch)
+    got = backend.attend_table(query, exact, paged, wide, 0.25)
+    for sequence, end in enumerate(last.tolist()):
+        own = ExactPast(*(x[sequence : sequence + 1] for x in (exact.keys, exact.values, exact.mask)))
+        tiles = [tile[sequence : sequence + 1] for tile in paged.tiles]
+        one = slice(sequence, sequence + 1)
+        past = (
+            replace(paged, tiles=tiles, tokens=end, first=paged.first[one], offset=paged.offset[one]) if end else None
+        )
+        expected = naive.attend(query[one], own, past, 0.25)
+        torch.testing.assert_close(got[one], expected, atol=2e-5, rtol=2e-5)
 
 
 def test_the_kernels_compile_for_an_h100(tmp_path):
@@ -204,7 +231,14 @@ def test_the_kernels_compile_for_an_h100(tmp_path):
     result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert {name for name, *_ in lines} == {"decode_scores", "direct_scores", "latent_sums", "encode_pages"}
+    assert {name for name, *_ in lines} == {
+        "decode_scores",
+        "direct_scores",
+        "latent_sums",
+        "exact_piece",
+        "merge_pieces",
+        "encode_pages",
+    }
     for name, shared, _, spilled in lines:
         assert int(shared) <= 227 * 1024, name
         assert int(spilled) <= 256, name

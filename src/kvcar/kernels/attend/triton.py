@@ -6,7 +6,8 @@ the CPU, slowly.
 
 Two launches for a span of tokens, whatever the number of arenas: keys are decoded tile by tile for all query rows of
 their heads, rotated, scored and thrown away; then each split of the span sums the stored values under its own online
-softmax. Splits, sinks and window are merged by their log-sum-exp and the sums decoded once per query row. Where keys
+softmax. One more attends to sinks and window, and a last one merges it with all splits by their log-sum-exp and decodes the
+sums once per query row. Where keys
 need no rotation, queries are taken to the space of the stored values instead and no key is decoded. ``docs/kernels.md``
 says why in this order.
 """
@@ -19,9 +20,10 @@ from torch import Tensor
 from ...errors import KernelError
 from ..triton_planes import cannot_run_on
 from .inputs import ExactPast, PagedPast, Reader
-from .triton_pages import are_aligned, page_addresses
-from .triton_scores import ELEMENT_TYPES, Call, Scorer
-from .triton_values import ValueSums, exact_piece, merged
+from .triton_merge import SplitSums, attend_exactly, merge
+from .triton_pages import PageTable, are_aligned, page_table
+from .triton_scores import ELEMENT_TYPES, Call, Scorer, precision_of
+from .triton_values import ValueSums
 
 MOST_QUERY_TOKENS = 16
 _SCORES_AT_ONCE = 2**26
@@ -43,8 +45,6 @@ def serves(query: Tensor, paged: PagedPast | None) -> str | None:
         return f"{query.shape[2]} query tokens are more than the {MOST_QUERY_TOKENS} of a decoding step"
     if paged is None:
         return None
-    if paged.pages is not None:
-        return "only some pages are attended, whose tokens stand elsewhere than their places say"
     if not are_aligned(paged.tiles):
         return "pages do not start at multiples of 16 bytes"
     reasons = (_refuses(reader, paged) for reader in (*paged.key_readers, *paged.value_readers))
@@ -80,21 +80,41 @@ def attend_served(
     query: Tensor, exact: ExactPast, paged: PagedPast | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
     """Same as ``attend`` of what ``serves`` has nothing against."""
+    table = None if paged is None or paged.tokens == 0 else page_table(paged)
+    return attend_table(query, exact, paged, table, scaling, softcap)
+
+
+def attend_table(
+    query: Tensor,
+    exact: ExactPast,
+    paged: PagedPast | None,
+    table: PageTable | None,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Same as ``attend_served``, of the pages that ``table`` tells of; what ``paged`` says of tiles and tokens is not used."""
     batch, _, _, head_dim = query.shape
     # Query heads that share a KV head become more query rows of it: [B, H, G * T, D].
     q = query.float().reshape(batch, exact.keys.shape[1], -1, head_dim) * scaling
-    pieces = [exact_piece(q, exact, softcap)]
-    if paged is not None and paged.tokens > 0:
-        half = query.dtype != torch.float32
-        call = Call(q, paged, page_addresses(paged.tiles), half, softcap)
-        scorer, values = Scorer(call), ValueSums(call)
-        rows = q.shape[0] * q.shape[1] * q.shape[2]
-        span = max(1, _SCORES_AT_ONCE // (rows * values.split_tokens)) * values.split_tokens
-        with torch.cuda.device_of(q):
-            for start in range(0, paged.tokens, span):
-                stop = min(start + span, paged.tokens)
-                scores = torch.empty(q.shape[0], q.shape[1] * q.shape[2], stop - start, device=q.device)
-                scorer.write(scores, start, stop)
-                values.add(scores, start, stop)
-        pieces.append(values.piece())
-    return merged(pieces).view(query.shape).to(query.dtype)
+    out = torch.empty_like(q, dtype=query.dtype)
+    half = query.dtype != torch.float32
+    with torch.cuda.device_of(q):
+        piece = attend_exactly(q, exact, precision_of(half), softcap)
+        parts: list[SplitSums] = []
+        if paged is not None and table is not None:
+            parts = _paged_sums(Call(q, paged, table, half, softcap))
+        merge(out, piece, parts)
+    return out.view(query.shape)
+
+
+def _paged_sums(call: Call) -> list[SplitSums]:
+    """Softmax of the pages' tokens, span by span so that the scratch stays small."""
+    scorer, values = Scorer(call), ValueSums(call)
+    batch, heads, rows = call.q.shape[:3]
+    span = max(1, _SCORES_AT_ONCE // (batch * heads * rows * values.split_tokens)) * values.split_tokens
+    for start in range(0, call.table.places, span):
+        stop = min(start + span, call.table.places)
+        scores = torch.empty(batch, heads * rows, stop - start, device=call.q.device)
+        scorer.write(scores, start, stop)
+        values.add(scores, start, stop)
+    return values.parts()

@@ -95,6 +95,10 @@ class Bank:
         """Blocks of latents that a group fills; the table has ``table.blocks`` for every group."""
         return -(-self.groups[group].latents // self.table.block)
 
+    def index(self, group: Group) -> Tensor:
+        """Its heads, int64: made once, as a list would be sent to the device, and waited for, at every step."""
+        return self.keep(("index", group), lambda: torch.tensor(group.heads, device=self.device))
+
     def keep(self, key: object, make: Callable[[], _Made]) -> _Made:
         """What ``make`` gave for this key the first time."""
         if key not in self.made:

@@ -5,12 +5,22 @@ latents. Query rows of a KV head are its query heads times the query tokens; row
 one after the other.
 """
 # pyright: basic, reportOperatorIssue=false, reportArgumentType=false
+# ruff: noqa: SIM102 - the outer condition is known when compiling, the inner one is not.
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 import triton
 import triton.language as tl
 
 from ..triton_planes import page_address, unpack_block
+
+
+@triton.jit
+def _token_index(numbers, page_count, batch, place, stop, PAGE_TOKENS: tl.constexpr, CHOSEN: tl.constexpr):
+    """Which token of its sequence stands at each place ``[N]``: the place itself, unless pages were chosen."""
+    if CHOSEN:
+        page = tl.load(numbers + batch * page_count + place // PAGE_TOKENS, mask=place < stop, other=0)
+        place = page.to(tl.int32) * PAGE_TOKENS + place % PAGE_TOKENS
+    return place
 
 
 @triton.jit
@@ -36,6 +46,7 @@ def _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, so
 def decode_scores(
     scores,
     pages,
+    numbers,
     table,
     present,
     items,
@@ -46,6 +57,7 @@ def decode_scores(
     fine,
     coarse,
     first,
+    last,
     offset,
     start,
     stop,
@@ -56,6 +68,7 @@ def decode_scores(
     coarse_rows,
     softcap,
     HAS_CAP: tl.constexpr,
+    CHOSEN: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WIDTHS: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -71,9 +84,9 @@ def decode_scores(
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Scores of tokens ``start`` to ``stop`` through keys that are decoded, rotated and thrown away.
+    """Scores of the tokens at places ``start`` to ``stop`` through keys that are decoded, rotated and thrown away.
 
-    A program decodes the keys of one tile of tokens for the heads of one item, once for all their query rows. The
+    Places are counted in the table of pages; ``first``, ``last`` and positions go by which token of its sequence it is. A program decodes the keys of one tile of tokens for the heads of one item, once for all their query rows. The
     columns of a head are its rotated pairs' first elements, their second ones, and the rest: the decoder's matrix and
     the query come in that order, so that rotation pairs accumulators element by element whatever the model's style.
     Heads stand side by side in the columns; a query row is zero outside its own head's.
@@ -86,14 +99,20 @@ def decode_scores(
         bias: float32 ``[I, 2 * BLOCK_PAIRS + BLOCK_REST]``.
         query: float32 ``[B, layer_heads, query_rows, 2 * PAIRS + REST]``, scaled, columns as above.
         fine, coarse: float32 ``[2, FINE or coarse_rows, PAIRS]`` cosines and sines.
-        first, offset: int64 ``[B]``.
+        first, last, offset: int64 ``[B]``.
     """
     item = items + tl.program_id(1) * 4
     block_start, head_start = tl.load(item), tl.load(item + 1)
     head_count, matrix_block = tl.load(item + 2), tl.load(item + 3)
     batch = tl.program_id(2).to(tl.int64)
-    token = start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    seen = (token >= tl.load(first + batch)) & (token < stop)
+    end = tl.load(last + batch)
+    begin = start + tl.program_id(0) * BLOCK_N
+    if not CHOSEN:
+        if begin >= end:
+            return
+    token = begin + tl.arange(0, BLOCK_N)
+    index = _token_index(numbers, page_count, batch, token, stop, PAGE_TOKENS, CHOSEN)
+    seen = (index >= tl.load(first + batch)) & (index < end) & (token < stop)
     address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
     inside = token % PAGE_TOKENS
 
@@ -119,7 +138,7 @@ def decode_scores(
             rest = tl.dot(u, tl.load(part + 2 * BLOCK_PAIRS + rest_column[None, :]), rest, input_precision=PRECISION)
 
     # Angle addition from the two small tables; padding counts as position 0.
-    position = tl.maximum(token - tl.load(offset + batch), 0)
+    position = tl.maximum(index - tl.load(offset + batch), 0)
     pair = column % PAIRS
     at_coarse = coarse + (position // FINE)[:, None] * PAIRS + pair[None, :]
     at_fine = fine + (position % FINE)[:, None] * PAIRS + pair[None, :]
@@ -153,6 +172,7 @@ def decode_scores(
 def direct_scores(
     scores,
     pages,
+    numbers,
     table,
     present,
     items,
@@ -160,6 +180,7 @@ def direct_scores(
     operand,
     constant,
     first,
+    last,
     start,
     stop,
     page_count,
@@ -169,6 +190,7 @@ def direct_scores(
     operand_size,
     softcap,
     HAS_CAP: tl.constexpr,
+    CHOSEN: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WIDTHS: tl.constexpr,
     ELEMENT: tl.constexpr,
@@ -178,7 +200,7 @@ def direct_scores(
     BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Scores of tokens ``start`` to ``stop`` as products of stored values with queries in their space.
+    """Scores of the tokens at places ``start`` to ``stop`` as products of stored values with queries in their space.
 
     Args:
         scores: float32 ``[B, layer_heads * query_rows, stop - start]``, written.
@@ -190,8 +212,14 @@ def direct_scores(
     item = items + tl.program_id(1) * 5
     block_start, head_start, head_count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     batch = tl.program_id(2).to(tl.int64)
-    token = start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    seen = (token >= tl.load(first + batch)) & (token < stop)
+    end = tl.load(last + batch)
+    begin = start + tl.program_id(0) * BLOCK_N
+    if not CHOSEN:
+        if begin >= end:
+            return
+    token = begin + tl.arange(0, BLOCK_N)
+    index = _token_index(numbers, page_count, batch, token, stop, PAGE_TOKENS, CHOSEN)
+    seen = (index >= tl.load(first + batch)) & (index < end) & (token < stop)
     address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
     inside = token % PAGE_TOKENS
     row = tl.load(item + 3) + tl.arange(0, BLOCK_Q)
@@ -218,11 +246,13 @@ def latent_sums(
     stats,
     scores,
     pages,
+    numbers,
     table,
     present,
     items,
     heads,
     first,
+    last,
     start,
     stop,
     split_start,
@@ -231,6 +261,7 @@ def latent_sums(
     latents,
     query_rows,
     layer_heads,
+    CHOSEN: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WIDTHS: tl.constexpr,
     ELEMENT: tl.constexpr,
@@ -248,7 +279,7 @@ def latent_sums(
         stats: float32 ``[2, B, splits, I, BLOCK_Q]``, written: the split's maximum and its sum of weights.
         scores: float32 ``[B, layer_heads * query_rows, stop - start]``.
         items: int32 ``[I, 4]``: block of the table, first of ``heads``, their number, first row.
-        start, stop: tokens that ``scores`` holds; the first is the first of split ``split_start``.
+        start, stop: places that ``scores`` holds; the first is the first of split ``split_start``.
     """
     item = items + tl.program_id(1) * 4
     block, head_start, head_count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
@@ -256,18 +287,30 @@ def latent_sums(
     row = tl.load(item + 3) + tl.arange(0, BLOCK_Q)
     row_ok = row < head_count * query_rows
     layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
-    first_token = tl.load(first + batch)
+    first_token, end = tl.load(first + batch), tl.load(last + batch)
 
     most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_Q], tl.float32)
     total = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
     begin = start + tl.program_id(0) * (TILES * BLOCK_N)
+    place = (batch * splits + split_start + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
+    own = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    masses = stats + tl.num_programs(2).to(tl.int64) * splits * tl.num_programs(1) * BLOCK_Q
+    own_sums = sums + own[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
+    if not CHOSEN:
+        if begin >= end:
+            tl.store(stats + own, most)
+            tl.store(masses + own, mass)
+            tl.store(own_sums, total)
+            return
     for tile in range(TILES):
         token = begin + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        seen = (token >= first_token) & (token < stop)
+        index = _token_index(numbers, page_count, batch, token, stop, PAGE_TOKENS, CHOSEN)
+        seen = (index >= first_token) & (index < end) & (token < stop)
+        # Only of tokens that may be seen: scores of tiles beyond the last token are not written.
         score = tl.load(
             scores + layer_row[:, None] * (stop - start) + (token - start)[None, :],
-            mask=row_ok[:, None] & (token < stop)[None, :],
+            mask=row_ok[:, None] & seen[None, :],
             other=float("-inf"),
         )
         higher = tl.maximum(most, tl.max(score, 1))
@@ -284,8 +327,6 @@ def latent_sums(
         )  # fmt: skip
         total = tl.dot(weight.to(OPERAND), u, total * rescale[:, None], input_precision=PRECISION)
 
-    place = (batch * splits + split_start + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
-    own = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
     tl.store(stats + own, most)
-    tl.store(stats + tl.num_programs(2).to(tl.int64) * splits * tl.num_programs(1) * BLOCK_Q + own, mass)
-    tl.store(sums + own[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :], total)
+    tl.store(masses + own, mass)
+    tl.store(own_sums, total)

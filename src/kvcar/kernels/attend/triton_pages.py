@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -12,10 +13,48 @@ from torch import Tensor
 from ..allocation import rotary_table_entries
 from ..layout import SEGMENT_ALIGNMENT_BYTES
 from ..rotary import RotaryTable
+from .inputs import PagedPast
 
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 _ANGLES: weakref.WeakKeyDictionary[RotaryTable, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class PageTable:
+    """Where the pages lie that each sequence attends to, and what they hold; what a step reads of it is on the device.
+
+    Attributes:
+        addresses: int64 ``[B, P]``.
+        last: int64 ``[B]``: tokens from this one on are not there. The table may have places for more.
+        places: tokens that fit the table, or fewer where it is known that the last page is partly filled.
+        positions: most positions that tokens may have.
+        numbers: int64 ``[B, P]``, which page of its sequence each is; None where they are all in order.
+    """
+
+    addresses: Tensor
+    last: Tensor
+    places: int
+    positions: int
+    numbers: Tensor | None = None
+
+
+def page_table(paged: PagedPast) -> PageTable:
+    """The table of pages that lie in arenas."""
+    addresses = page_addresses(paged.tiles)
+    if paged.pages is None:
+        last = _everywhere(paged.tokens, len(addresses), addresses.device)
+        return PageTable(addresses, last, paged.tokens, paged.tokens)
+    if paged.whole is not None:
+        addresses, end = addresses.gather(1, paged.pages), paged.whole.tokens
+    else:
+        end = (int(paged.pages.max()) + 1) * paged.page_tokens
+    return PageTable(addresses, _everywhere(end, len(addresses), addresses.device), paged.tokens, end, paged.pages)
+
+
+@lru_cache(maxsize=16)
+def _everywhere(tokens: int, batch: int, device: torch.device) -> Tensor:
+    return torch.full((batch,), tokens, dtype=torch.int64, device=device)
 
 
 def page_addresses(tiles: Sequence[Tensor]) -> Tensor:

@@ -12,7 +12,7 @@ from ..allocation import FINE_POSITIONS
 from .inputs import PagedPast
 from .triton_groups import Bank, banks, key_decoder, split_pairs
 from .triton_kernels import decode_scores, direct_scores
-from .triton_pages import angle_tables
+from .triton_pages import PageTable, angle_tables
 
 ELEMENT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 WARPS = 8
@@ -26,14 +26,14 @@ class Call:
     Attributes:
         q: queries float32 ``[B, H, Q, D]``, scaled; the query heads of a KV head are rows of it.
         paged: the past.
-        pages: addresses int64 ``[B, pages]``.
+        table: where its pages lie.
         half: 16-bit queries: matrix units may round operands to float16 or tf32.
         softcap: of the scores.
     """
 
     q: Tensor
     paged: PagedPast
-    pages: Tensor
+    table: PageTable
     half: bool
     softcap: float | None
 
@@ -43,9 +43,19 @@ class Call:
         return self.paged.key_readers[0].segment.page_tokens
 
     @property
+    def numbers(self) -> Tensor:
+        """Which page each is, where ``chosen``; anything of the same type elsewhere."""
+        return self.table.addresses if self.table.numbers is None else self.table.numbers
+
+    @property
+    def chosen(self) -> bool:
+        """Whether the table holds some pages alone."""
+        return self.table.numbers is not None
+
+    @property
     def precision(self) -> str:
         """How float32 operands are multiplied; three tf32 products are as exact as float32."""
-        return "tf32" if self.half else "tf32x3"
+        return precision_of(self.half)
 
 
 class Scorer:
@@ -63,7 +73,7 @@ class Scorer:
             self._turned = torch.cat([first * scale, second * scale, rest], dim=-1)
 
     def write(self, scores: Tensor, start: int, stop: int) -> None:
-        """Write scores float32 ``[B, H * Q, stop - start]`` of tokens ``start`` to ``stop``."""
+        """Write scores float32 ``[B, H * Q, stop - start]`` of the tokens at places ``start`` to ``stop``."""
         for bank in self._banks:
             if bank in self._folded:
                 self._direct(bank, scores, start, stop)
@@ -76,14 +86,14 @@ class Scorer:
         batch, heads, rows, head_dim = call.q.shape
         half = call.half and bank.fits_float16
         decoder = key_decoder(bank, rotary, head_dim, torch.float16 if half else torch.float32)
-        fine, coarse = angle_tables(rotary, call.paged.tokens)
+        fine, coarse = angle_tables(rotary, call.table.positions)
         block, most_rows = tile_tokens(call, keys=True), rows * decoder.most_heads
         block_q = query_block(most_rows)
         decode_scores[(-(-(stop - start) // block), len(decoder.items), batch)](
-            scores, call.pages, table.fields, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
-            self._turned, fine, coarse, call.paged.first, call.paged.offset, start, stop, call.pages.shape[1],
-            table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
+            scores, call.table.addresses, call.numbers, table.fields, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
+            self._turned, fine, coarse, call.paged.first, call.table.last, call.paged.offset, start, stop,
+            call.table.addresses.shape[1], table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
+            HAS_CAP=call.softcap is not None, CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
             OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, PAIRS=rotary.width // 2,
             REST=head_dim - rotary.width, FINE=FINE_POSITIONS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
@@ -98,12 +108,17 @@ class Scorer:
         operand, constant, items, block_q = self._folded[bank]
         block = tile_tokens(call, keys=False)
         direct_scores[(-(-(stop - start) // block), len(items), batch)](
-            scores, call.pages, table.fields, table.present, items, bank.heads, operand, constant, call.paged.first,
-            start, stop, call.pages.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
+            scores, call.table.addresses, call.numbers, table.fields, table.present, items, bank.heads, operand, constant, call.paged.first,
+            call.table.last, start, stop, call.table.addresses.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
+            HAS_CAP=call.softcap is not None, CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
             ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
             BLOCK_Q=block_q, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
+
+
+def precision_of(half: bool) -> str:
+    """See ``Call.precision``."""
+    return "tf32" if half else "tf32x3"
 
 
 def tile_tokens(call: Call, keys: bool) -> int:
@@ -133,10 +148,10 @@ def _fold(call: Call, bank: Bank) -> tuple[Tensor, Tensor, Tensor, int]:
     constant = torch.zeros(batch, heads, rows, device=call.q.device)
     parts = []
     for group in bank.groups:
-        own = call.q[:, list(group.heads)]
+        own = call.q.index_select(1, bank.index(group))
         if group.affine is not None:
             matrix, bias = (x.unflatten(-1, (len(group.heads), -1)) for x in group.affine)
-            constant[:, list(group.heads)] = (own @ bias[..., None])[..., 0]
+            constant.index_copy_(1, bank.index(group), (own @ bias[..., None])[..., 0])
             own = own @ matrix.permute(1, 2, 0)
         width = bank.table.blocks * bank.table.block
         parts.append(torch.nn.functional.pad(own, (0, width - own.shape[-1])).flatten(1))

@@ -1,4 +1,4 @@
-"""Values summed as they are stored, and the merging of all pieces of a softmax."""
+"""Values summed as they are stored, split by split."""
 
 from __future__ import annotations
 
@@ -8,21 +8,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .inputs import ExactPast
 from .triton_groups import Bank, banks
 from .triton_kernels import latent_sums
+from .triton_merge import SplitSums
 from .triton_scores import ELEMENT_TYPES, WARPS, Call, query_block, tile_tokens
 
 _INTERPRETER_PROGRAMS = 8
 _PROGRAMS_PER_PROCESSOR = 4
-
-
-class Piece(NamedTuple):
-    """A part of a softmax: maximum of the scores and sum of weights ``[B, H, Q]``, weighted sum ``[B, H, Q, D]``."""
-
-    most: Tensor
-    mass: Tensor
-    total: Tensor
 
 
 class _Launch(NamedTuple):
@@ -49,11 +41,11 @@ class ValueSums:
         ]
         tile = tile_tokens(call, keys=False)
         wanted = _programs(device) // (batch * sum(len(items) for _, items, _ in parts))
-        tiles = -(-call.paged.tokens // tile)
+        tiles = -(-call.table.places // tile)
         # A power of two, as each number of tiles is compiled for itself.
         self._tiles = 1 << (-(-tiles // max(1, wanted)) - 1).bit_length()
         self.split_tokens = self._tiles * tile
-        self._splits = -(-call.paged.tokens // self.split_tokens)
+        self._splits = -(-call.table.places // self.split_tokens)
         self._launches: list[_Launch] = []
         for bank, items, block_q in parts:
             shape = (batch, self._splits, len(items), block_q)
@@ -68,88 +60,18 @@ class ValueSums:
             # Codes and 16-bit latents are exact in float16; lossless elements may not be.
             half = call.half and bank.coded
             latent_sums[(-(-(stop - start) // self.split_tokens), len(items), batch)](
-                sums, stats, scores, call.pages, bank.table.fields, bank.table.present, items, bank.heads,
-                call.paged.first, start, stop, start // self.split_tokens, self._splits,
-                call.pages.shape[1], bank.table.latents, rows, heads,
-                PAGE_TOKENS=call.page_tokens, WIDTHS=bank.table.widths, ELEMENT=ELEMENT_TYPES[bank.element],
+                sums, stats, scores, call.table.addresses, call.numbers, bank.table.fields, bank.table.present, items, bank.heads,
+                call.paged.first, call.table.last, start, stop, start // self.split_tokens, self._splits,
+                call.table.addresses.shape[1], bank.table.latents, rows, heads,
+                CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WIDTHS=bank.table.widths, ELEMENT=ELEMENT_TYPES[bank.element],
                 OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, TILES=self._tiles,
                 BLOCK_N=tile_tokens(call, keys=False), BLOCK_R=bank.table.block, BLOCK_Q=block_q,
                 num_warps=WARPS,  # pyright: ignore[reportCallIssue]
             )  # fmt: skip
 
-    def piece(self) -> Piece:
-        """All pages as one piece: splits merged, then the sums decoded once for every query row."""
-        q = self._call.q
-        out = Piece(torch.zeros_like(q[..., 0]), torch.zeros_like(q[..., 0]), torch.zeros_like(q))
-        for bank, _, block_q, sums, stats in self._launches:
-            item = 0
-            for index, group in enumerate(bank.groups):
-                rows, blocks = len(group.heads) * q.shape[2], bank.blocks(index)
-                count = -(-rows // block_q) * blocks
-                own = slice(item, item + count)
-                most, mass, latents = _merge_splits(sums[:, :, own], stats[:, :, :, own], blocks, rows)
-                shape = (q.shape[0], len(group.heads), q.shape[2])
-                latents = latents[..., : group.latents].view(*shape, -1)
-                heads = list(group.heads)
-                out.most[:, heads], out.mass[:, heads] = most.view(shape), mass.view(shape)
-                out.total[:, heads] = _decoded(latents, mass.view(*shape, 1), group.affine)
-                item += count
-        return out
-
-
-def exact_piece(q: Tensor, exact: ExactPast, softcap: float | None) -> Piece:
-    """Sinks, window and new tokens as a piece; ``q`` is scaled, ``[B, H, Q, D]``."""
-    scores = q @ exact.keys.float().transpose(2, 3)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if exact.mask is not None:
-        groups = q.shape[2] // exact.mask.shape[2]
-        # [B, 1, T, S] -> [B, 1, Q, S]; one query token needs no copy.
-        mask = exact.mask if exact.mask.shape[2] == 1 else exact.mask.repeat(1, 1, groups, 1)
-        scores = scores.masked_fill(~mask, -torch.inf)
-    most = scores.amax(-1)
-    weights = torch.exp(scores - _anchor(most)[..., None])
-    return Piece(most, weights.sum(-1), weights @ exact.values.float())
-
-
-def merged(pieces: list[Piece]) -> Tensor:
-    """Normalised output ``[B, H, Q, D]``; rows that saw nothing are 0."""
-    anchor = _anchor(torch.stack([piece.most for piece in pieces]).amax(0))
-    total = torch.zeros_like(pieces[0].total)
-    mass = torch.zeros_like(anchor)
-    for piece in pieces:
-        weight = torch.exp(piece.most - anchor)
-        mass += piece.mass * weight
-        total += piece.total * weight[..., None]
-    return total / mass.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-
-
-def _merge_splits(sums: Tensor, stats: Tensor, blocks: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum and mass ``[B, rows]`` and latents ``[B, rows, blocks * block]`` of a group.
-
-    Items of a group run over blocks of rows, and within over blocks of latents: sums are
-    ``[B, splits, items, block_q, block]``, stats ``[2, B, splits, items, block_q]``.
-    """
-    batch, splits, items, block_q, block = sums.shape
-    by_row = stats[:, :, :, ::blocks].flatten(3)[..., :rows]
-    most = by_row[0].amax(1)
-    weight = torch.exp(by_row[0] - _anchor(most)[:, None])
-    whole = sums.view(batch, splits, items // blocks, blocks, block_q, block).transpose(3, 4)
-    whole = whole.reshape(batch, splits, -1, blocks * block)[:, :, :rows]
-    return most, (weight * by_row[1]).sum(1), (weight[..., None] * whole).sum(1)
-
-
-def _decoded(latents: Tensor, mass: Tensor, affine: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Sums of values ``[B, h, Q, D]`` of sums of stored values ``[B, h, Q, R]`` and of weights ``[B, h, Q, 1]``."""
-    if affine is None:
-        return latents
-    matrix, bias = (x.unflatten(-1, (latents.shape[1], -1)) for x in affine)
-    return latents @ matrix.transpose(0, 1) + mass * bias[:, None]
-
-
-def _anchor(most: Tensor) -> Tensor:
-    """What to subtract from scores: their maximum, or 0 where there is none."""
-    return most.masked_fill(most == -torch.inf, 0.0)
+    def parts(self) -> list[SplitSums]:
+        """All splits of every bank, to be merged."""
+        return [SplitSums(bank, block_q, sums, stats) for bank, _, block_q, sums, stats in self._launches]
 
 
 def _items(bank: Bank, rows: int) -> tuple[Tensor, int]:
