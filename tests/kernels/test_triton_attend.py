@@ -115,6 +115,7 @@ def table(width, style="half", scale=1.0):
     ("head_dim", "orders", "group", "count", "dtype", "rotated"),
     [
         (32, [(2, 0), (1, 3)], 1, 1, torch.float32, lambda: table(32)),
+        (32, [(2, 0), (1, 3)], 1, 3, torch.float32, lambda: table(32)),
         (64, [(1, 0)], 4, 2, torch.bfloat16, lambda: table(32, "interleaved", 1.2)),
         (80, [(0,), (1,)], 2, 1, torch.float16, lambda: table(80)),
         (96, [(0, 1)], 1, 1, torch.bfloat16, lambda: table(48)),
@@ -128,7 +129,7 @@ def test_shapes_styles_and_dtypes(head_dim, orders, group, count, dtype, rotated
     heads = sum(len(order) for order in orders)
     groups = [BitGroup(bits=b, count=c) for b, c in [(7, 9), (5, 20), (3, 11)]]
     paged = made_past(150, heads, head_dim, rotated(), groups, orders)
-    query = random(2, heads * group, count, head_dim, dtype=dtype)
+    query = random(2, count, heads * group, head_dim, dtype=dtype).transpose(1, 2)  # as models have it
     check(query, exact_past(2, heads, count, head_dim, dtype), paged)
 
 

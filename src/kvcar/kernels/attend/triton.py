@@ -95,7 +95,7 @@ def attend_table(
     """Same as ``attend_served``, of the pages that ``table`` tells of; what ``paged`` says of tiles and tokens is not used."""
     batch, _, _, head_dim = query.shape
     # Query heads that share a KV head become more query rows of it: [B, H, G * T, D].
-    q = query.float().reshape(batch, exact.keys.shape[1], -1, head_dim) * scaling
+    q = query.float().reshape(batch, exact.keys.shape[1], -1, head_dim).contiguous() * scaling
     out = torch.empty_like(q, dtype=query.dtype)
     half = query.dtype != torch.float32
     with torch.cuda.device_of(q):
