@@ -7,7 +7,7 @@ is changed, and ``detach`` leaves the model as it was found.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..bundle import Bundle
-from ..errors import AttachError, UnsupportedModelError
+from ..errors import AttachError, InputError, UnsupportedModelError
+from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
 from ..models.rotary_probe import RotaryProbe
 from ..models.structure import find_decoder
@@ -28,10 +29,14 @@ from .attention import stand_in_for
 from .cache import KVCarCache
 from .coder import PageCoder
 from .current import Current, set_current
+from .graphs import StepGraphs
+from .graphs.capture import Capture
+from .graphs.step_cache import StepCache
 from .prefill import PREFILL_CHUNK_TOKENS
 from .summaries import PageCounts
 
 _PREPARE = "_prepare_cache_for_generation"
+_FORWARD = "forward"
 
 _attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
 
@@ -50,6 +55,7 @@ class Attachment:
         window: int | None,
         prefill_chunk: int,
         attend_pages: PageCounts | None,
+        cuda_graphs: bool = False,
     ) -> None:
         bundle.check_model(model)
         prepare = getattr(type(model), _PREPARE, None)
@@ -67,6 +73,8 @@ class Attachment:
         self._current = Current()
         self._parts = find_decoder(model, bundle.plan.geometry.layers)
         self.new_cache()  # a bad window is told now, not in the first generate
+        if cuda_graphs:
+            _refuse_without_cuda(self._parts.device)
         self._base = str(model.config.get_text_config()._attn_implementation)
         stand_in = stand_in_for(self._base)
         self._probe = RotaryProbe(self._parts.decoder)
@@ -77,10 +85,19 @@ class Attachment:
         self._set_attention(stand_in)
         # Only this instance: `generate` asks it for a cache, and gets a compressed one by default.
         model.__dict__[_PREPARE] = partial(_prepare_cache, self, partial(prepare, model))
+        self._own_forward = model.__dict__.get(_FORWARD)
+        if cuda_graphs:
+            self.capture_steps()
 
     def new_cache(self) -> KVCarCache:
         """An empty cache for this model, with the options given to ``attach``."""
         return KVCarCache(self.bundle, window=self._window, attend_pages=self._attend_pages)
+
+    def capture_steps(self, capture: Capture | None = None) -> None:
+        """Replay decode steps as CUDA graphs from now on; see ``attach``. ``capture`` captures in another way."""
+        graphs = StepGraphs(self.model, self, capture)
+        # ``generate`` asks forward for the names of its arguments.
+        self.model.__dict__[_FORWARD] = wraps(self.model.forward)(lambda *args, **kwargs: graphs(*args, **kwargs))
 
     def detach(self) -> None:
         """Restore the model; caches made meanwhile can no longer be used with it. Doing it twice is harmless."""
@@ -92,6 +109,10 @@ class Attachment:
             set_current(module, None)
         self._set_attention(self._base)
         self.model.__dict__.pop(_PREPARE, None)
+        if self._own_forward is None:
+            self.model.__dict__.pop(_FORWARD, None)
+        else:
+            self.model.__dict__[_FORWARD] = self._own_forward
         del _attached[self.model]
 
     def __enter__(self) -> Self:
@@ -137,6 +158,10 @@ class Attachment:
 
     @uncompiled
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool) -> None:
+        given = kwargs.get("past_key_values")
+        if isinstance(given, StepCache):
+            self._current.cache = given
+            return
         cache = _given_cache(args, kwargs)
         self._current.cache = None
         if cache is None:
@@ -201,6 +226,7 @@ def attach(
     window: int | None = None,
     prefill_chunk: int = PREFILL_CHUNK_TOKENS,
     attend_pages: PageCounts | None = None,
+    cuda_graphs: bool = False,
 ) -> Attachment:
     """Let ``model`` run over compressed caches made from ``bundle``.
 
@@ -210,6 +236,10 @@ def attach(
         window: recent tokens kept exact; see ``KVCarCache``.
         prefill_chunk: most tokens of a prompt that ``generate`` computes at once.
         attend_pages: pages that a decode step attends to, in all layers or in each; see ``KVCarCache``.
+        cuda_graphs: capture a decode step of the whole model as a CUDA graph and replay it for every token, so that the device
+            never waits for Python. Plans that code all layers with the linear codec are served; steps that are not run as
+            without it, and the log ``kvcar.graphs`` says why. A graph is captured for every batch size, and anew when a
+            sequence has grown by a fourth to an eighth.
 
     Returns:
         The attachment; ``detach()`` it, or use it as a context manager.
@@ -218,11 +248,12 @@ def attach(
         AttachError: the model is attached already.
         ModelMismatchError: the bundle was fitted for another model.
         UnsupportedModelError: the model's structure is not one kvcar can serve.
+        InputError: CUDA graphs are wanted of a model on another device, or without Triton.
     """
     if model in _attached:
         raise AttachError("this model is attached already; detach it first")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-    attachment = Attachment(model, bundle, window, prefill_chunk, attend_pages)
+    attachment = Attachment(model, bundle, window, prefill_chunk, attend_pages, cuda_graphs)
     _attached[model] = attachment
     return attachment
 
@@ -246,11 +277,22 @@ def _given_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KVCarCache
     return given if isinstance(given, KVCarCache) else None
 
 
+def _refuse_without_cuda(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise InputError(f"CUDA graphs need the model on a CUDA device, but it is on {device}; leave cuda_graphs off")
+    backend = backend_for(device)
+    if backend != "triton":
+        raise InputError(
+            f"CUDA graphs need the Triton kernels, but the backend is {backend}; pip install 'kvcar[triton]'"
+        )
+
+
 def _refuse_capture(inputs: Tensor) -> None:
     if inputs.is_cuda and torch.cuda.is_current_stream_capturing():
         raise UnsupportedModelError(
             "a step over a compressed cache cannot be captured as one CUDA graph: a replay would not store its tokens; "
-            "use torch.compile(model, mode='reduce-overhead'), which captures what lies between attention"
+            "use attach(..., cuda_graphs=True), which captures steps and keeps the cache in order, or torch.compile(model, "
+            "mode='reduce-overhead'), which captures what lies between attention"
         )
 
 

@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
-from .current import attend_layer, attend_now, current_of
+from .current import attend_layer, current_of
 
 STAND_IN_PREFIX = "kvcar_"
 _BASES = ("sdpa", "eager")
@@ -65,7 +65,7 @@ def _attention(
     scale: float = scaling or float(query.shape[-1]) ** -0.5
     if torch.compiler.is_compiling():
         return attend_layer(query, key, value, scale, softcap, layer, current.handle), None
-    return attend_now(cache, layer, query, scale, softcap), None
+    return cache.attend(layer, query, scale, softcap), None
 
 
 def _base_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:

@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..bundle import Bundle
 from ..errors import CacheStateError, InputError
 from ..kernels.allocation import coded_tokens
-from ..kernels.attend import ExactPast, PagedPast
+from ..kernels.attend import ExactPast, PagedPast, attend
 from ..kernels.backend import Backend, backend_for
 from ..plan import Plan
 from .decoded import DecodedPast
@@ -111,9 +111,28 @@ class KVCarCache(Cache):
         self._mask, self._mask_known = None, False
         self._broken = False
 
+    @torch.no_grad()
+    def end_written_step(self) -> None:
+        """As ``end_pass`` for a pass of one token, whose keys and values are in the layers' buffers already."""
+        self._broken = True
+        self._state, self._next_state = self._next_state, None
+        for layer in self._coded.values():
+            layer.grown()
+            layer.open = False
+        self._seen += 1
+        leave = self._leaving(self._seen)
+        if leave:
+            self._code_oldest(leave)
+        self._broken = False
+
     def codes(self, layer: int) -> bool:
         """Whether attention of ``layer`` must come through ``past``."""
         return layer in self._coded
+
+    def attend(self, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        """Attention of a coded layer over what is held and the tokens of the pass under way; ``[B, T, Hq, D]``."""
+        exact, paged = self.past(layer, query, scaling)
+        return attend(query, exact, paged, scaling, softcap, self.backend).transpose(1, 2).contiguous()
 
     def past(self, layer: int, query: Tensor, scaling: float) -> tuple[ExactPast, PagedPast | None]:
         """What ``query`` ``[B, Hq, T, D]`` of a coded layer attends to in the pass under way."""
@@ -128,6 +147,27 @@ class KVCarCache(Cache):
         if self._decoded is not None:
             return self._decoded.extend(layer, exact.joined(), paged), None
         return exact, paged
+
+    @property
+    def coded_layers(self) -> dict[int, CodedLayer]:
+        """Sinks and window of every coded layer."""
+        return self._coded
+
+    @property
+    def pass_state(self) -> SequenceState:
+        """Padding and positions of the pass under way."""
+        assert self._next_state is not None
+        return self._next_state
+
+    @property
+    def arenas(self) -> list[Tensor]:
+        """Where pages lie, see ``PageStore``."""
+        return [] if self._pages is None else self._pages.arenas
+
+    @property
+    def keeps_decoded(self) -> bool:
+        """Whether decoded pages are kept, see ``keep_decoded``."""
+        return self._keeps_decoded
 
     # What transformers calls, and a compiler traces
 
@@ -281,9 +321,19 @@ class KVCarCache(Cache):
         return -1 if self._state is None else len(self._state.padding)
 
     @property
+    def tokens(self) -> int:
+        """Tokens held of each sequence, padding included; those of a pass under way are not."""
+        return self._seen
+
+    @property
+    def paged_tokens(self) -> int:
+        """Those of them that lie in pages."""
+        return 0 if self._pages is None else self._pages.tokens
+
+    @property
     def pages(self) -> int:
         """Pages that hold tokens, of each sequence, a partly filled one counted."""
-        return 0 if self._pages is None else -(-self._pages.tokens // self.plan.page_tokens)
+        return -(-self.paged_tokens // self.plan.page_tokens)
 
     # Accounting
 
@@ -394,8 +444,12 @@ class KVCarCache(Cache):
                 "run all layers in every pass"
             )
         if self._coded:
-            target = coded_tokens(self._seen + self._pass_tokens, self.plan.window, self.plan.page_tokens)
-            self._code_oldest(max(0, target - self._pages.tokens))
+            self._code_oldest(self._leaving(self._seen + self._pass_tokens))
+
+    def _leaving(self, tokens: int) -> int:
+        """How many tokens leave the window when ``tokens`` have been seen."""
+        assert self._pages is not None
+        return max(0, coded_tokens(tokens, self.plan.window, self.plan.page_tokens) - self._pages.tokens)
 
     def _code_oldest(self, leave: int) -> None:
         """Move the oldest ``leave`` tokens of all layers into pages; those of the pass under way become the window's."""

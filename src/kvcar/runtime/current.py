@@ -7,19 +7,38 @@ where the cache of the pass is; what the cache does in there, growing and changi
 from __future__ import annotations
 
 from itertools import count
+from typing import Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..kernels.attend import attend
-from .cache import KVCarCache
 
 _ATTRIBUTE = "kvcar_current"
 
 _handles = count()
 _alive: WeakValueDictionary[int, Current] = WeakValueDictionary()
+
+
+class PassCache(Protocol):
+    """A cache, as attention sees it: a ``KVCarCache``, or what stands for one while a step is captured."""
+
+    def codes(self, layer: int) -> bool:
+        """Whether attention of a layer must come through ``attend``."""
+        ...
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Take the keys and values of a layer's pass."""
+        ...
+
+    def attend(self, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        """Attention ``[B, T, Hq, D]`` of ``query`` ``[B, Hq, T, D]`` over what is held and what was just taken."""
+        ...
+
+    def end_pass(self) -> None:
+        """The decoder has run through."""
+        ...
 
 
 class Current:
@@ -31,7 +50,7 @@ class Current:
     """
 
     def __init__(self) -> None:
-        self.cache: KVCarCache | None = None
+        self.cache: PassCache | None = None
         self.handle = next(_handles)
         _alive[self.handle] = self
 
@@ -49,12 +68,6 @@ def current_of(module: nn.Module) -> Current | None:
     return getattr(module, _ATTRIBUTE, None)
 
 
-def attend_now(cache: KVCarCache, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
-    """Attention of a coded layer over what ``cache`` holds and the tokens of the pass; ``[B, T, Hq, D]``."""
-    exact, paged = cache.past(layer, query, scaling)
-    return attend(query, exact, paged, scaling, softcap, cache.backend).transpose(1, 2).contiguous()
-
-
 # A CUDA graph would replay the kernels of one step for ever; the tag makes the compiler cut its graphs around the operator.
 @torch.library.custom_op(
     "kvcar::attend_layer",
@@ -65,7 +78,7 @@ def attend_now(cache: KVCarCache, layer: int, query: Tensor, scaling: float, sof
 def attend_layer(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, layer: int, handle: int
 ) -> Tensor:
-    """``KVCarCache.update`` and ``attend_now`` of a coded layer in one, for compiled models."""
+    """``update`` and ``attend`` of a coded layer in one, for compiled models."""
     current = _alive.get(handle)
     cache = None if current is None else current.cache
     if cache is None:
@@ -75,7 +88,7 @@ def attend_layer(
         )
     # Compiled code uses the memory of its tensors again, while the cache holds on to these to the end of the pass.
     cache.update(key.clone(), value.clone(), layer)
-    return attend_now(cache, layer, query, scaling, softcap)
+    return cache.attend(layer, query, scaling, softcap)
 
 
 @attend_layer.register_fake

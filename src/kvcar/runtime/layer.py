@@ -131,6 +131,25 @@ class CodedLayer(CacheLayerMixin):
         self.paged, self.held = paged, keys.shape[2] - self.sinks
         self.buffers = (keys, values)
 
+    def move_into(self, buffers: tuple[Tensor, Tensor]) -> None:
+        """Hold what is held in ``buffers``, which have room for it, from now on."""
+        assert self.buffers is not None
+        if self.buffers is buffers:
+            return
+        end = self.sinks + self.held
+        for new, own in zip(buffers, self.buffers, strict=True):
+            new[:, :, :end] = own[:, :, :end]
+        self.buffers = buffers
+
+    def move_out_of(self, buffers: tuple[Tensor, Tensor]) -> None:
+        """Hold a copy, where this layer's tokens are in ``buffers``, which others are about to use."""
+        if self.buffers is buffers:
+            self.buffers = (buffers[0].clone(), buffers[1].clone())
+
+    def grown(self) -> None:
+        """A token has been written behind those held, from outside; it belongs to the window now."""
+        self.held += 1
+
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the buffers by ``change(buffer)``, which works on the batch axis (0)."""
         if self.buffers is not None:

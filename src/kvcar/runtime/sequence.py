@@ -37,11 +37,23 @@ class SequenceState:
             InputError: the mask is not left padding, or disagrees with an earlier one.
             CacheStateError: positions have gaps.
         """
+        if self._goes_on(seen, count, mask, positions):
+            return self
         after = SequenceState(len(self.padding), self.padding.device)
         after.padding = self.padding if mask is None else _kept(self.padding, self._read_mask(seen, count, mask))
         after.padding_most = self.padding_most if after.padding is self.padding else int(after.padding.max())
         after.offset = _kept(self.offset, self._read_positions(seen, count, positions, after.padding))
         return after
+
+    def _goes_on(self, seen: int, count: int, mask: Tensor | None, positions: Tensor | None) -> bool:
+        """Whether mask and positions say only what is known already, as in most steps; asks the device once."""
+        batch, total = len(self.padding), seen + count
+        if mask is None or positions is None or mask.shape != (batch, total) or positions.shape[-1] != count:
+            return False
+        index = torch.arange(total, device=self.padding.device)
+        same_mask = mask.to(index.device).bool() == (index >= self.padding[:, None])
+        same_positions = positions.to(index.device) == index[seen:] - self.offset[:, None]
+        return bool(same_mask.all() & same_positions.all())
 
     def _read_mask(self, seen: int, count: int, mask: Tensor) -> Tensor:
         batch = len(self.padding)
