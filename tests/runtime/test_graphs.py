@@ -111,6 +111,41 @@ def test_from_before_there_are_pages_or_sinks_on(capture, plainly):
     check_same_contents(cache, other)
 
 
+@pytest.mark.parametrize(
+    "start", [2 * PAGE - 2, 6 * PAGE - 2, 10 * PAGE - 2], ids=["no page", "few pages", "a table to grow"]
+)
+def test_pages_are_chosen_on_the_device(capture, plainly, start):
+    """A number for each layer; one sequence is padded, by a page and a half."""
+    model, bundle = model_and_bundle()
+    prompt, following = ids(start, batch=2), ids(4, seed=5, batch=2)
+    mask = torch.ones(2, start + 4, dtype=torch.int64, device=DEVICE)
+    mask[1, : PAGE + 16] = 0
+    with kvcar.attach(model, bundle) as attachment:
+        other, cache = (KVCarCache(bundle, attend_pages=(2, 5)) for _ in range(2))
+        prefill(model, other, prompt, mask[:, :start])
+        prefill(model, cache, prompt, mask[:, :start])
+        expected = plainly(lambda: steps(model, other, following))
+        attachment.capture_steps(capture)
+        same(steps(model, cache, following), expected)
+    assert cache.pages == start // PAGE
+    check_same_contents(cache, other)
+    assert DEVICE != "cpu" or capture.replays == 4
+
+
+def test_a_loaded_cache_summarises_its_pages_first(capture, plainly, tmp_path):
+    model, bundle = model_and_bundle()
+    following = ids(2, seed=5)
+    with kvcar.attach(model, bundle) as attachment:
+        cache = KVCarCache(bundle)
+        prefill(model, cache, ids(6 * PAGE))
+        cache.save(tmp_path / "context", keep_window=True)
+        other, loaded = (KVCarCache.load(tmp_path / "context", model, bundle, attend_pages=2) for _ in range(2))
+        expected = plainly(lambda: steps(model, other, following))
+        attachment.capture_steps(capture)
+        same(steps(model, loaded, following), expected)
+    check_same_contents(loaded, other)
+
+
 def test_generation_of_a_padded_batch(capture, plainly):
     """Left padding longer than a page, so that sinks of one sequence form later; ``generate`` passes masks and positions."""
     model, bundle = model_and_bundle()
@@ -202,8 +237,8 @@ def one_layer_exact(model):
     return by_hand(model, [tuple(Slot(0, head, kind) for head in (0, 1)) for kind in ("key", "value")]), {}, {}
 
 
-def some_pages(model):
-    return fitted(model, times_smaller=3), {"attend_pages": 1}, {}
+def some_pages_without_a_window(model):
+    return fitted(model, times_smaller=3), {"attend_pages": 1, "window": 0}, {}
 
 
 def hidden_states(model):
@@ -215,7 +250,7 @@ def hidden_states(model):
     [
         (autoencoder, "not affine"),
         (one_layer_exact, "some layers are not coded"),
-        (some_pages, "chosen anew"),
+        (some_pages_without_a_window, "without a window"),
         (hidden_states, "asked for output_hidden_states"),
     ],
 )

@@ -165,6 +165,13 @@ class KVCarCache(Cache):
         return [] if self._pages is None else self._pages.arenas
 
     @property
+    def summaries(self) -> PageSummaries | None:
+        """Summaries of all full pages, with ``attend_pages``; made, while a pass is under way, where they are missing."""
+        if self._summaries is not None and self.pages and self._next_state is not None:
+            self._complete_summaries(self._next_state)
+        return self._summaries
+
+    @property
     def keeps_decoded(self) -> bool:
         """Whether decoded pages are kept, see ``keep_decoded``."""
         return self._keeps_decoded

@@ -15,15 +15,15 @@ from torch import Tensor
 from ..kernels.allocation import allocated_pages
 from ..kernels.attend import PagedPast
 from ..kernels.backend import Backend
-from ..kernels.select import CHOSEN_SUMMARY, SUMMARIES, choose_pages
+from ..kernels.select import CHOSEN_SUMMARY, SUMMARIES, Summary, choose_pages
 from .decoded import decoded_keys
 
 # Pages to attend to: of every layer, or one number for each layer of the model.
 PageCounts = int | Sequence[int]
 LONGEST_SELECTING_PASS_TOKENS = 16
 _PAGES_AT_ONCE = 8
-_DTYPE = torch.float16
-_LARGEST = torch.finfo(_DTYPE).max
+SUMMARY_DTYPE = torch.float16
+_LARGEST = torch.finfo(SUMMARY_DTYPE).max
 
 
 class PageSummaries:
@@ -49,6 +49,19 @@ class PageSummaries:
     def nbytes(self) -> int:
         """Bytes of all summaries, unfilled room included."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
+
+    @property
+    def summary(self) -> Summary:
+        """What is kept of a page."""
+        return self._summary
+
+    def most_of(self, layer: int) -> int:
+        """Pages that a decode step attends to in a layer."""
+        return self._most if isinstance(self._most, int) else self._most[layer]
+
+    def held(self, layer: int) -> Tensor | None:
+        """Summaries ``[B, H, pages, vectors * D]`` of a layer's summarised pages, None before there are any."""
+        return self._filled_part(layer, self._pages[layer]) if layer in self._pages else None
 
     def add(self, layer: int, keys: Tensor, token: int, first: Tensor) -> None:
         """Summarise exact keys ``[B, H, N, D]`` after RoPE, those of tokens ``token`` on, as far as they fill pages.
@@ -76,7 +89,7 @@ class PageSummaries:
     ) -> PagedPast:
         """The pages that ``query`` ``[B, Hq, T, D]`` attends to, scattered; ``paged`` itself where it is all of them."""
         full, rest = divmod(paged.tokens, self._page_tokens)
-        most = self._most if isinstance(self._most, int) else self._most[layer]
+        most = self.most_of(layer)
         if query.shape[2] > LONGEST_SELECTING_PASS_TOKENS or full + (rest > 0) <= most:
             return paged
         if self._pages.get(layer, 0) != full:
@@ -121,7 +134,9 @@ class PageSummaries:
         paged = keys[:, :, : count * self._page_tokens].float().unflatten(2, (count, self._page_tokens))
         fresh = self._summary.summarise(paged, visible).clamp(-_LARGEST, _LARGEST)
         if layer not in self._buffers:
-            self._buffers[layer] = torch.zeros(*fresh.shape[:2], 0, fresh.shape[3], dtype=_DTYPE, device=fresh.device)
+            self._buffers[layer] = torch.zeros(
+                *fresh.shape[:2], 0, fresh.shape[3], dtype=SUMMARY_DTYPE, device=fresh.device
+            )
         self._pages[layer] = held + count
         self._resize(layer)
         self._buffers[layer][:, :, held : held + count] = fresh

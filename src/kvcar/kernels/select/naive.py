@@ -16,6 +16,7 @@ def choose_pages(
     most: int,
     hidden_pages: Tensor,
     with_next: bool,
+    there: Tensor | None = None,
 ) -> Tensor:
     """Pages to attend to, int64 ``[B, most]``, ascending; the same for all heads of a layer.
 
@@ -31,10 +32,15 @@ def choose_pages(
         hidden_pages: int64 ``[B]``, how many of each sequence's first pages hold nothing but padding and sinks. They
             are taken only where there are no others.
         with_next: page ``P`` is taken in any case: it is partly filled and has no summary yet.
+        there: int64 ``[B]``, how many pages are filled where that is fewer than ``P``; others are taken only where there are
+            too few of them. None for all.
     """
     batch, heads, pages = summaries.shape[:3]
     rows = query.float().reshape(batch, heads, -1, query.shape[-1]) * scaling
-    hidden = torch.arange(pages, device=query.device) < hidden_pages[:, None]
+    page = torch.arange(pages, device=query.device)
+    hidden = page < hidden_pages[:, None]
+    if there is not None:
+        hidden = hidden | (page >= there[:, None])
     scores = summary.scores(rows, summaries.float()).masked_fill(hidden[:, None, None], -torch.inf)
     votes = torch.nan_to_num(torch.softmax(scores, dim=-1)).sum((1, 2))
     chosen = votes.masked_fill(hidden, -1.0).topk(most - int(with_next), dim=-1).indices

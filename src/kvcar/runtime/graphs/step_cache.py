@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +15,12 @@ from ...kernels.attend import ExactPast, PagedPast
 from ...kernels.rotary import RotaryTable
 from ..coder import PageCoder
 from ..host import Host
+from ..summaries import PageSummaries
 from .memory import StepMemory
+from .step_summaries import StepSummaries
+
+if TYPE_CHECKING:
+    from ...kernels.attend.triton_pages import PageTable
 
 
 class StepCache(Cache):
@@ -28,11 +34,20 @@ class StepCache(Cache):
         host: the attached model.
         coder: its bundle, made ready.
         pages: pages that the table has room for.
+        summaries: of a cache that attends to some pages alone, None for others.
         dtype: what the model computes in. Where it is wider than what is held, the step's own token is attended to
             as it is, before it is rounded.
     """
 
-    def __init__(self, memory: StepMemory, host: Host, coder: PageCoder, pages: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        memory: StepMemory,
+        host: Host,
+        coder: PageCoder,
+        pages: int,
+        summaries: PageSummaries | None,
+        dtype: torch.dtype,
+    ) -> None:
         plan = coder.plan
         super().__init__(layers=[_StepLayer() for _ in range(plan.geometry.layers)])
         self._memory, self._coder, self._sinks = memory, coder, plan.sinks
@@ -43,11 +58,16 @@ class StepCache(Cache):
         with torch.inference_mode(False):
             self._addresses = torch.zeros(memory.batch, pages, dtype=torch.int64, device=memory.padding.device)
         self._arenas: list[Tensor] = []
+        self._summaries = None
+        if summaries is not None:
+            self._summaries = StepSummaries(summaries, plan, memory.batch, pages, coder.device)
 
-    def point_at(self, arenas: Sequence[Tensor]) -> None:
-        """Read the pages of ``arenas`` from now on."""
+    def point_at(self, arenas: Sequence[Tensor], summaries: PageSummaries | None) -> None:
+        """Read the pages of ``arenas`` from now on, and choose among them by ``summaries``."""
         from ...kernels.attend.triton_pages import page_addresses
 
+        if self._summaries is not None and summaries is not None:
+            self._summaries.copy_from(summaries)
         if len(arenas) == len(self._arenas) and all(map(lambda a, b: a is b, arenas, self._arenas)):
             return
         self._arenas = list(arenas)
@@ -94,7 +114,6 @@ class StepCache(Cache):
             KernelError: the Triton kernels do not serve this layer.
         """
         from ...kernels.attend import triton as kernel  # only here: importing it needs Triton
-        from ...kernels.attend.triton_pages import PageTable
 
         paged = PagedPast(
             tiles=(), tokens=self.places, first=self._first, first_most=0, offset=self._memory.offset,
@@ -105,8 +124,20 @@ class StepCache(Cache):
         if reason is not None:
             raise KernelError(f"layer {layer} is not served by the Triton kernels: {reason}")
         exact = self._exact(layer)
-        table = PageTable(self._addresses, self._last, self.places, self.places)
+        table = self._table(layer, query, scaling)
         return kernel.attend_table(query, exact, paged, table, scaling, softcap).transpose(1, 2).contiguous()
+
+    def _table(self, layer: int, query: Tensor, scaling: float) -> PageTable:
+        """All pages, or those that the query attends to."""
+        from ...kernels.attend.triton_pages import PageTable
+
+        chosen = None
+        if self._summaries is not None:
+            chosen = self._summaries.choose(layer, query, scaling, self._first, self._last)
+        if chosen is None:
+            return PageTable(self._addresses, self._last, self.places, self.places)
+        places = chosen.shape[1] * self._coder.plan.page_tokens
+        return PageTable(self._addresses.gather(1, chosen), self._last, places, self.places, chosen)
 
     def _exact(self, layer: int) -> ExactPast:
         """Sinks, window and the step's token."""

@@ -74,14 +74,16 @@ class StepGraphs:
         kind.memory.take_in(cache)
         kind.memory.token_ids.copy_(token_ids)
         step, captured = kind.step_for(cache)
-        step.point_at(cache.arenas)
+        step.point_at(cache.arenas, cache.summaries)
         captured.replay()
         cache.end_written_step()
         # Cloned, as the next replay writes it again.
         return CausalLMOutputWithPast(logits=captured.output.clone(), past_key_values=cache)  # pyright: ignore[reportArgumentType]
 
     def _kind(self, cache: KVCarCache) -> _Kind:
-        key = (id(cache.bundle), cache.plan.window, cache.batch_size)
+        chosen = cache.attend_pages
+        pages = chosen if chosen is None or isinstance(chosen, int) else tuple(chosen)
+        key = (id(cache.bundle), cache.plan.window, cache.batch_size, pages)
         if key not in self._kinds:
             self._kinds[key] = _Kind(cache, self._host, self._model.dtype, self._forward, self._capture)
             if len(self._kinds) > _MOST_KINDS:
@@ -118,8 +120,8 @@ class _Kind:
             raise NotServed(self._refused)
         pages = table_pages(cache.pages)
         if pages not in self._steps:
-            step = StepCache(self.memory, self._host, self._coder, pages, self._dtype)
-            step.point_at(cache.arenas)
+            step = StepCache(self.memory, self._host, self._coder, pages, cache.summaries, self._dtype)
+            step.point_at(cache.arenas, cache.summaries)
             try:
                 # Ordinary tensors, whatever mode the first step is taken in.
                 with torch.inference_mode(False), torch.no_grad():
@@ -157,8 +159,8 @@ def _refuses(cache: KVCarCache, kwargs: Mapping[str, Any], host: Host) -> str | 
         return "gradients are enabled; use torch.no_grad()"
     if len(cache.coded_layers) < len(cache.layers):
         return "some layers are not coded, and their caches grow"
-    if cache.attend_pages is not None:
-        return "the pages attended to are chosen anew at each step (attend_pages)"
+    if cache.attend_pages is not None and cache.plan.window == 0:
+        return "pages are chosen while one is partly filled (attend_pages without a window)"
     if cache.keeps_decoded:
         return "decoded pages are kept (keep_decoded)"
     if cache.tokens - cache.paged_tokens >= window_room(cache.plan):
