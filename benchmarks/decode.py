@@ -61,12 +61,15 @@ def main(
     device: str = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: torch's choice.")] = None,
     compiled: Annotated[bool, typer.Option(help="Models under torch.compile; take --transformers none.")] = False,
+    cuda_graphs: Annotated[bool, typer.Option(help="Steps of compressed caches are captured and replayed.")] = False,
     seed: int = 0,
     memory: Annotated[str, typer.Option(help="For the largest batch, by arithmetic.")] = "1GiB",
     memory_tokens: int = 4096,
     output: Annotated[Path, typer.Option(help="Folder of the record.")] = RESULTS,
 ) -> None:
     """Grow every cache through the contexts in turn, timing prefill and, at each context, decode steps; one record."""
+    if compiled and cuda_graphs:
+        raise InputError("--compiled and --cuda-graphs are two ways to the same end; take one of them")
     use_threads(threads)
     bundles, pace = read_bundles(bundle or []), Pace(rounds, steps, prefill_chunk, seed)
     lengths, budget = _lengths(contexts), parse_bytes(memory)
@@ -76,7 +79,7 @@ def main(
     ids = token_windows(loaded.tokenizer, source.text, lengths[-1] + pace.tokens, batch).to(loaded.model.device)
     unattached = twin(loaded.model)
     plain = [full_runner(unattached), *_quantized(unattached, transformers)]
-    with _attached(loaded.model, bundles):
+    with _attached(loaded.model, bundles, cuda_graphs):
         runners = [*plain, *bundle_runners(loaded.model, bundles)]
         if compiled:
             _compile(runners, ids, prefill_chunk)
@@ -90,6 +93,7 @@ def main(
     config = {
         "model": model, "name": name, "text": source.name, "text_sha256": source.sha256, "contexts": lengths,
         "rounds": rounds, "steps": steps, "batch": batch, "prefill_chunk": prefill_chunk, "dtype": dtype, "seed": seed, "compiled": compiled,
+        "cuda_graphs": cuda_graphs,
         "contenders": {r.name: {"family": r.family, **r.config} for r in runners}, **device_config(ids.device),
     }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
@@ -113,9 +117,11 @@ def _quantized(model: PreTrainedModel, chosen: str) -> list[Runner]:
     return [Runner(each.name, "transformers", model, each.make, dict(each.config)) for each in found]
 
 
-def _attached(model: PreTrainedModel, bundles: Mapping[str, tuple[Bundle, PageCounts | None]]) -> Any:
+def _attached(
+    model: PreTrainedModel, bundles: Mapping[str, tuple[Bundle, PageCounts | None]], cuda_graphs: bool
+) -> Any:
     """One attachment serves all bundles of a model."""
-    return attach(model, next(iter(bundles.values()))[0]) if bundles else nullcontext()
+    return attach(model, next(iter(bundles.values()))[0], cuda_graphs=cuda_graphs) if bundles else nullcontext()
 
 
 def _compile(runners: Sequence[Runner], ids: Any, chunk: int) -> None:

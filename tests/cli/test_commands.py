@@ -216,6 +216,8 @@ def test_texts_and_prompts_that_do_not_fit(bundle, model_folder, text_file, tmp_
         "generate", model_folder, "-b", bundle, "--prompt", words(500), "--max-new-tokens", 20
     )
     assert "no tokens to continue" in error_of("generate", model_folder, "-b", bundle, "--prompt", "")
+    asked = ("generate", model_folder, "-b", bundle, "--prompt", words(9), "--device", "cpu", "--cuda-graphs")
+    assert "on a CUDA device, but it is on cpu" in error_of(*asked)
     assert "no tokens to continue" in error_of("generate", model_folder, "-b", bundle, "--prompt", "  ")
     assert "either --prompt or --prompt-file" in error_of("generate", model_folder, "-b", bundle)
     assert "no chat template" in error_of("generate", model_folder, "-b", bundle, "--prompt", "w1", "--chat")

@@ -36,6 +36,12 @@ Window = Annotated[
         help="Recent tokens kept exact, a multiple of the page size; 0 codes every past token. Default: the bundle's.",
     ),
 ]
+CudaGraphs = Annotated[
+    bool,
+    typer.Option(
+        "--cuda-graphs", help="Capture a decode step as a CUDA graph and replay it for every token; needs a GPU."
+    ),
+]
 AttendPages = Annotated[
     str | None,
     typer.Option(

@@ -18,7 +18,7 @@ from ..runtime.attach import attach
 from ..runtime.cache import KVCarCache
 from ..runtime.context import read_context
 from .app import app
-from .arguments import AttendPages, BundlePath, Device, Dtype, Json, Model, Window
+from .arguments import AttendPages, BundlePath, CudaGraphs, Device, Dtype, Json, Model, Window
 from .attended import page_counts
 from .console import check_writable, errors, progress_bars
 
@@ -55,6 +55,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     window: Window = None,
     attend_pages: AttendPages = None,
+    cuda_graphs: CudaGraphs = False,
     json: Json = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -73,7 +74,7 @@ def generate(
     tokens = inputs["input_ids"].shape[1]
     _check_length(held_before + tokens, max_new_tokens, loaded_bundle.plan.geometry.max_positions)
     torch.manual_seed(seed)
-    with attach(loaded.model, loaded_bundle, window, attend_pages=counts) as attachment:
+    with attach(loaded.model, loaded_bundle, window, attend_pages=counts, cuda_graphs=cuda_graphs) as attachment:
         cache = attachment.new_cache()
         if context is not None:
             cache = KVCarCache.load(context, loaded.model, window=window, attend_pages=counts)

@@ -97,7 +97,9 @@ class Attachment:
         """Replay decode steps as CUDA graphs from now on; see ``attach``. ``capture`` captures in another way."""
         graphs = StepGraphs(self.model, self, capture)
         # ``generate`` asks forward for the names of its arguments.
-        self.model.__dict__[_FORWARD] = wraps(self.model.forward)(lambda *args, **kwargs: graphs(*args, **kwargs))
+        self.model.__dict__[_FORWARD] = wraps(self.model.forward)(
+            uncompiled(lambda *args, **kwargs: graphs(*args, **kwargs))
+        )
 
     def detach(self) -> None:
         """Restore the model; caches made meanwhile can no longer be used with it. Doing it twice is harmless."""
