@@ -46,7 +46,8 @@ def without(request, monkeypatch, tmp_path_factory):
     """What is compiled depends on the CPU: kernels as CPUs get them that lack one of this one's sets of instructions."""
     if request.param != "all":
         monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
-        monkeypatch.setattr(build, "_OPENMP", (f"-mno-{request.param}", *build._OPENMP))  # after what is for this CPU
+        own = (*build._architecture_flags(), f"-mno-{request.param}")
+        monkeypatch.setattr(build, "_architecture_flags", lambda: own)
     build.native_library.cache_clear()
     yield request.param
     build.native_library.cache_clear()

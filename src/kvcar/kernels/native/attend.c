@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "parallel.h"
 #include "tile.h"
 #include "unpack.h"
 #include "decode8.h"
@@ -99,6 +100,7 @@ static const uint8_t *page_at(const Job *job, int b, int64_t page, const uint8_t
         }
         page -= arena->pages;
     }
+    *end = 0;
     return 0;
 }
 
@@ -507,14 +509,18 @@ static int finish(const Job *job, int b)
 int kvcar_columns(void) { return COLUMNS; }
 int kvcar_decode8_latents(void) { return DECODE8_LATENTS; }
 
+/* The `i`-th of the splits of all sequences, the last of each being what is held exactly. */
+static int attend_part(const void *context, int64_t i)
+{
+    const Job *job = context;
+    const int b = (int)(i / (job->splits + 1)), split = (int)(i % (job->splits + 1));
+    return split < job->splits ? attend_split(job, b, split) : attend_exact(job, b);
+}
+
 /* Attention into `out`; 0, or 1 where memory is missing. */
 int kvcar_attend(const Job *job)
 {
-    int failed = 0;
-    const int parts = job->splits + 1, jobs = job->batch * parts;
-#pragma omp parallel for num_threads(job->threads) schedule(dynamic, 1) reduction(| : failed)
-    for (int i = 0; i < jobs; i++)
-        failed |= i % parts < job->splits ? attend_split(job, i / parts, i % parts) : attend_exact(job, i / parts);
+    int failed = in_parallel(job->threads, (int64_t)job->batch * (job->splits + 1), attend_part, job);
     for (int b = 0; b < job->batch && !failed; b++) {
         merge(job, b);
         failed |= finish(job, b);

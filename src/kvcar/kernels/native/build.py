@@ -20,10 +20,11 @@ from pathlib import Path
 from ...errors import KernelError
 
 _SOURCES = Path(__file__).parent
-# Sums may be reordered, which vectors need; infinities and NaN keep their meaning.
-_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-shared", "-fPIC")
-# torch has loaded OpenMP's runtime already; the same one is found by name, so that both share its threads.
-_OPENMP = ("-fopenmp",)
+# Sums may be reordered, which vectors need, and products added in one operation; infinities and NaN keep their meaning.
+_FLAGS = (
+    "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast",
+    "-shared", "-fPIC",
+)  # fmt: skip
 _CACHE_VARIABLE = "KVCAR_KERNEL_CACHE"
 
 
@@ -55,7 +56,7 @@ def native_library() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        KernelError: there is no C compiler, or it fails.
+        KernelError: there is no C compiler, or it fails, or torch was built without OpenMP.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -63,11 +64,20 @@ def native_library() -> ctypes.CDLL:
             "the CPU kernels need a C compiler (cc, gcc, clang or the one CC names) and none was found; install one, or "
             "set KVCAR_KERNELS=torch"
         )
-    flags = (*_FLAGS, *_architecture_flags(), *_OPENMP)
+    flags = (*_FLAGS, *_architecture_flags())
     target = _cache_folder() / f"kernels-{_digest(compiler, flags)}.so"
     if not target.exists():
         _compile(compiler, flags, target)
-    return ctypes.CDLL(str(target))
+    return _load(target)
+
+
+def _load(target: Path) -> ctypes.CDLL:
+    """With torch's threads, which are found by name (``parallel.h``): torch, imported
+    by whoever has tensors for the kernels, made its OpenMP runtime known to all."""
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise KernelError(f"the CPU kernels could not be loaded; set KVCAR_KERNELS=torch to do without: {error}") from None
 
 
 def _architecture_flags() -> tuple[str, ...]:
