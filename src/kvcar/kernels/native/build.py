@@ -73,7 +73,8 @@ def native_library() -> ctypes.CDLL:
 
 def _load(target: Path) -> ctypes.CDLL:
     """With torch's threads, which are found by name (``parallel.h``): torch, imported
-    by whoever has tensors for the kernels, made its OpenMP runtime known to all."""
+    by whoever has tensors for the kernels, made its OpenMP runtime known to all.
+    """
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:

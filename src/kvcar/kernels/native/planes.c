@@ -42,7 +42,7 @@ static int unpack_page(const void *segments, int64_t page)
     uint8_t *codes = malloc((size_t)s->tokens * stride + 16);
     if (!codes)
         return 1;
-    unpack(data, data + s->size, s->planes, s->n_planes, codes, stride);
+    unpack(data, data + s->size, s->planes, s->n_planes, 0, s->tokens, codes, stride);
     to_floats(codes, s->tokens, count, stride, s->values + page * s->tokens * s->width + s->raw, s->width);
     free(codes);
     return 0;
