@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,15 +42,29 @@ def exact_past(count, dtype=torch.float32):
 OLDER = ("avx512vnni", "avx512bw", "avx512f", "avx2") if platform.machine() in ("x86_64", "AMD64") else ()
 
 
-@pytest.fixture(params=["all", *OLDER])
+def compilers():
+    """The one that is taken here, and the other of gcc and clang where it is installed too."""
+    found = {}
+    for one in (find_compiler(), build.compiler_at("gcc"), build.compiler_at("clang")):
+        if one is not None:
+            found.setdefault(Path(one.path).resolve(), one)
+    return list(found.values())
+
+
+@pytest.fixture(
+    params=[(compiler, lacking) for compiler in compilers() for lacking in ("all", *OLDER)],
+    ids=lambda param: f"{Path(param[0].path).name} {param[1]}",
+)
 def without(request, monkeypatch, tmp_path_factory):
-    """What is compiled depends on the CPU: kernels as CPUs get them that lack one of this one's sets of instructions."""
-    if request.param != "all":
-        monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
-        own = (*build._architecture_flags(), f"-mno-{request.param}")
+    """What is compiled depends on compiler and CPU: kernels as CPUs get them that lack one of this one's sets of instructions."""
+    compiler, lacking = request.param
+    monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+    monkeypatch.setattr(build, "find_compiler", lambda: compiler)
+    if lacking != "all":
+        own = (*build._architecture_flags(), f"-mno-{lacking}")
         monkeypatch.setattr(build, "_architecture_flags", lambda: own)
     build.native_library.cache_clear()
-    yield request.param
+    yield lacking
     build.native_library.cache_clear()
 
 
@@ -136,6 +151,21 @@ def test_threads_and_arenas_do_not_matter(threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
+
+
+def test_its_threads_are_torchs_own(without):
+    """With a runtime of its own the kernel's threads would stand beside torch's, and wait for work at their cost."""
+    coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
+    paged, query = paged_past(coder, 0, 500, 2, rotary("half"), [0, 5]), torch.randn(2, 4, 1, HEAD_DIM)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        torch.ones(2**20).exp()
+        threads = set(os.listdir("/proc/self/task"))
+        cpu.attend(query, exact_past(1), paged, 0.25)
+        assert set(os.listdir("/proc/self/task")) == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_sinks_and_window_are_read_where_they_lie():
@@ -356,3 +386,16 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
         monkeypatch.undo()
         build.native_library.cache_clear()
     assert not list(tmp_path.iterdir())
+
+
+def test_kernels_that_cannot_be_loaded_are_told(monkeypatch, tmp_path):
+    """As where torch has no OpenMP, whose function is then missing."""
+    monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-DGOMP_parallel=missing_function"))
+    build.native_library.cache_clear()
+    try:
+        with pytest.raises(KernelError, match=r"could not be loaded; set KVCAR_KERNELS=torch.*missing_function"):
+            native_library()
+    finally:
+        monkeypatch.undo()
+        build.native_library.cache_clear()

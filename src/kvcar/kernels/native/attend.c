@@ -216,11 +216,12 @@ static void decode_narrow(
     float *keys)
 {
 #if DECODE8_LATENTS
+    const int groups = (reader->latents - reader->exact + DECODE8_LATENTS - 1) / DECODE8_LATENTS;
+    const int8_t *decoder = reader->narrow + (long)h * groups * DECODE8_LATENTS * width;
     const int32_t *stops = reader->stops + (long)h * reader->stops_stride;
-    const long rounded = (reader->latents - reader->exact + DECODE8_LATENTS - 1) / DECODE8_LATENTS * DECODE8_LATENTS;
-    decode8(
-        tokens, width, codes, stride, reader->latents, reader->exact, matrix, reader->narrow + h * rounded * width, stops + 1,
-        stops[0], reader->scale + (long)h * width, bias, keys, width);
+    const float *scale = reader->scale + (long)h * width;
+    const Decoder8 by = { width, reader->exact, groups, matrix, decoder, scale, bias, stops[0], stops + 1 };
+    decode8(tokens, &by, codes, stride, keys);
 #else
     (void)reader, (void)h, (void)tokens, (void)width, (void)codes, (void)stride, (void)matrix, (void)bias, (void)keys;
 #endif

@@ -39,16 +39,20 @@ class Compiler:
 @cache
 def find_compiler() -> Compiler | None:
     """The C compiler in the variable CC, or cc, gcc or clang on the path; None where there is none."""
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        path = shutil.which(name) if name else None
-        if path is None:
-            continue
-        try:
-            told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=30)
-        except (OSError, subprocess.SubprocessError):
-            continue
-        return Compiler(path, (told.stdout.splitlines() or [""])[0])
-    return None
+    found = (compiler_at(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
+    return next((compiler for compiler in found if compiler is not None), None)
+
+
+def compiler_at(name: str) -> Compiler | None:
+    """The compiler of that name or path; None where there is none, or none that runs."""
+    path = shutil.which(name)
+    if path is None:
+        return None
+    try:
+        told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return Compiler(path, (told.stdout.splitlines() or [""])[0])
 
 
 @cache
@@ -78,7 +82,9 @@ def _load(target: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
-        raise KernelError(f"the CPU kernels could not be loaded; set KVCAR_KERNELS=torch to do without: {error}") from None
+        raise KernelError(
+            f"the CPU kernels could not be loaded; set KVCAR_KERNELS=torch to do without: {error}"
+        ) from None
 
 
 def _architecture_flags() -> tuple[str, ...]:
