@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import platform
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,14 +42,29 @@ def exact_past(count, dtype=torch.float32):
 OLDER = ("avx512vnni", "avx512bw", "avx512f", "avx2") if platform.machine() in ("x86_64", "AMD64") else ()
 
 
-@pytest.fixture(params=["all", *OLDER])
+def compilers():
+    """The one that is taken here, and the other of gcc and clang where it is installed too."""
+    found = {}
+    for one in (find_compiler(), build.compiler_at("gcc"), build.compiler_at("clang")):
+        if one is not None:
+            found.setdefault(Path(one.path).resolve(), one)
+    return list(found.values())
+
+
+@pytest.fixture(
+    params=[(compiler, lacking) for compiler in compilers() for lacking in ("all", *OLDER)],
+    ids=lambda param: f"{Path(param[0].path).name} {param[1]}",
+)
 def without(request, monkeypatch, tmp_path_factory):
-    """What is compiled depends on the CPU: kernels as CPUs get them that lack one of this one's sets of instructions."""
-    if request.param != "all":
-        monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
-        monkeypatch.setattr(build, "_OPENMP", (f"-mno-{request.param}", *build._OPENMP))  # after what is for this CPU
+    """What is compiled depends on compiler and CPU: kernels as CPUs get them that lack one of this one's sets of instructions."""
+    compiler, lacking = request.param
+    monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+    monkeypatch.setattr(build, "find_compiler", lambda: compiler)
+    if lacking != "all":
+        own = (*build._architecture_flags(), f"-mno-{lacking}")
+        monkeypatch.setattr(build, "_architecture_flags", lambda: own)
     build.native_library.cache_clear()
-    yield request.param
+    yield lacking
     build.native_library.cache_clear()
 
 
@@ -91,6 +107,27 @@ def test_older_cpus_get_the_same(without, head_dim, query_heads):
     torch.testing.assert_close(cpu.attend(query, exact, paged, 0.125), expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("page_tokens", [64, 96, 128, 256])
+def test_pages_of_several_tiles(without, page_tokens):
+    """Tiles that begin amid a byte's tokens or are not filled; sequences that begin in a page's second tile, or end in its first."""
+    bundle = by_hand(
+        MODEL,
+        [slots(range(4), "key"), slots(range(4), "value")],
+        bits=[8, 7, 5, 3, 2],
+        page_tokens=page_tokens,
+        window=page_tokens * 2,
+    )
+    coder = PageCoder(bundle, torch.device("cpu"), torch.float32)
+    query, exact = torch.randn(2, 4, 1, HEAD_DIM), exact_past(1)
+    for tokens in (3 * page_tokens - 1, 5 * page_tokens + 33, 6 * page_tokens):
+        for turning in (rotary("half"), None):
+            paged = paged_past(coder, 1, tokens, 2, turning, [0, 70])
+            last = (tokens - 1) // page_tokens
+            for some in (paged, paged.only(torch.tensor([[0, last], [last - 1, last]]))):
+                expected = naive.attend(query, exact, some, 0.25)
+                torch.testing.assert_close(cpu.attend(query, exact, some, 0.25), expected, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_other_dtypes(dtype):
     coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), dtype)
@@ -114,6 +151,21 @@ def test_threads_and_arenas_do_not_matter(threads):
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
+
+
+def test_its_threads_are_torchs_own(without):
+    """With a runtime of its own the kernel's threads would stand beside torch's, and wait for work at their cost."""
+    coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
+    paged, query = paged_past(coder, 0, 500, 2, rotary("half"), [0, 5]), torch.randn(2, 4, 1, HEAD_DIM)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        torch.ones(2**20).exp()
+        threads = set(os.listdir("/proc/self/task"))
+        cpu.attend(query, exact_past(1), paged, 0.25)
+        assert set(os.listdir("/proc/self/task")) == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_sinks_and_window_are_read_where_they_lie():
@@ -194,13 +246,20 @@ def test_a_query_that_sees_nothing_gives_zeros():
     assert torch.equal(cpu.attend(torch.randn(1, 4, 2, 16), nothing, paged, 1.0), torch.zeros(1, 4, 2, 16))
 
 
+def latents_together(without):
+    """How many latents 8-bit decoders multiply at once on this CPU, lacking ``without`` too: 4 with AVX-512's dot products, 2 with AVX2."""
+    has = set(build._cpu().split())  # as Linux names them; of other CPUs there is nothing of the kind among it
+    if "avx2" not in has or without == "avx2":
+        return 0
+    return 4 if "avx512_vnni" in has and without not in ("avx512vnni", "avx512f") else 2
+
+
+@pytest.mark.parametrize("page_tokens", [32, 128])
 @pytest.mark.parametrize("bits", [[8, 7, 6, 5], [5, 5, 4, 3, 2, 1], [4]], ids=str)
-def test_decoders_in_8_bits_change_keys_by_what_they_say(bits, without, monkeypatch):
-    coder = PageCoder(
-        by_hand(MODEL, [slots([i], k) for i in range(4) for k in ("key", "value")], bits=bits),
-        torch.device("cpu"),
-        torch.float32,
-    )
+def test_decoders_in_8_bits_change_keys_by_what_they_say(bits, page_tokens, without, monkeypatch):
+    blocks = [slots([i], k) for i in range(4) for k in ("key", "value")]
+    bundle = by_hand(MODEL, blocks, bits=bits, page_tokens=page_tokens, window=page_tokens)
+    coder = PageCoder(bundle, torch.device("cpu"), torch.float32)
     paged = paged_past(coder, 1, 500, 2, rotary("half"), [0, 5])
     query, exact = torch.randn(2, 4, 1, HEAD_DIM), exact_past(1)
     monkeypatch.setattr(cpu, "IN_8_BITS", True)
@@ -209,10 +268,7 @@ def test_decoders_in_8_bits_change_keys_by_what_they_say(bits, without, monkeypa
     matrix, bias = reader.affine
     rounded, biases = matrix.clone(), bias.clone()
     served = native_library().kvcar_decode8_latents()  # nothing is rounded where it is 0
-    assert (
-        served
-        == {"all": served, "avx512vnni": 2, "avx512bw": 4 if served == 4 else 2, "avx512f": 2, "avx2": 0}[without]
-    )
+    assert served == latents_together(without)
     for head in range(len(reader.heads) if served else 0):
         own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
         decoder = decoder_in_8_bits(matrix[:, own], bias[own], latent_bits(reader.segment))
@@ -330,3 +386,16 @@ def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
         monkeypatch.undo()
         build.native_library.cache_clear()
     assert not list(tmp_path.iterdir())
+
+
+def test_kernels_that_cannot_be_loaded_are_told(monkeypatch, tmp_path):
+    """As where torch has no OpenMP, whose function is then missing."""
+    monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-DGOMP_parallel=missing_function"))
+    build.native_library.cache_clear()
+    try:
+        with pytest.raises(KernelError, match=r"could not be loaded; set KVCAR_KERNELS=torch.*missing_function"):
+            native_library()
+    finally:
+        monkeypatch.undo()
+        build.native_library.cache_clear()

@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "parallel.h"
 #include "tile.h"
 #include "unpack.h"
 #include "decode8.h"
@@ -79,7 +80,7 @@ typedef struct {
 } Job;
 
 typedef struct {
-    uint8_t *codes;  /* of a segment, [page_tokens][padded latents], and room behind */
+    uint8_t *codes;  /* of a segment, [TILE][padded latents] from the tile's first token that is attended, and room behind */
     float *floats;   /* the same as floats */
     float *tile;     /* decoded keys, [TILE][padded head dim] */
     float *turned;   /* queries rotated to the tile's start, [rows][padded head dim] */
@@ -99,6 +100,7 @@ static const uint8_t *page_at(const Job *job, int b, int64_t page, const uint8_t
         }
         page -= arena->pages;
     }
+    *end = 0;
     return 0;
 }
 
@@ -214,28 +216,28 @@ static void decode_narrow(
     float *keys)
 {
 #if DECODE8_LATENTS
+    const int groups = (reader->latents - reader->exact + DECODE8_LATENTS - 1) / DECODE8_LATENTS;
+    const int8_t *decoder = reader->narrow + (long)h * groups * DECODE8_LATENTS * width;
     const int32_t *stops = reader->stops + (long)h * reader->stops_stride;
-    const long rounded = (reader->latents - reader->exact + DECODE8_LATENTS - 1) / DECODE8_LATENTS * DECODE8_LATENTS;
-    decode8(
-        tokens, width, codes, stride, reader->latents, reader->exact, matrix, reader->narrow + h * rounded * width, stops + 1,
-        stops[0], reader->scale + (long)h * width, bias, keys, width);
+    const float *scale = reader->scale + (long)h * width;
+    const Decoder8 by = { width, reader->exact, groups, matrix, decoder, scale, bias, stops[0], stops + 1 };
+    decode8(tokens, &by, codes, stride, keys);
 #else
     (void)reader, (void)h, (void)tokens, (void)width, (void)codes, (void)stride, (void)matrix, (void)bias, (void)keys;
 #endif
 }
 
-static void decode_and_score(const Job *job, const Reader *reader, int b, int64_t position, int tile, int low, int high, Scratch *s)
+static void decode_and_score(const Job *job, const Reader *reader, int b, int64_t position, int low, int high, Scratch *s)
 {
     const int width = rounded_up(job->head_dim), stride = rounded_up(reader->latents), some = high - low;
-    const uint8_t *codes = s->codes + (long)(tile * TILE + low) * stride;
     float *keys = s->tile + (long)low * width;
     if (!reader->narrow)
-        widen(codes, some * stride, s->floats);
+        widen(s->codes, some * stride, s->floats);
     for (int h = 0; h < reader->heads; h++) {
         const int head = reader->head[h];
         const float *bias = reader->bias + (long)h * width, *matrix = reader->matrix + (long)h * width * reader->exact;
         if (reader->narrow)
-            decode_narrow(reader, h, some, width, codes, stride, matrix, bias, keys);
+            decode_narrow(reader, h, some, width, s->codes, stride, matrix, bias, keys);
         else
             for (int d = 0; d < width; d += COLUMNS)
                 rows_product(
@@ -246,10 +248,10 @@ static void decode_and_score(const Job *job, const Reader *reader, int b, int64_
 }
 
 /* Scores without decoding: the queries hold the decoder already. */
-static void score_folded(const Job *job, const Reader *reader, int b, int tile, int low, int high, Scratch *s)
+static void score_folded(const Job *job, const Reader *reader, int b, int low, int high, Scratch *s)
 {
     const int latents = reader->latents, stride = rounded_up(latents);
-    widen(s->codes + (long)(tile * TILE + low) * stride, (high - low) * stride, s->floats);
+    widen(s->codes, (high - low) * stride, s->floats);
     for (int h = 0; h < reader->heads; h++) {
         const long at = ((long)b * job->heads + reader->head[h]) * job->rows;
         for (int row = 0; row < job->rows; row++) {
@@ -262,10 +264,10 @@ static void score_folded(const Job *job, const Reader *reader, int b, int tile, 
     }
 }
 
-static void sum_values(const Job *job, const Reader *reader, int tile, int low, int high, Scratch *s, float *sums)
+static void sum_values(const Job *job, const Reader *reader, int low, int high, Scratch *s, float *sums)
 {
     const int stride = rounded_up(reader->latents), rows = job->rows;
-    widen(s->codes + (long)(tile * TILE + low) * stride, (high - low) * stride, s->floats);
+    widen(s->codes, (high - low) * stride, s->floats);
     for (int h = 0; h < reader->heads; h++)
         for (int row = 0; row < rows; row++) {
             const float shrink = s->shrink[(long)reader->head[h] * rows + row];
@@ -290,9 +292,10 @@ static int64_t index_of(const Job *job, int b, int64_t page)
     return job->page_index ? job->page_index[b * pages_of(job) + page] : page;
 }
 
-/* Codes of a page's segment; the same segment of the page at `next` is called for meanwhile, null: there is none. A page holds all layers, so that
- * a layer's segments are too far apart for the CPU to foresee. */
-static void unpack_segment(const Reader *reader, const uint8_t *data, const uint8_t *end, const uint8_t *next, uint8_t *codes)
+/* Codes of tokens `low` to `high` of a page's segment; the same segment of the page at `next` is called for meanwhile, null: there is none. A page
+ * holds all layers, so that a layer's segments are too far apart for the CPU to foresee. */
+static void unpack_segment(
+    const Reader *reader, const uint8_t *data, const uint8_t *end, const uint8_t *next, int low, int high, uint8_t *codes)
 {
     if (next) {
         const Plane *last = reader->plane + reader->planes - 1;
@@ -300,7 +303,7 @@ static void unpack_segment(const Reader *reader, const uint8_t *data, const uint
         for (; from < to; from += CACHE_LINE)
             __builtin_prefetch(from);
     }
-    unpack(data + reader->offset, end, reader->plane, reader->planes, codes, rounded_up(reader->latents));
+    unpack(data + reader->offset, end, reader->plane, reader->planes, low, high, codes, rounded_up(reader->latents));
 }
 
 /* The `page`-th page attended to, with `more` of this split after it. */
@@ -308,34 +311,36 @@ static void attend_page(const Job *job, int b, int split, int64_t page, int more
 {
     const int64_t index = index_of(job, b, page);
     const uint8_t *end, *other, *data = page_at(job, b, job->scattered ? index : page, &end);
-    const uint8_t *next = more ? page_at(job, b, job->scattered ? index_of(job, b, page + 1) : page + 1, &other) : 0;
+    const uint8_t *following = more ? page_at(job, b, job->scattered ? index_of(job, b, page + 1) : page + 1, &other) : 0;
     const int all = job->heads * job->rows;
-    const long place = (long)b * (job->splits + 1) + split;
-    float *most = job->most + place * all, *mass = job->mass + place * all;
-    for (int tile = 0; tile * TILE < job->page_tokens; tile++) {
+    const long statistics = ((long)b * (job->splits + 1) + split) * all;
+    float *most = job->most + statistics, *mass = job->mass + statistics;
+    for (int place = 0; place < job->page_tokens; place += TILE) {
         /* Of tokens that are there and attended, by place in this tile. */
-        const int64_t start = page * job->page_tokens + (int64_t)tile * TILE, origin = index * job->page_tokens + (int64_t)tile * TILE;
-        int64_t low = job->first[b] - origin, high = job->tokens - start, room = job->page_tokens - tile * TILE;
+        const int64_t start = page * job->page_tokens + place, origin = index * job->page_tokens + place;
+        int64_t low = job->first[b] - origin, high = job->tokens - start, room = job->page_tokens - place;
         low = low < 0 ? 0 : low;
         high = high < TILE ? high : TILE;
         high = high < room ? high : room;
         if (low >= high)
             continue;
+        const uint8_t *next = room > TILE ? 0 : following; /* from the page's last tile on */
+        const int from = place + (int)low, to = place + (int)high;
         for (int r = 0; r < job->key_readers; r++) {
             const Reader *reader = job->keys + r;
-            unpack_segment(reader, data, end, next, s->codes);
+            unpack_segment(reader, data, end, next, from, to, s->codes);
             if (reader->query && !reader->constant)
-                decode_and_score(job, reader, b, origin - job->offset[b], tile, low, high, s);
+                decode_and_score(job, reader, b, origin - job->offset[b], low, high, s);
             else
-                score_folded(job, reader, b, tile, low, high, s);
+                score_folded(job, reader, b, low, high, s);
         }
         for (int row = 0; row < all; row++)
             s->shrink[row] = soften(s->weights + (long)row * TILE, low, high, job->softcap, most + row, mass + row);
         for (int r = 0; r < job->value_readers; r++) {
             const Reader *reader = job->values + r;
             const long size = (long)reader->heads * job->rows * rounded_up(reader->latents);
-            unpack_segment(reader, data, end, next, s->codes);
-            sum_values(job, reader, tile, low, high, s, reader->sums + ((long)b * job->splits + split) * size);
+            unpack_segment(reader, data, end, next, from, to, s->codes);
+            sum_values(job, reader, low, high, s, reader->sums + ((long)b * job->splits + split) * size);
         }
     }
 }
@@ -354,8 +359,7 @@ static long most_latents(const Job *job)
 static int attend_split(const Job *job, int b, int split)
 {
     const int all = job->heads * job->rows, width = rounded_up(job->head_dim);
-    const long tokens = (job->page_tokens + TILE - 1) / TILE * TILE, codes = tokens * most_latents(job);
-    const long floats = TILE * most_latents(job), tile = (long)TILE * width, turned = (long)job->rows * width;
+    const long codes = TILE * most_latents(job), floats = codes, tile = (long)TILE * width, turned = (long)job->rows * width;
     const long weights = (long)all * TILE;
     float *room = calloc(codes / 4 + COLUMNS + floats + tile + turned + weights + all, sizeof(float));
     if (!room)
@@ -507,14 +511,18 @@ static int finish(const Job *job, int b)
 int kvcar_columns(void) { return COLUMNS; }
 int kvcar_decode8_latents(void) { return DECODE8_LATENTS; }
 
+/* The `i`-th of the splits of all sequences, the last of each being what is held exactly. */
+static int attend_part(const void *context, int64_t i)
+{
+    const Job *job = context;
+    const int b = (int)(i / (job->splits + 1)), split = (int)(i % (job->splits + 1));
+    return split < job->splits ? attend_split(job, b, split) : attend_exact(job, b);
+}
+
 /* Attention into `out`; 0, or 1 where memory is missing. */
 int kvcar_attend(const Job *job)
 {
-    int failed = 0;
-    const int parts = job->splits + 1, jobs = job->batch * parts;
-#pragma omp parallel for num_threads(job->threads) schedule(dynamic, 1) reduction(| : failed)
-    for (int i = 0; i < jobs; i++)
-        failed |= i % parts < job->splits ? attend_split(job, i / parts, i % parts) : attend_exact(job, i / parts);
+    int failed = in_parallel(job->threads, (int64_t)job->batch * (job->splits + 1), attend_part, job);
     for (int b = 0; b < job->batch && !failed; b++) {
         merge(job, b);
         failed |= finish(job, b);

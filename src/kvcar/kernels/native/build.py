@@ -20,10 +20,11 @@ from pathlib import Path
 from ...errors import KernelError
 
 _SOURCES = Path(__file__).parent
-# Sums may be reordered, which vectors need; infinities and NaN keep their meaning.
-_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-shared", "-fPIC")
-# torch has loaded OpenMP's runtime already; the same one is found by name, so that both share its threads.
-_OPENMP = ("-fopenmp",)
+# Sums may be reordered, which vectors need, and products added in one operation; infinities and NaN keep their meaning.
+_FLAGS = (
+    "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast",
+    "-shared", "-fPIC",
+)  # fmt: skip
 _CACHE_VARIABLE = "KVCAR_KERNEL_CACHE"
 
 
@@ -38,16 +39,20 @@ class Compiler:
 @cache
 def find_compiler() -> Compiler | None:
     """The C compiler in the variable CC, or cc, gcc or clang on the path; None where there is none."""
-    for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
-        path = shutil.which(name) if name else None
-        if path is None:
-            continue
-        try:
-            told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=30)
-        except (OSError, subprocess.SubprocessError):
-            continue
-        return Compiler(path, (told.stdout.splitlines() or [""])[0])
-    return None
+    found = (compiler_at(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
+    return next((compiler for compiler in found if compiler is not None), None)
+
+
+def compiler_at(name: str) -> Compiler | None:
+    """The compiler of that name or path; None where there is none, or none that runs."""
+    path = shutil.which(name)
+    if path is None:
+        return None
+    try:
+        told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return Compiler(path, (told.stdout.splitlines() or [""])[0])
 
 
 @cache
@@ -55,7 +60,7 @@ def native_library() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        KernelError: there is no C compiler, or it fails.
+        KernelError: there is no C compiler, or it fails, or torch was built without OpenMP.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -63,11 +68,23 @@ def native_library() -> ctypes.CDLL:
             "the CPU kernels need a C compiler (cc, gcc, clang or the one CC names) and none was found; install one, or "
             "set KVCAR_KERNELS=torch"
         )
-    flags = (*_FLAGS, *_architecture_flags(), *_OPENMP)
+    flags = (*_FLAGS, *_architecture_flags())
     target = _cache_folder() / f"kernels-{_digest(compiler, flags)}.so"
     if not target.exists():
         _compile(compiler, flags, target)
-    return ctypes.CDLL(str(target))
+    return _load(target)
+
+
+def _load(target: Path) -> ctypes.CDLL:
+    """With torch's threads, which are found by name (``parallel.h``): torch, imported
+    by whoever has tensors for the kernels, made its OpenMP runtime known to all.
+    """
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise KernelError(
+            f"the CPU kernels could not be loaded; set KVCAR_KERNELS=torch to do without: {error}"
+        ) from None
 
 
 def _architecture_flags() -> tuple[str, ...]:

@@ -4,10 +4,7 @@
 #define KVCAR_DECODE8_WIDE_H
 
 #include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
 
-#define DECODE8_LATENTS 4
 #define LANES8 16 /* elements of a head in one vector of 32-bit sums */
 #define TOKENS8 4 /* decoded together */
 
@@ -19,24 +16,17 @@ static inline __attribute__((always_inline)) __m512i add_products(__m512i sums, 
     return sums;
 }
 
-/* Of a head: `latents` in `groups` of four after the `exact` first ones, `width` elements. */
-typedef struct {
-    const int8_t *decoder; /* [groups][width][4] */
-    const float *scale, *bias, *matrix; /* [width], [width], [exact][width] */
-    int groups, exact, width;
-} Decoder8;
-
-/* out[t][vectors * LANES8], elements `d` on of some tokens' keys. */
+/* Elements `d` to `d` + vectors * LANES8 of some tokens' keys. */
 static inline __attribute__((always_inline)) void decode8_block(
-    const int tokens, const int vectors, const Decoder8 *by, const int d, const uint8_t *codes, const int stride, float *out,
-    const int out_stride)
+    const int tokens, const int vectors, const Decoder8 *by, const int d, const uint8_t *codes, const int stride, float *keys)
 {
+    const int width = by->width;
     __m512i sums[TOKENS8][4];
     for (int t = 0; t < tokens; t++)
         for (int v = 0; v < vectors; v++)
             sums[t][v] = _mm512_setzero_si512();
     const int8_t *row = by->decoder + 4 * d;
-    for (int group = 0; group < by->groups; group++, row += 4 * by->width) {
+    for (int group = 0; group < by->groups; group++, row += 4 * width) {
         __m512i own[4];
         for (int v = 0; v < vectors; v++)
             own[v] = _mm512_loadu_si512(row + 4 * LANES8 * v);
@@ -57,7 +47,7 @@ static inline __attribute__((always_inline)) void decode8_block(
     for (int e = 0; e < by->exact; e++) {
         __m512 own[4];
         for (int v = 0; v < vectors; v++)
-            own[v] = _mm512_loadu_ps(by->matrix + (long)e * by->width + d + LANES8 * v);
+            own[v] = _mm512_loadu_ps(by->matrix + (long)e * width + d + LANES8 * v);
         for (int t = 0; t < tokens; t++) {
             const __m512 code = _mm512_set1_ps((float)codes[(long)t * stride + e]);
             for (int v = 0; v < vectors; v++)
@@ -66,30 +56,26 @@ static inline __attribute__((always_inline)) void decode8_block(
     }
     for (int t = 0; t < tokens; t++)
         for (int v = 0; v < vectors; v++)
-            _mm512_storeu_ps(out + (long)t * out_stride + d + LANES8 * v, values[t][v]);
+            _mm512_storeu_ps(keys + (long)t * width + d + LANES8 * v, values[t][v]);
 }
 
 static inline __attribute__((always_inline)) void decode8_rows(
-    const int tokens, const Decoder8 *by, const uint8_t *codes, const int stride, float *out, const int out_stride)
+    const int tokens, const Decoder8 *by, const uint8_t *codes, const int stride, float *keys)
 {
     int d = 0;
     for (; d + 4 * LANES8 <= by->width; d += 4 * LANES8)
-        decode8_block(tokens, 4, by, d, codes, stride, out, out_stride);
+        decode8_block(tokens, 4, by, d, codes, stride, keys);
     for (; d < by->width; d += LANES8)
-        decode8_block(tokens, 1, by, d, codes, stride, out, out_stride);
+        decode8_block(tokens, 1, by, d, codes, stride, keys);
 }
 
-/* As in decode8.h; `stops` are for sums of 16 bits. */
-static void decode8(
-    int tokens, int width, const uint8_t *codes, int stride, int latents, int exact, const float *matrix, const int8_t *decoder,
-    const int32_t *stops, int n_stops, const float *scale, const float *bias, float *out, int out_stride)
+/* As in decode8.h. */
+static void decode8(int tokens, const Decoder8 *by, const uint8_t *codes, int stride, float *keys)
 {
-    const Decoder8 by = { decoder, scale, bias, matrix, (latents - exact + 3) / 4, exact, width };
-    (void)stops, (void)n_stops;
-    for (; tokens >= TOKENS8; tokens -= TOKENS8, codes += (long)TOKENS8 * stride, out += (long)TOKENS8 * out_stride)
-        decode8_rows(TOKENS8, &by, codes, stride, out, out_stride);
-    for (; tokens > 0; tokens--, codes += stride, out += out_stride)
-        decode8_rows(1, &by, codes, stride, out, out_stride);
+    for (; tokens >= TOKENS8; tokens -= TOKENS8, codes += (long)TOKENS8 * stride, keys += (long)TOKENS8 * by->width)
+        decode8_rows(TOKENS8, by, codes, stride, keys);
+    for (; tokens > 0; tokens--, codes += stride, keys += by->width)
+        decode8_rows(1, by, codes, stride, keys);
 }
 
 #endif

@@ -1,6 +1,7 @@
 /* Packing codes into the planes of pages, and back; docs/format.md has the layout. */
 #include <stdlib.h>
 
+#include "parallel.h"
 #include "tile.h"
 #include "unpack.h"
 
@@ -33,43 +34,39 @@ static void pack_plane(const Plane *plane, const uint8_t *codes, int stride, uin
         }
 }
 
-/* Values of all segments; 0, or 1 where memory is missing. */
-int kvcar_unpack(const Segments *s)
+static int unpack_page(const void *segments, int64_t page)
 {
+    const Segments *s = segments;
     const int count = s->width - s->raw, stride = rounded_up(count);
-    int failed = 0;
-#pragma omp parallel for num_threads(s->threads) reduction(| : failed)
-    for (int64_t page = 0; page < s->outer * s->inner; page++) {
-        uint8_t *codes = malloc((size_t)s->tokens * stride + 16);
-        if (codes) {
-            const uint8_t *data = segment_at(s, page);
-            unpack(data, data + s->size, s->planes, s->n_planes, codes, stride);
-            to_floats(codes, s->tokens, count, stride, s->values + page * s->tokens * s->width + s->raw, s->width);
-        }
-        failed |= !codes;
-        free(codes);
-    }
-    return failed;
+    const uint8_t *data = segment_at(s, page);
+    uint8_t *codes = malloc((size_t)s->tokens * stride + 16);
+    if (!codes)
+        return 1;
+    unpack(data, data + s->size, s->planes, s->n_planes, 0, s->tokens, codes, stride);
+    to_floats(codes, s->tokens, count, stride, s->values + page * s->tokens * s->width + s->raw, s->width);
+    free(codes);
+    return 0;
 }
 
-/* Planes of all segments; 0, or 1 where memory is missing. */
-int kvcar_pack(const Segments *s)
+static int pack_page(const void *segments, int64_t page)
 {
+    const Segments *s = segments;
     const int count = s->width - s->raw, stride = rounded_up(count);
-    int failed = 0;
-#pragma omp parallel for num_threads(s->threads) reduction(| : failed)
-    for (int64_t page = 0; page < s->outer * s->inner; page++) {
-        uint8_t *codes = malloc((size_t)s->tokens * stride);
-        if (codes) {
-            const float *values = s->values + page * s->tokens * s->width + s->raw;
-            for (int t = 0; t < s->tokens; t++)
-                for (int j = 0; j < count; j++)
-                    codes[(long)t * stride + j] = (uint8_t)(int)values[(long)t * s->width + j];
-            for (int p = 0; p < s->n_planes; p++)
-                pack_plane(s->planes + p, codes, stride, segment_at(s, page));
-        }
-        failed |= !codes;
-        free(codes);
-    }
-    return failed;
+    const float *values = s->values + page * s->tokens * s->width + s->raw;
+    uint8_t *codes = malloc((size_t)s->tokens * stride);
+    if (!codes)
+        return 1;
+    for (int t = 0; t < s->tokens; t++)
+        for (int j = 0; j < count; j++)
+            codes[(long)t * stride + j] = (uint8_t)(int)values[(long)t * s->width + j];
+    for (int p = 0; p < s->n_planes; p++)
+        pack_plane(s->planes + p, codes, stride, segment_at(s, page));
+    free(codes);
+    return 0;
 }
+
+/* Values of all segments; 0, or 1 where memory is missing. */
+int kvcar_unpack(const Segments *s) { return in_parallel(s->threads, s->outer * s->inner, unpack_page, s); }
+
+/* Planes of all segments; 0, or 1 where memory is missing. */
+int kvcar_pack(const Segments *s) { return in_parallel(s->threads, s->outer * s->inner, pack_page, s); }

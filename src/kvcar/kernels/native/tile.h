@@ -80,7 +80,7 @@ static inline __attribute__((always_inline)) void product(
 }
 
 /* The same for any number of rows; every case has its own count of rows, so that accumulators are registers. */
-static void rows_product(
+static __attribute__((unused)) void rows_product(
     int m, const int k, const float *a, const int a_stride, const float *b, const int b_stride, const float *start,
     float *c, const int c_stride)
 {

@@ -66,37 +66,42 @@ static inline __attribute__((always_inline)) void unpack_row(
         }
 }
 
-/* A plane of `bits` bits, known when this is compiled. */
+/* A plane of `bits` bits, known when this is compiled, of tokens `low` to `high`. */
 static inline __attribute__((always_inline)) void unpack_plane(
-    const int bits, const uint8_t *data, const uint8_t *end, const Plane plane, uint8_t *out, const int stride)
+    const int bits, const uint8_t *data, const uint8_t *end, const Plane plane, const int low, const int high, uint8_t *out,
+    const int stride)
 {
     const words of_count = first_bytes(plane.count);
-    for (int place = 0; place < 8 / bits; place++)
-        for (int row = 0; row < plane.rows; row++) {
+    for (int place = 0; place < 8 / bits; place++) {
+        const int before = place * plane.rows, stop = high - before < plane.rows ? high - before : plane.rows;
+        for (int row = low > before ? low - before : 0; row < stop; row++) {
             const uint8_t *from = data + plane.offset + (long)row * plane.count;
-            uint8_t *to = out + (long)(row + place * plane.rows) * stride + plane.start;
+            uint8_t *to = out + (long)(before + row - low) * stride + plane.start;
             if (plane.shift)
                 unpack_row(from, end, plane.count, of_count, place * bits, (1u << bits) - 1, plane.shift, to);
             else
                 unpack_row(from, end, plane.count, of_count, place * bits, (1u << bits) - 1, 0, to);
         }
+    }
 }
 
-/* Codes [page_tokens][stride], and room for 16 more, of the segment at `data` in a page that ends at `end`. Planes of low bits come before those that add to them. */
-static void unpack(const uint8_t *data, const uint8_t *end, const Plane *planes, int n, uint8_t *out, int stride)
+/* Codes [high - low][stride], and room for 16 more, of tokens `low` to `high` of the segment at `data` in a page that ends at `end`. Planes of
+ * low bits come before those that add to them. */
+static void unpack(
+    const uint8_t *data, const uint8_t *end, const Plane *planes, int n, int low, int high, uint8_t *out, int stride)
 {
 #if defined(__AVX512BW__)
     if (n <= MOST_WIDE_PLANES) {
-        unpack_wide(data, planes, n, out, stride);
+        unpack_wide(data, planes, n, low, high, out, stride);
         return;
     }
 #endif
     for (int p = 0; p < n; p++)
         switch (planes[p].bits) {
-        case 1: unpack_plane(1, data, end, planes[p], out, stride); break;
-        case 2: unpack_plane(2, data, end, planes[p], out, stride); break;
-        case 4: unpack_plane(4, data, end, planes[p], out, stride); break;
-        default: unpack_plane(8, data, end, planes[p], out, stride); break;
+        case 1: unpack_plane(1, data, end, planes[p], low, high, out, stride); break;
+        case 2: unpack_plane(2, data, end, planes[p], low, high, out, stride); break;
+        case 4: unpack_plane(4, data, end, planes[p], low, high, out, stride); break;
+        default: unpack_plane(8, data, end, planes[p], low, high, out, stride); break;
         }
 }
 

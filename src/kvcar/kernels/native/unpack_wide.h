@@ -29,7 +29,7 @@ static inline __mmask64 lanes_between(int start, int stop)
     return (stop == WIDE ? ~0ull : (1ull << stop) - 1) & ~((1ull << start) - 1);
 }
 
-/* Tokens of an eighth of the page. Turning whole words moves a byte's bits to where they belong; what came from its neighbours is masked off. */
+/* Some tokens of an eighth of the page. Turning whole words moves a byte's bits to where they belong; what came from its neighbours is masked off. */
 static inline __attribute__((always_inline)) void unpack_eighth(
     const int n, const WidePart *parts, const int tokens, uint8_t *out, const int stride, const int is_half)
 {
@@ -79,31 +79,34 @@ static int wide_parts(const uint8_t *data, const Plane *planes, int n, int first
     return found;
 }
 
-/* Turn to the tokens of an eighth of the page, `tokens` each. Widths are powers of two: the rest of a division by one, and the
+/* Turn to token `first` of an eighth of the page, `tokens` each. Widths are powers of two: the rest of a division by one, and the
  * whole part times it, are bits of the eighth. */
-static inline void turn_to(WidePart *parts, int n, int tokens, int eighth)
+static inline void turn_to(WidePart *parts, int n, int tokens, int eighth, int first)
 {
     for (int p = 0; p < n; p++) {
         WidePart *part = parts + p;
-        part->from = part->first + (eighth & (part->bits - 1)) * tokens * part->step;
+        part->from = part->first + ((eighth & (part->bits - 1)) * tokens + first) * part->step;
         part->turn = _mm512_set1_epi32(((eighth & -part->bits) - part->shift) & 31);
     }
 }
 
-/* Codes [page_tokens][stride], `stride` a multiple of WIDE / 2; latents of no plane are 0. */
-static void unpack_wide(const uint8_t *data, const Plane *planes, int n, uint8_t *out, int stride)
+/* Codes [high - low][stride] of tokens `low` to `high`, `stride` a multiple of WIDE / 2; latents of no plane are 0. */
+static void unpack_wide(const uint8_t *data, const Plane *planes, int n, int low, int high, uint8_t *out, int stride)
 {
-    const int tokens = n ? planes[0].rows / planes[0].bits : 0;
+    const int tokens = planes[0].rows / planes[0].bits;
     WidePart parts[MOST_WIDE_PLANES];
     for (int first = 0; first < stride; first += WIDE) {
         const int found = wide_parts(data, planes, n, first, parts);
-        for (int eighth = 0; eighth < 8; eighth++) {
-            turn_to(parts, found, tokens, eighth);
-            uint8_t *to = out + (long)eighth * tokens * stride + first;
+        uint8_t *to = out + first;
+        for (int token = low; token < high;) {
+            const int eighth = token / tokens, end = (eighth + 1) * tokens, stop = end < high ? end : high;
+            turn_to(parts, found, tokens, eighth, token - eighth * tokens);
             if (stride - first < WIDE)
-                unpack_eighth_of(found, parts, tokens, to, stride, 1);
+                unpack_eighth_of(found, parts, stop - token, to, stride, 1);
             else
-                unpack_eighth_of(found, parts, tokens, to, stride, 0);
+                unpack_eighth_of(found, parts, stop - token, to, stride, 0);
+            to += (long)(stop - token) * stride;
+            token = stop;
         }
     }
 }
