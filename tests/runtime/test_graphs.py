@@ -1,6 +1,8 @@
 """Decode steps that are captured once and replayed say, and store, what steps of their own do."""
 
+import gc
 import logging
+from weakref import ref
 
 import pytest
 import torch
@@ -190,6 +192,19 @@ def test_caches_take_turns_and_change_between_steps(capture, plainly):
     for cache, other in zip(caches, others, strict=True):
         check_same_contents(cache, other)
     assert DEVICE != "cpu" or capture.captures == 1
+
+
+def test_pages_of_a_cache_that_is_gone_are_freed(capture):
+    model, bundle = model_and_bundle()
+    with kvcar.attach(model, bundle) as attachment:
+        cache = KVCarCache(bundle, attend_pages=2)
+        prefill(model, cache, ids(5 * PAGE))
+        attachment.capture_steps(capture)
+        steps(model, cache, ids(1))
+        arenas = [ref(arena) for arena in cache.arenas]
+        del cache
+        gc.collect()
+        assert [arena() for arena in arenas] == [None]
 
 
 def test_memory_of_kinds_of_steps_is_given_up(capture, plainly, monkeypatch):

@@ -141,6 +141,11 @@ class PagedPast:
         return self.whole is not None
 
     @cached_property
+    def kept(self) -> dict[str, object]:
+        """What a kernel made of it and needs again, by a name of its own; a step's past is often the last one's."""
+        return {}
+
+    @cached_property
     def hidden_pages(self) -> Tensor:
         """How many of each sequence's first pages hold nothing but padding and sinks, int64 ``[B]``."""
         return self.first // self.page_tokens

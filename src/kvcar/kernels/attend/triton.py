@@ -27,6 +27,7 @@ from .triton_values import ValueSums
 
 MOST_QUERY_TOKENS = 16
 _SCORES_AT_ONCE = 2**26
+_REASON = "why triton does not serve it"
 
 
 def serves(query: Tensor, paged: PagedPast | None) -> str | None:
@@ -45,6 +46,12 @@ def serves(query: Tensor, paged: PagedPast | None) -> str | None:
         return f"{query.shape[2]} query tokens are more than the {MOST_QUERY_TOKENS} of a decoding step"
     if paged is None:
         return None
+    if _REASON not in paged.kept:
+        paged.kept[_REASON] = _refuses_past(paged)
+    return paged.kept[_REASON]  # pyright: ignore[reportReturnType]
+
+
+def _refuses_past(paged: PagedPast) -> str | None:
     if not are_aligned(paged.tiles):
         return "pages do not start at multiples of 16 bytes"
     reasons = (_refuses(reader, paged) for reader in (*paged.key_readers, *paged.value_readers))

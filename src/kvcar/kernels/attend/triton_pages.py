@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -17,6 +17,7 @@ from .inputs import PagedPast
 
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 
+_TABLE = "triton page table"
 _ANGLES: weakref.WeakKeyDictionary[RotaryTable, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 
 
@@ -40,21 +41,22 @@ class PageTable:
 
 
 def page_table(paged: PagedPast) -> PageTable:
-    """The table of pages that lie in arenas."""
+    """The table of pages that lie in arenas; the same one again for the same past."""
+    if _TABLE not in paged.kept:
+        paged.kept[_TABLE] = _page_table(paged)
+    return paged.kept[_TABLE]  # pyright: ignore[reportReturnType]
+
+
+def _page_table(paged: PagedPast) -> PageTable:
+    if paged.pages is not None and paged.whole is not None:
+        whole = page_table(paged.whole)
+        return replace(
+            whole, addresses=whole.addresses.gather(1, paged.pages), places=paged.tokens, numbers=paged.pages
+        )
     addresses = page_addresses(paged.tiles)
-    if paged.pages is None:
-        last = _everywhere(paged.tokens, len(addresses), addresses.device)
-        return PageTable(addresses, last, paged.tokens, paged.tokens)
-    if paged.whole is not None:
-        addresses, end = addresses.gather(1, paged.pages), paged.whole.tokens
-    else:
-        end = (int(paged.pages.max()) + 1) * paged.page_tokens
-    return PageTable(addresses, _everywhere(end, len(addresses), addresses.device), paged.tokens, end, paged.pages)
-
-
-@lru_cache(maxsize=16)
-def _everywhere(tokens: int, batch: int, device: torch.device) -> Tensor:
-    return torch.full((batch,), tokens, dtype=torch.int64, device=device)
+    end = paged.tokens if paged.pages is None else (int(paged.pages.max()) + 1) * paged.page_tokens
+    last = torch.full((len(addresses),), end, dtype=torch.int64, device=addresses.device)
+    return PageTable(addresses, last, paged.tokens, end, paged.pages)
 
 
 def page_addresses(tiles: Sequence[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -55,9 +56,12 @@ class StepCache(Cache):
         self._dtype, self._apart = dtype, dtype != coder.dtype
         self._new: dict[int, tuple[Tensor, Tensor]] = {}
         self.places = pages * plan.page_tokens
+        # A captured step reads them by their addresses: they must live as long, though longer ones may replace them elsewhere.
+        self._angles = _angles({rotary for rotary in self._rotary.values() if rotary is not None}, self.places)
         with torch.inference_mode(False):
             self._addresses = torch.zeros(memory.batch, pages, dtype=torch.int64, device=memory.padding.device)
-        self._arenas: list[Tensor] = []
+        # Weakly, as pages of a cache that is gone need not be kept.
+        self._arenas: list[ReferenceType[Tensor]] = []
         self._summaries = None
         if summaries is not None:
             self._summaries = StepSummaries(summaries, plan, memory.batch, pages, coder.device)
@@ -68,9 +72,11 @@ class StepCache(Cache):
 
         if self._summaries is not None and summaries is not None:
             self._summaries.copy_from(summaries)
-        if len(arenas) == len(self._arenas) and all(map(lambda a, b: a is b, arenas, self._arenas)):
+        if len(arenas) == len(self._arenas) and all(
+            old() is new for old, new in zip(self._arenas, arenas, strict=True)
+        ):
             return
-        self._arenas = list(arenas)
+        self._arenas = [ref(arena) for arena in arenas]
         if arenas:
             addresses = page_addresses(arenas)[:, : self._addresses.shape[1]]
             self._addresses[:, : addresses.shape[1]] = addresses
@@ -149,6 +155,12 @@ class StepCache(Cache):
 
     def end_pass(self) -> None:
         """Nothing: ``KVCarCache.end_written_step`` follows every replay."""
+
+
+def _angles(rotaries: set[RotaryTable], positions: int) -> list[tuple[Tensor, Tensor]]:
+    from ...kernels.attend.triton_pages import angle_tables
+
+    return [angle_tables(rotary, positions) for rotary in rotaries]
 
 
 class _StepLayer(CacheLayerMixin):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import ReferenceType, ref
+
 import torch
 from torch import Tensor
 
@@ -30,16 +32,17 @@ class StepSummaries:
             self._buffers = {
                 layer: torch.zeros(shape, dtype=SUMMARY_DTYPE, device=device) for layer in plan.coded_layers
             }
-        self._copied: dict[int, Tensor] = {}
+        self._copied: dict[int, ReferenceType[Tensor]] = {}
 
     def copy_from(self, summaries: PageSummaries) -> None:
         """Take over what ``summaries`` holds of all full pages."""
         for layer, buffer in self._buffers.items():
             held = summaries.held(layer)
             # The same view as long as nothing about it changes.
-            if held is not None and self._copied.get(layer) is not held:
+            copied = self._copied.get(layer)
+            if held is not None and (copied is None or copied() is not held):
                 buffer[:, :, : held.shape[2]] = held
-                self._copied[layer] = held
+                self._copied[layer] = ref(held)
 
     def choose(self, layer: int, query: Tensor, scaling: float, first: Tensor, last: Tensor) -> Tensor | None:
         """Pages int64 ``[B, K]`` that ``query`` attends to, None for all that there is room for.
