@@ -15,12 +15,12 @@ from ..errors import CacheStateError, InputError
 from ..kernels.allocation import coded_tokens
 from ..kernels.attend import ExactPast, PagedPast, attend
 from ..kernels.backend import Backend, backend_for
-from ..plan import Plan
 from .decoded import DecodedPast
 from .encode import encode_oldest
 from .host import Host
 from .layer import CodedLayer
 from .masks import exact_mask, sink_places
+from .options import checked_pages, with_window
 from .pages import PageStore
 from .sequence import SequenceState
 from .summaries import PageCounts, PageSummaries
@@ -57,12 +57,12 @@ class KVCarCache(Cache):
         attend_pages: PageCounts | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
-        self.plan = _with_window(self.bundle.plan, window)
+        self.plan = with_window(self.bundle.plan, window)
         super().__init__(layers=[self._new_layer(layer) for layer in range(self.plan.geometry.layers)])
         self._coded = {layer: self._coded_layer(layer) for layer in self.plan.coded_layers}
         self._host: Host | None = None
         self._keeps_decoded = keep_decoded
-        self.attend_pages = _checked(attend_pages, self.plan.geometry.layers)
+        self.attend_pages = checked_pages(attend_pages, self.plan.geometry.layers)
         self.backend: Backend | None = None
         self._clear()
 
@@ -351,25 +351,16 @@ class KVCarCache(Cache):
     def stored_bytes_by_part(self) -> dict[str, int]:
         """``stored_bytes`` in parts: pages, summaries, exact (sinks and window), plain (layers not coded), tables."""
         state = 0 if self._state is None else self._state.nbytes
+        host = self._host if self.paged_tokens else None
+        rotaries = set() if host is None else {host.rotary(layer) for layer in self._coded}
+        plain = [tensor for layer in self._plain_layers() for tensor in (layer.keys, layer.values)]
         return {
             "pages": 0 if self._pages is None else self._pages.nbytes,
             "summaries": 0 if self._summaries is None else self._summaries.nbytes,
             "exact": sum(layer.nbytes for layer in self._coded.values()),
-            "plain": self._plain_bytes(),
-            "tables": state + self._table_bytes(),
+            "plain": sum(tensor.nbytes for tensor in plain if tensor is not None),
+            "tables": state + sum(rotary.table_bytes for rotary in rotaries if rotary is not None),
         }
-
-    def _plain_bytes(self) -> int:
-        total = 0
-        for layer in self._plain_layers():
-            total += sum(t.nbytes for t in (layer.keys, layer.values) if t is not None)
-        return total
-
-    def _table_bytes(self) -> int:
-        if self._host is None or self._pages is None or not self._pages.tokens:
-            return 0
-        tables = {id(t): t for layer in self._coded if (t := self._host.rotary(layer)) is not None}
-        return sum(table.table_bytes for table in tables.values())
 
     # Inside
 
@@ -506,28 +497,4 @@ class KVCarCache(Cache):
         if self._summaries is not None:
             self._summaries.map_batch(change)
         if self._state is not None:
-            state = SequenceState(0, self._state.padding.device)
-            state.padding, state.offset = change(self._state.padding), change(self._state.offset)
-            state.padding_most = int(state.padding.max())
-            self._state = state
-
-
-def _checked(attend_pages: PageCounts | None, layers: int) -> PageCounts | None:
-    if attend_pages is None:
-        return None
-    counts = (attend_pages,) if isinstance(attend_pages, int) else tuple(attend_pages)
-    if any(count < 1 for count in counts):
-        raise InputError(f"attend_pages must be at least 1 page, got {min(counts)}; leave it out to attend to all")
-    if isinstance(attend_pages, int):
-        return attend_pages
-    if len(counts) != layers:
-        raise InputError(f"attend_pages must be one number or {layers}, one for each layer; got {len(counts)}")
-    return counts
-
-
-def _with_window(plan: Plan, window: int | None) -> Plan:
-    if window is None or window == plan.window:
-        return plan
-    if window < 0 or window % plan.page_tokens:
-        raise InputError(f"window must be 0 or a multiple of the page size, {plan.page_tokens} tokens; got {window}")
-    return plan.model_copy(update={"window": window})
+            self._state = self._state.mapped(change)

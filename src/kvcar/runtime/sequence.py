@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,13 @@ class SequenceState:
     def nbytes(self) -> int:
         """Bytes of the tables."""
         return self.padding.nbytes + self.offset.nbytes
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> SequenceState:
+        """The state of other sequences: ``change`` of every table, which works on the batch axis (0)."""
+        state = SequenceState(0, self.padding.device)
+        state.padding, state.offset = change(self.padding), change(self.offset)
+        state.padding_most = int(state.padding.max())
+        return state
 
     def advance(self, seen: int, count: int, mask: Tensor | None, positions: Tensor | None) -> SequenceState:
         """State for a pass over ``count`` tokens after ``seen``, checked against what was known before.

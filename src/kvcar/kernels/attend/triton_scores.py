@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..allocation import FINE_POSITIONS
+from ..rotary import RotaryTable
 from .inputs import PagedPast
 from .triton_groups import Bank, banks, key_decoder, split_pairs
 from .triton_kernels import decode_scores, direct_scores
@@ -68,9 +69,7 @@ class Scorer:
         rotary = call.paged.rotary
         self._turned = None
         if rotary is not None and len(self._folded) < len(self._banks):
-            first, second, rest = split_pairs(call.q, rotary)
-            scale = rotary.attention_scale
-            self._turned = torch.cat([first * scale, second * scale, rest], dim=-1)
+            self._turned = _in_pairs(call.q, rotary)
 
     def write(self, scores: Tensor, start: int, stop: int) -> None:
         """Write scores float32 ``[B, H * Q, stop - start]`` of the tokens at places ``start`` to ``stop``."""
@@ -114,6 +113,15 @@ class Scorer:
             ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
             BLOCK_Q=block_q, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
+
+
+def _in_pairs(q: Tensor, rotary: RotaryTable) -> Tensor:
+    """Queries ``[..., D]`` with the elements of a head in the order of ``split_pairs``, scaled as the model scales angles."""
+    scale = rotary.attention_scale
+    if rotary.style == "half" and scale == 1.0:
+        return q
+    first, second, rest = split_pairs(q, rotary)
+    return torch.cat([first * scale, second * scale, rest], dim=-1)
 
 
 def precision_of(half: bool) -> str:
