@@ -13,6 +13,7 @@ from kvcar.errors import InputError, UnsupportedModelError
 from kvcar.models import demo
 from kvcar.models.fingerprint import fingerprint, mismatch
 from kvcar.models.geometry import read_geometry
+from kvcar.models.structure import find_decoder
 from kvcar.shapes import KVGeometry
 
 
@@ -60,6 +61,12 @@ def changed(config, name, value):
 def test_caches_of_another_kind_are_refused(config, message):
     with pytest.raises(UnsupportedModelError, match=message):
         read_geometry(config)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_decoder_of_a_single_layer_is_not_the_layer(name):
+    model = tiny_model(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1})
+    assert find_decoder(model, 1).decoder is model.base_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

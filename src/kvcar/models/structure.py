@@ -60,7 +60,10 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _innermost_with_cache(model: nn.Module, names: list[str]) -> nn.Module:
-    """The innermost common ancestor of the named modules whose forward takes ``past_key_values``."""
+    """The innermost common ancestor of the named modules whose forward takes ``past_key_values`` and is given the inputs.
+
+    A layer takes a cache too, and is an ancestor of all attention modules where it is the only layer.
+    """
     paths = [name.split(".")[:-1] for name in names]
     common = []
     for parts in zip(*paths, strict=False):
@@ -69,6 +72,6 @@ def _innermost_with_cache(model: nn.Module, names: list[str]) -> nn.Module:
         common.append(parts[0])
     for depth in range(len(common), -1, -1):
         module = model.get_submodule(".".join(common[:depth]))
-        if "past_key_values" in inspect.signature(module.forward).parameters:
+        if {"past_key_values", "inputs_embeds"} <= inspect.signature(module.forward).parameters.keys():
             return module
     raise UnsupportedModelError(f"no module of {type(model).__name__} takes past_key_values")
