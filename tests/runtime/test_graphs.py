@@ -62,7 +62,7 @@ def prefill(model, cache, prompt, mask=None):
 @torch.no_grad()
 def steps(model, cache, following, **more):
     given = {"past_key_values": cache, "use_cache": True} | more
-    return torch.cat([model(input_ids=token[:, None], **given).logits for token in following.unbind(1)], 1)
+    return torch.cat([model(token[:, None], **given).logits for token in following.unbind(1)], 1)
 
 
 def same(got, expected):
@@ -284,6 +284,23 @@ def test_what_is_not_captured_runs_as_ever_and_is_told(capture, caplog, case, re
     check_same_contents(cache, other)
     assert [reason in record.message for record in caplog.records] == [True]
     assert DEVICE != "cpu" or capture.replays == 0
+
+
+def test_passes_in_other_modes_are_not_captured(capture, caplog):
+    model, bundle = model_and_bundle()
+    with kvcar.attach(model, bundle) as attachment, caplog.at_level(logging.WARNING, "kvcar.graphs"):
+        cache = KVCarCache(bundle)
+        prefill(model, cache, ids(2 * PAGE))
+        attachment.capture_steps(capture)
+        model(ids(1), past_key_values=cache, use_cache=True)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            steps(model, cache, ids(1))
+        model.train()
+        steps(model, cache, ids(1))
+    assert cache.tokens == 2 * PAGE + 3
+    told = [record.message for record in caplog.records]
+    assert all(reason in line for reason, line in zip(["gradients", "autocast", "training"], told, strict=True))
+    assert DEVICE != "cpu" or capture.captures == 0
 
 
 def test_the_model_is_left_as_it_was(capture):

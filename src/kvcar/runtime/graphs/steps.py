@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -48,6 +49,7 @@ class StepGraphs:
 
     def __init__(self, model: PreTrainedModel, host: Host, capture: Capture | None = None) -> None:
         self._forward: Callable[..., Any] = model.forward
+        self._names = list(inspect.signature(model.forward).parameters)
         self._model, self._host = model, host
         self._capture = capture or CudaCapture(model.device)
         self._kinds: OrderedDict[tuple[object, ...], _Kind] = OrderedDict()
@@ -55,13 +57,14 @@ class StepGraphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward pass."""
-        cache = kwargs.get("past_key_values")
-        if args or not isinstance(cache, KVCarCache) or not _is_step(cache, kwargs):
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        cache = given.get("past_key_values")
+        if not isinstance(cache, KVCarCache) or not _is_step(cache, given):
             return self._forward(*args, **kwargs)
-        reason = _refuses(cache, kwargs, self._host)
+        reason = _refuses_model(self._model) or _refuses(cache, given, self._host)
         if reason is None:
             try:
-                return self._replayed(cache, kwargs)
+                return self._replayed(cache, given)
             except NotServed as error:
                 reason = str(error)
         self._tell(reason)
@@ -150,13 +153,22 @@ def _is_step(cache: KVCarCache, kwargs: Mapping[str, Any]) -> bool:
     return isinstance(token_ids, Tensor) and token_ids.shape[1:] == (1,) and cache.tokens > 0
 
 
+def _refuses_model(model: PreTrainedModel) -> str | None:
+    """Why no step of ``model``, as it is used now, can be captured, None if some can."""
+    if model.training:
+        return "the model is in training mode; call model.eval()"
+    if torch.is_grad_enabled():
+        return "gradients are enabled; use torch.no_grad()"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on, which would be captured too"
+    return None
+
+
 def _refuses(cache: KVCarCache, kwargs: Mapping[str, Any], host: Host) -> str | None:
     """Why a decode step over ``cache`` cannot be captured, None if it can."""
     unknown = sorted(name for name in kwargs.keys() - _TAKEN if kwargs[name] is not None and kwargs[name] is not False)
     if unknown or kwargs.get("return_dict") is False or kwargs.get("use_cache") is False:
         return f"the pass is asked for {', '.join(unknown) or 'another kind of output'}"
-    if torch.is_grad_enabled():
-        return "gradients are enabled; use torch.no_grad()"
     if len(cache.coded_layers) < len(cache.layers):
         return "some layers are not coded, and their caches grow"
     if cache.attend_pages is not None and cache.plan.window == 0:
