@@ -107,9 +107,12 @@ class Scorer:
 
 
 def tile_tokens(call: Call, keys: bool) -> int:
-    """Tokens of a tile: 64 where a program holds decoded keys or float32 operands; many where programs run in turn."""
-    if call.q.device.type != "cuda":
-        return _INTERPRETER_TILE_TOKENS
+    """Tokens of a tile: many where programs run in turn."""
+    return gpu_tile_tokens(call, keys) if call.q.device.type == "cuda" else _INTERPRETER_TILE_TOKENS
+
+
+def gpu_tile_tokens(call: Call, keys: bool) -> int:
+    """Tokens of a tile on a GPU: 64 where a program holds decoded keys or float32 operands."""
     return 128 if call.half and not keys else 64
 
 

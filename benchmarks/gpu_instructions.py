@@ -1,0 +1,108 @@
+"""Instructions of a decode step's kernels on an H100, counted in their machine code: no GPU is needed, and none has run them.
+
+python benchmarks/gpu_instructions.py --name NAME
+
+One layer and one sequence of 32,768 tokens at Llama-3.1-8B's shape, all in pages, bfloat16 queries. The kernels are compiled for sm_90,
+disassembled, and every instruction is counted as often as it runs: the loop over blocks of latents or tiles of tokens by its
+length, what a class of planes needs by the share of blocks that have it. Assumed: instructions whose predicate is false cost an
+issue too; every warp of the grid runs to its end; latents' bits as in a fit by the profile ``fast`` (shares of the demo model's),
+``wide`` as a block of four heads might have. From these come two times that no H100 can be faster than with this code: the
+schedulers', each issuing an instruction a cycle, and that of the busiest unit. Waiting for memory, banks in conflict and barriers come on top.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from speed.gpu_build import PROCESSORS, Launch, decode_step, run_tool
+from speed.sass import LANES, code, parse
+
+from kvcar.plan import BitGroup
+from kvcar.record import Record
+
+RESULTS = Path(__file__).parent / "results"
+CLOCK_HZ = 1.755e9
+SCHEDULERS = 4
+TOKENS = 32_768
+# Latents by bits of a block: heads, keys, values.
+SHAPES: dict[str, tuple[int, dict[int, int], dict[int, int]]] = {
+    "fast": (1, {8: 9, 7: 12, 6: 20, 5: 29, 4: 2}, {8: 7, 7: 18, 6: 26, 5: 25, 4: 24, 3: 2}),
+    "wide": (4, *[{8: 14, 7: 30, 6: 80, 5: 140, 4: 110, 3: 35}] * 2),
+}
+
+
+def main(
+    name: Annotated[str, typer.Option(help="Of the record.")],
+    output: Annotated[Path, typer.Option(help="Folder of the record.")] = RESULTS,
+) -> None:
+    """Compile, count and record."""
+    shapes = {shape: counted(shape) for shape in SHAPES}
+    config = {"name": name, "tokens": TOKENS, "clock_hz": CLOCK_HZ, "processors": PROCESSORS, "shapes": SHAPES}
+    record = Record("gpu_instructions", {"shapes": shapes}, config)
+    record.write(output / f"gpu-instructions-{name}.json")
+    for shape, kernels in shapes.items():
+        for each in kernels:
+            print(shape, each["kernel"], json.dumps({k: v for k, v in each.items() if k != "kernel"}), flush=True)
+
+
+def counted(shape: str) -> list[dict[str, Any]]:
+    """Figures of the kernels that a layer of this shape launches."""
+    heads, keys, values = SHAPES[shape]
+    return [_figures(launch) for launch in decode_step(torch.bfloat16, heads, _groups(keys), _groups(values), tokens=TOKENS)]
+
+
+def _groups(counts: dict[int, int]) -> list[BitGroup]:
+    return [BitGroup(bits=bits, count=count) for bits, count in counts.items()]
+
+
+def _figures(launch: Launch) -> dict[str, Any]:
+    arguments = launch.arguments
+    turns = arguments["BLOCKS" if launch.name == "decode_scores" else "TILES"]
+    found = code(parse(run_tool("nvdisasm", "-c", launch.cubin)))
+    executed = found.executed(turns, _shares(arguments["present"].tolist(), len(found.branches)))
+    programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
+    layer = {name: count * programs * launch.warps for name, count in executed.items()}
+    registers, spilled = launch.registers_and_stack()
+    return {
+        "kernel": launch.name,
+        "programs": programs,
+        "warps": launch.warps,
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": launch.shared,
+        "turns": turns,
+        "instructions_of_a_warp": {
+            "outside_the_loop": _sorted(found.once),
+            "a_turn": _sorted(found.loop),
+            "classes_of_planes": [_sorted(branch) for branch in found.branches],
+        },
+        "warp_instructions": _sorted(layer),
+        "warp_instructions_total": sum(layer.values()),
+        "issue_us": 1e6 * sum(layer.values()) / (PROCESSORS * SCHEDULERS * CLOCK_HZ),
+        "unit_us": {
+            unit: 1e6 * layer.get(unit, 0) * 32 / (lanes * PROCESSORS * CLOCK_HZ) for unit, lanes in LANES.items()
+        },
+    }
+
+
+def _shares(present: Sequence[int], branches: int) -> list[float]:
+    """Of the blocks of latents, how many have each class of planes: 8, 4, 2, 1 bits, as far as there are any."""
+    shares = [sum(bool(has & width) for has in present) / len(present) for width in (8, 4, 2, 1)]
+    shares = [share for share in shares if share]
+    if len(shares) != branches:
+        raise ValueError(f"{branches} branches in the loop for {len(shares)} classes of planes")
+    return shares
+
+
+def _sorted(counts: Counter[str] | dict[str, float]) -> dict[str, float]:
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
