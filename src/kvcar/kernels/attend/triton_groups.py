@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layout import SegmentLayout
-from ..plane_table import PlaneTable, block_latents, joined, segment_fields
+from ..plane_table import PlaneTable, block_latents, joined, segment_fields, spread, word_fields, word_slots
 from ..rotary import RotaryTable
 from .inputs import Reader
 
@@ -72,6 +72,17 @@ class Bank:
         """Planes of all groups."""
         block = block_latents([group.latents for group in self.groups], _MOST_BLOCK_LATENTS)
         return joined([group.fields for group in self.groups], block, self.device)
+
+    @cached_property
+    def words(self) -> Tensor:
+        """The same planes by words of four latents."""
+        return word_fields(self.table.fields.cpu()).to(self.device)
+
+    def planes(self, tile: int, page_tokens: int) -> tuple[Tensor, bool]:
+        """Table for tiles of so many tokens, and whether it is that of words: tiles of whole pages, no elements as they are."""
+        whole = tile % page_tokens == 0 and page_tokens & (page_tokens - 1) == 0
+        by_words = whole and not self.table.widths & 16
+        return (self.words if by_words else self.table.fields), by_words
 
     @cached_property
     def heads(self) -> Tensor:
@@ -139,7 +150,13 @@ def banks(readers: tuple[Reader, ...], device: torch.device) -> tuple[Bank, ...]
 
 
 def _coded_group(reader: Reader) -> Group:
-    return Group(reader.heads, segment_fields(reader.segment), reader.affine)
+    """Latents in slots; those that are none have no bits and rows of 0 in the decoder's matrix."""
+    assert reader.affine is not None
+    slots = word_slots(reader.segment)
+    fields = spread(segment_fields(reader.segment), slots)
+    matrix = reader.affine[0].new_zeros(fields.shape[-1], reader.affine[0].shape[1])
+    matrix[slots.to(matrix.device)] = reader.affine[0]
+    return Group(reader.heads, fields, (matrix, reader.affine[1]))
 
 
 def _lossless_groups(reader: Reader) -> list[Group]:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..triton_planes import page_address, unpack_block
+from ..triton_words import code_scale, unpack_words
 
 
 @triton.jit
@@ -30,6 +31,27 @@ def _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, so
     score = tl.where(seen[None, :], score, float("-inf"))
     where = scores + layer_row[:, None] * (stop - start) + (token - start)[None, :]
     tl.store(where, score, mask=row_ok[:, None] & (token < stop)[None, :])
+
+
+@triton.jit
+def _unpack(
+    pages, page_count, batch, begin, stop, seen, table, present, block, latents, WORDS: tl.constexpr,
+    WIDTHS: tl.constexpr, ELEMENT: tl.constexpr, OPERAND: tl.constexpr, PAGE_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Stored values ``[BLOCK_N, BLOCK_R]`` of tokens from ``begin`` and a block of latents, divided by ``code_scale``."""
+    if WORDS:
+        token = begin + tl.arange(0, BLOCK_N // 8) // (PAGE_TOKENS // 8) * PAGE_TOKENS
+        # Pages behind the last are read as it: any codes do for tokens that are not seen.
+        address = page_address(pages, page_count, batch, tl.minimum(token, stop - 1), token >= 0, PAGE_TOKENS)
+        return unpack_words(address, table, present, block, latents, WIDTHS, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R)
+    else:
+        token = begin + tl.arange(0, BLOCK_N)
+        address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
+        return unpack_block(
+            address, token % PAGE_TOKENS, seen, table, present, block, latents, WIDTHS, ELEMENT, OPERAND, PAGE_TOKENS,
+            BLOCK_N, BLOCK_R,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -57,6 +79,7 @@ def decode_scores(
     softcap,
     HAS_CAP: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -92,24 +115,24 @@ def decode_scores(
     block_start, head_start = tl.load(item), tl.load(item + 1)
     head_count, matrix_block = tl.load(item + 2), tl.load(item + 3)
     batch = tl.program_id(2).to(tl.int64)
-    token = start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = start + tl.program_id(0) * BLOCK_N
+    token = begin + tl.arange(0, BLOCK_N)
     seen = (token >= tl.load(first + batch)) & (token < stop)
-    address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
-    inside = token % PAGE_TOKENS
 
     COLUMNS: tl.constexpr = 2 * BLOCK_PAIRS + BLOCK_REST
+    SCALE: tl.constexpr = code_scale(WORDS, OPERAND)
     column = tl.arange(0, BLOCK_PAIRS)
-    one = tl.zeros([BLOCK_N, BLOCK_PAIRS], tl.float32) + tl.load(bias + tl.program_id(1) * COLUMNS + column)[None, :]
-    two = tl.zeros([BLOCK_N, BLOCK_PAIRS], tl.float32)
-    two += tl.load(bias + tl.program_id(1) * COLUMNS + BLOCK_PAIRS + column)[None, :]
+    own_bias = bias + tl.program_id(1) * COLUMNS
+    one = tl.zeros([BLOCK_N, BLOCK_PAIRS], tl.float32) + (tl.load(own_bias + column) / SCALE)[None, :]
+    two = tl.zeros([BLOCK_N, BLOCK_PAIRS], tl.float32) + (tl.load(own_bias + BLOCK_PAIRS + column) / SCALE)[None, :]
     if REST:
         rest_column = tl.arange(0, BLOCK_REST)
         rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32)
-        rest += tl.load(bias + tl.program_id(1) * COLUMNS + 2 * BLOCK_PAIRS + rest_column)[None, :]
+        rest += (tl.load(own_bias + 2 * BLOCK_PAIRS + rest_column) / SCALE)[None, :]
     for block in range(BLOCKS):
-        u = unpack_block(
-            address, inside, seen, table, present, block_start + block, latents,
-            WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+        u = _unpack(
+            pages, page_count, batch, begin, stop, seen, table, present, block_start + block, latents,
+            WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         row = (matrix_block + block) * BLOCK_R + tl.arange(0, BLOCK_R)
         part = matrix + row[:, None] * COLUMNS
@@ -138,13 +161,13 @@ def decode_scores(
         own = row // query_rows
         mine = row_ok[:, None] & (own[:, None] == (column // PAIRS)[None, :])
         q = query + layer_row[:, None] * (2 * PAIRS + REST)
-        q_one = tl.load(q + pair[None, :], mask=mine, other=0.0)
-        q_two = tl.load(q + PAIRS + pair[None, :], mask=mine, other=0.0)
+        q_one = tl.load(q + pair[None, :], mask=mine, other=0.0) * SCALE
+        q_two = tl.load(q + PAIRS + pair[None, :], mask=mine, other=0.0) * SCALE
         score = tl.dot(q_one, tl.trans(turned_one), input_precision=PRECISION)
         score = tl.dot(q_two, tl.trans(turned_two), score, input_precision=PRECISION)
         if REST:
             mine = row_ok[:, None] & (own[:, None] == (rest_column // REST)[None, :])
-            q_rest = tl.load(q + 2 * PAIRS + (rest_column % REST)[None, :], mask=mine, other=0.0)
+            q_rest = tl.load(q + 2 * PAIRS + (rest_column % REST)[None, :], mask=mine, other=0.0) * SCALE
             score = tl.dot(q_rest, tl.trans(rest), score, input_precision=PRECISION)
         _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP)
 
@@ -170,6 +193,7 @@ def direct_scores(
     softcap,
     HAS_CAP: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
     ELEMENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -190,10 +214,9 @@ def direct_scores(
     item = items + tl.program_id(1) * 5
     block_start, head_start, head_count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     batch = tl.program_id(2).to(tl.int64)
-    token = start + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin = start + tl.program_id(0) * BLOCK_N
+    token = begin + tl.arange(0, BLOCK_N)
     seen = (token >= tl.load(first + batch)) & (token < stop)
-    address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
-    inside = token % PAGE_TOKENS
     row = tl.load(item + 3) + tl.arange(0, BLOCK_Q)
     row_ok = row < head_count * query_rows
     layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
@@ -201,9 +224,9 @@ def direct_scores(
     q = operand + batch * operand_size + tl.load(item + 4) + row[:, None] * (BLOCKS * BLOCK_R)
     score = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     for block in range(BLOCKS):
-        u = unpack_block(
-            address, inside, seen, table, present, block_start + block, latents,
-            WIDTHS, ELEMENT, tl.float32, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+        u = _unpack(
+            pages, page_count, batch, begin, stop, seen, table, present, block_start + block, latents,
+            WORDS, WIDTHS, ELEMENT, tl.float32, PAGE_TOKENS, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         latent = block * BLOCK_R + tl.arange(0, BLOCK_R)
         q_block = tl.load(q + latent[None, :], mask=row_ok[:, None], other=0.0)
@@ -232,6 +255,7 @@ def latent_sums(
     query_rows,
     layer_heads,
     PAGE_TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
     ELEMENT: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -277,10 +301,9 @@ def latent_sums(
         weight = tl.exp(score - anchor[:, None])
         mass = mass * rescale + tl.sum(weight, 1)
         most = higher
-        address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
-        u = unpack_block(
-            address, token % PAGE_TOKENS, seen, table, present, block, latents,
-            WIDTHS, ELEMENT, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+        u = _unpack(
+            pages, page_count, batch, begin + tile * BLOCK_N, stop, seen, table, present, block, latents,
+            WORDS, WIDTHS, ELEMENT, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         total = tl.dot(weight.to(OPERAND), u, total * rescale[:, None], input_precision=PRECISION)
 
@@ -288,4 +311,5 @@ def latent_sums(
     own = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
     tl.store(stats + own, most)
     tl.store(stats + tl.num_programs(2).to(tl.int64) * splits * tl.num_programs(1) * BLOCK_Q + own, mass)
+    total *= code_scale(WORDS, OPERAND)
     tl.store(sums + own[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :], total)

@@ -78,17 +78,18 @@ class Scorer:
         decoder = key_decoder(bank, rotary, head_dim, torch.float16 if half else torch.float32)
         fine, coarse = angle_tables(rotary, call.paged.tokens)
         block, most_rows = tile_tokens(call, keys=True), rows * decoder.most_heads
+        planes, by_words = bank.planes(block, call.page_tokens)
         block_q = query_block(most_rows)
         decode_scores[(-(-(stop - start) // block), len(decoder.items), batch)](
-            scores, call.pages, table.fields, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
+            scores, call.pages, planes, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
             self._turned, fine, coarse, call.paged.first, call.paged.offset, start, stop, call.pages.shape[1],
             table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
+            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
             OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, PAIRS=rotary.width // 2,
             REST=head_dim - rotary.width, FINE=FINE_POSITIONS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
             BLOCK_REST=decoder.block_rest,
-            num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+            num_warps=WARPS // 2 if by_words else WARPS,  # pyright: ignore[reportCallIssue]
             num_stages=3 if half else 2,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
@@ -97,10 +98,11 @@ class Scorer:
         batch, heads, rows = call.q.shape[:3]
         operand, constant, items, block_q = self._folded[bank]
         block = tile_tokens(call, keys=False)
+        planes, by_words = bank.planes(block, call.page_tokens)
         direct_scores[(-(-(stop - start) // block), len(items), batch)](
-            scores, call.pages, table.fields, table.present, items, bank.heads, operand, constant, call.paged.first,
+            scores, call.pages, planes, table.present, items, bank.heads, operand, constant, call.paged.first,
             start, stop, call.pages.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
+            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
             ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
             BLOCK_Q=block_q, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip

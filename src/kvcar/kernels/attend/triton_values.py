@@ -67,11 +67,12 @@ class ValueSums:
         for bank, items, block_q, sums, stats in self._launches:
             # Codes and 16-bit latents are exact in float16; lossless elements may not be.
             half = call.half and bank.coded
+            planes, by_words = bank.planes(tile_tokens(call, keys=False), call.page_tokens)
             latent_sums[(-(-(stop - start) // self.split_tokens), len(items), batch)](
-                sums, stats, scores, call.pages, bank.table.fields, bank.table.present, items, bank.heads,
+                sums, stats, scores, call.pages, planes, bank.table.present, items, bank.heads,
                 call.paged.first, start, stop, start // self.split_tokens, self._splits,
                 call.pages.shape[1], bank.table.latents, rows, heads,
-                PAGE_TOKENS=call.page_tokens, WIDTHS=bank.table.widths, ELEMENT=ELEMENT_TYPES[bank.element],
+                PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=bank.table.widths, ELEMENT=ELEMENT_TYPES[bank.element],
                 OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, TILES=self._tiles,
                 BLOCK_N=tile_tokens(call, keys=False), BLOCK_R=bank.table.block, BLOCK_Q=block_q,
                 num_warps=WARPS,  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,136 @@
+"""Triton code that unpacks four latents at a time, as 32-bit words: for tiles of whole pages.
+
+A page's tokens are (s, rho): token ``s * step + rho`` with 8 values of ``s`` and ``step = page_tokens / 8``. A plane of ``b`` bits
+has rows ``k * step + rho`` with ``b`` values of ``k``, and a row's byte holds the tokens whose ``s`` is ``k`` modulo ``b``. So
+whoever takes one ``rho`` and four latents reads every byte of theirs once, ``b`` words a plane, for all 8 tokens.
+
+Planes may start anywhere and rows follow each other without gaps, so the four bytes of a word lie in two aligned words. Which,
+and how far to turn them, depends on the latents and ``rho`` alone, as ``step`` is a multiple of four rows.
+"""
+# pyright: basic, reportOperatorIssue=false, reportArgumentType=false
+# ruff: noqa: SIM102 - the outer condition is known when compiling, the inner one is not.
+# No "from __future__ import annotations": Triton reads the annotations of jitted functions.
+
+import triton
+import triton.language as tl
+
+WORD_FIELDS = tl.constexpr(5)
+# Codes as float16 are their own bits, which as a number are this much smaller: exact, and no conversion.
+HALF_SCALE = tl.constexpr(2.0**24)
+
+
+@triton.jit
+def code_scale(WORDS: tl.constexpr, OPERAND: tl.constexpr):
+    """What unpacked values must be multiplied by."""
+    return HALF_SCALE if WORDS and OPERAND == tl.float16 else 1.0
+
+
+@triton.jit
+def _turned(x, RIGHT: tl.constexpr):
+    return (x >> RIGHT) | (x << (32 - RIGHT))
+
+
+@triton.jit
+def _place(table, word, words, rho, KLASS: tl.constexpr, STEP: tl.constexpr):
+    """Where words uint32 ``[W, I]`` of a class lie: offsets of both aligned words, bytes from a value of k to the
+    next, which bytes are the first word's, how far to turn right, and the mask of the class."""
+    field = table + KLASS * WORD_FIELDS * words + word
+    offset, stride = tl.load(field), tl.load(field + words)
+    shift, span, mask = tl.load(field + 2 * words), tl.load(field + 3 * words), tl.load(field + 4 * words)
+    start = offset[:, None] + rho[None, :] * stride[:, None]
+    off = (start & 3) * 8
+    keep = tl.full(start.shape, 0xFFFFFFFF, tl.uint32) << off.to(tl.uint32)
+    turn = ((off - shift[:, None]) & 31).to(tl.uint32)
+    mask = tl.broadcast_to(mask[:, None], start.shape).to(tl.uint32, bitcast=True)
+    return start & ~3, (start + span[:, None]) & ~3, STEP * stride[:, None], keep, turn, mask
+
+
+@triton.jit
+def _row(address, place, K: tl.constexpr):
+    """Words uint32 ``[W, I]`` of row ``K * step + rho``, turned so that the first token's bits are in their place."""
+    first, second, step, keep, turn, _ = place
+    low = tl.load((address + (first + K * step)).to(tl.pointer_type(tl.uint32)))
+    high = tl.load((address + (second + K * step)).to(tl.pointer_type(tl.uint32)))
+    both = (low & keep) | (high & (keep ^ 0xFFFFFFFF))
+    return (both >> turn) | (both << ((32 - turn) & 31))
+
+
+@triton.jit
+def _rows(address, place, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Rows ``FIRST`` and so on, ``[W, I, 2, ...]``: an axis for each binary digit of the row, the lowest first."""
+    if COUNT == 1:
+        return _row(address, place, FIRST)
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        return tl.join(_rows(address, place, FIRST, HALF), _rows(address, place, FIRST + HALF, HALF))
+
+
+@triton.jit
+def _class_bits(address, table, word, words, rho, KLASS: tl.constexpr, STEP: tl.constexpr):
+    """What a class adds to codes uint32 ``[W, I, 2, 2, 2]``, four latents a word; axes are the digits of s."""
+    BITS: tl.constexpr = 1 << KLASS
+    place = _place(table, word, words, rho, KLASS, STEP)
+    x = _rows(address, place, 0, BITS)
+    if BITS == 1:
+        x = tl.join(x, _turned(x, 1))
+    if BITS <= 2:
+        x = tl.join(x, _turned(x, 2))
+    if BITS <= 4:
+        x = tl.join(x, _turned(x, 4))
+    mask = tl.join(place[5], place[5])
+    mask = tl.join(mask, mask)
+    return x & tl.join(mask, mask)
+
+
+@triton.jit
+def _operand(code, OPERAND: tl.constexpr):
+    """Codes uint32 ``[..., 2, 2, 2]`` as OPERAND ``[..., 2, 2, 2, 2, 2]``: axes are the digits of the byte, the high one first."""
+    even, odd = code & 0x00FF00FF, (code >> 8) & 0x00FF00FF
+    parts = tl.join(tl.join(even.to(tl.uint16), (even >> 16).to(tl.uint16)), tl.join(odd.to(tl.uint16), (odd >> 16).to(tl.uint16)))
+    return parts.to(OPERAND, bitcast=True) if OPERAND == tl.float16 else parts.to(OPERAND)
+
+
+@triton.jit
+def unpack_words(
+    address,
+    table,
+    present,
+    block,
+    latents,
+    WIDTHS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PAGE_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Codes ``[BLOCK_N, BLOCK_R]`` of a tile of whole pages and a block of latents as OPERAND, divided by ``code_scale``.
+
+    Four latents of a word stand in the order 0, 2, 1, 3, as two of them in a register are then a mask away.
+
+    Args:
+        address: int64 ``[BLOCK_N / 8]`` of the page of each (page, rho); all are read.
+        table, present, latents: of the bank's words.
+    """
+    STEP: tl.constexpr = PAGE_TOKENS // 8
+    W: tl.constexpr = BLOCK_R // 4
+    PAGES: tl.constexpr = BLOCK_N // PAGE_TOKENS
+    word = block * W + tl.arange(0, W)
+    words = latents // 4
+    rho = tl.arange(0, BLOCK_N // 8) % STEP
+    address = address[None, :]
+    has = tl.load(present + block)
+    code = tl.zeros([W, BLOCK_N // 8, 2, 2, 2], tl.uint32)
+    if WIDTHS & 8:
+        if has & 8:
+            code |= _class_bits(address, table, word, words, rho, 3, STEP)
+    if WIDTHS & 4:
+        if has & 4:
+            code |= _class_bits(address, table, word, words, rho, 2, STEP)
+    if WIDTHS & 2:
+        if has & 2:
+            code |= _class_bits(address, table, word, words, rho, 1, STEP)
+    if WIDTHS & 1:
+        if has & 1:
+            code |= _class_bits(address, table, word, words, rho, 0, STEP)
+    u = tl.reshape(_operand(code, OPERAND), [W, PAGES, STEP, 2, 2, 2, 2, 2])
+    return tl.reshape(tl.permute(u, (1, 5, 4, 3, 2, 0, 7, 6)), [BLOCK_N, BLOCK_R])
