@@ -55,6 +55,19 @@ def _unpack(
 
 
 @triton.jit
+def _angle(fine, coarse, coarse_rows, position, pair, PAIRS: tl.constexpr, FINE: tl.constexpr):
+    """Cosines and sines float32 ``[P]`` of pairs at one position, by angle addition from two small tables."""
+    # A tile may begin in the padding, at a negative position, though nothing is seen there.
+    distance = tl.abs(position)
+    at_coarse = coarse + (distance // FINE) * PAIRS + pair
+    at_fine = fine + (distance % FINE) * PAIRS + pair
+    cos_a, sin_a = tl.load(at_coarse), tl.load(at_coarse + coarse_rows * PAIRS)
+    cos_b, sin_b = tl.load(at_fine), tl.load(at_fine + FINE * PAIRS)
+    sin = sin_a * cos_b + cos_a * sin_b
+    return cos_a * cos_b - sin_a * sin_b, tl.where(position < 0, -sin, sin)
+
+
+@triton.jit
 def decode_scores(
     scores,
     pages,
@@ -65,6 +78,7 @@ def decode_scores(
     matrix,
     bias,
     query,
+    turns,
     fine,
     coarse,
     first,
@@ -82,6 +96,7 @@ def decode_scores(
     WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
     OPERAND: tl.constexpr,
+    SCORED: tl.constexpr,
     PRECISION: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
@@ -108,7 +123,9 @@ def decode_scores(
         matrix: OPERAND ``[rows, 2 * BLOCK_PAIRS + BLOCK_REST]``.
         bias: float32 ``[I, 2 * BLOCK_PAIRS + BLOCK_REST]``.
         query: float32 ``[B, layer_heads, query_rows, 2 * PAIRS + REST]``, scaled, columns as above.
+        turns: float32 ``[2, FINE, PAIRS]``, ``fine`` times ``code_scale``.
         fine, coarse: float32 ``[2, FINE or coarse_rows, PAIRS]`` cosines and sines.
+        SCORED: dtype of decoded keys and queries in their product.
         first, offset: int64 ``[B]``.
     """
     item = items + tl.program_id(1) * 4
@@ -141,17 +158,13 @@ def decode_scores(
         if REST:
             rest = tl.dot(u, tl.load(part + 2 * BLOCK_PAIRS + rest_column[None, :]), rest, input_precision=PRECISION)
 
-    # Angle addition from the two small tables; padding counts as position 0.
-    position = tl.maximum(token - tl.load(offset + batch), 0)
+    # Keys turn by their place in the tile alone, and queries back by the position of its first token.
     pair = column % PAIRS
-    at_coarse = coarse + (position // FINE)[:, None] * PAIRS + pair[None, :]
-    at_fine = fine + (position % FINE)[:, None] * PAIRS + pair[None, :]
-    cos_a = tl.load(at_coarse, mask=seen[:, None], other=0.0)
-    sin_a = tl.load(at_coarse + coarse_rows * PAIRS, mask=seen[:, None], other=0.0)
-    cos_b, sin_b = tl.load(at_fine), tl.load(at_fine + FINE * PAIRS)
-    cos, sin = cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
-    turned_one = one * cos - two * sin
-    turned_two = two * cos + one * sin
+    at = turns + tl.arange(0, BLOCK_N)[:, None] * PAIRS + pair[None, :]
+    cos, sin = tl.load(at), tl.load(at + FINE * PAIRS)
+    turned_one = (one * cos - two * sin).to(SCORED)
+    turned_two = (two * cos + one * sin).to(SCORED)
+    back_cos, back_sin = _angle(fine, coarse, coarse_rows, begin - tl.load(offset + batch), pair, PAIRS, FINE)
 
     rows = head_count * query_rows
     for row_block in range(ROW_BLOCKS):
@@ -161,15 +174,20 @@ def decode_scores(
         own = row // query_rows
         mine = row_ok[:, None] & (own[:, None] == (column // PAIRS)[None, :])
         q = query + layer_row[:, None] * (2 * PAIRS + REST)
-        q_one = tl.load(q + pair[None, :], mask=mine, other=0.0) * SCALE
-        q_two = tl.load(q + PAIRS + pair[None, :], mask=mine, other=0.0) * SCALE
-        score = tl.dot(q_one, tl.trans(turned_one), input_precision=PRECISION)
-        score = tl.dot(q_two, tl.trans(turned_two), score, input_precision=PRECISION)
+        q_one = tl.load(q + pair[None, :], mask=mine, other=0.0)
+        q_two = tl.load(q + PAIRS + pair[None, :], mask=mine, other=0.0)
+        back_one = (q_one * back_cos[None, :] + q_two * back_sin[None, :]).to(SCORED)
+        back_two = (q_two * back_cos[None, :] - q_one * back_sin[None, :]).to(SCORED)
+        score = tl.dot(turned_one, tl.trans(back_one), input_precision=PRECISION)
+        score = tl.dot(turned_two, tl.trans(back_two), score, input_precision=PRECISION)
         if REST:
             mine = row_ok[:, None] & (own[:, None] == (rest_column // REST)[None, :])
-            q_rest = tl.load(q + 2 * PAIRS + (rest_column % REST)[None, :], mask=mine, other=0.0) * SCALE
-            score = tl.dot(q_rest, tl.trans(rest), score, input_precision=PRECISION)
-        _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP)
+            q_rest = tl.load(q + 2 * PAIRS + (rest_column % REST)[None, :], mask=mine, other=0.0)
+            key_rest = (rest * SCALE).to(SCORED)
+            score = tl.dot(key_rest, tl.trans(q_rest.to(SCORED)), score, input_precision=PRECISION)
+        _store_scores(
+            scores, tl.trans(score), layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP
+        )  # fmt: skip
 
 
 @triton.jit

@@ -80,13 +80,14 @@ class Scorer:
         block, most_rows = tile_tokens(call, keys=True), rows * decoder.most_heads
         planes, by_words = bank.planes(block, call.page_tokens)
         block_q = query_block(most_rows)
+        turns = fine * (2.0**24 if by_words and half else 1.0)
         decode_scores[(-(-(stop - start) // block), len(decoder.items), batch)](
             scores, call.pages, planes, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
-            self._turned, fine, coarse, call.paged.first, call.paged.offset, start, stop, call.pages.shape[1],
+            self._turned, turns, fine, coarse, call.paged.first, call.paged.offset, start, stop, call.pages.shape[1],
             table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
             HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
-            OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, PAIRS=rotary.width // 2,
-            REST=head_dim - rotary.width, FINE=FINE_POSITIONS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
+            OPERAND=tl.float16 if half else tl.float32, SCORED=tl.float16 if half else tl.float32,
+            PRECISION=call.precision, PAIRS=rotary.width // 2, REST=head_dim - rotary.width, FINE=FINE_POSITIONS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
             BLOCK_REST=decoder.block_rest,
             num_warps=WARPS // 2 if by_words else WARPS,  # pyright: ignore[reportCallIssue]
@@ -110,17 +111,17 @@ class Scorer:
 
 def tile_tokens(call: Call, keys: bool) -> int:
     """Tokens of a tile: many where programs run in turn."""
-    return gpu_tile_tokens(call, keys) if call.q.device.type == "cuda" else _INTERPRETER_TILE_TOKENS
+    return gpu_tile_tokens(call, keys) if call.q.device.type == "cuda" or keys else _INTERPRETER_TILE_TOKENS
 
 
 def gpu_tile_tokens(call: Call, keys: bool) -> int:
-    """Tokens of a tile on a GPU: 64 where a program holds decoded keys or float32 operands."""
-    return 128 if call.half and not keys else 64
+    """Tokens of a tile on a GPU: 64 where a program holds decoded keys or float32 operands, and keys of one page."""
+    return min(64, call.page_tokens & -call.page_tokens) if keys else 128 if call.half else 64
 
 
 def query_block(rows: int) -> int:
     """Query rows of a program: a power of two from 16, the least that matrix units take, to 64."""
-    return max(16, min(64, 1 << (rows - 1).bit_length()))
+    return max(4, min(64, 1 << (rows - 1).bit_length()))
 
 
 def _most_heads(bank: Bank) -> int:
