@@ -18,7 +18,7 @@ from .inputs import Reader
 
 _MOST_BLOCK_LATENTS = 64
 # Columns of keys that a program of the decoding kernel holds as float32.
-_MOST_COLUMNS = 256
+_MOST_COLUMNS = 128
 _MOST_HEADS = 4
 # Beyond these float16 would round a decoder's matrix worse than bfloat16 rounds keys.
 _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-10, 2.0**15
@@ -199,12 +199,13 @@ def _make_key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: tor
 
 
 def _columns(matrix: Tensor, heads: int, rotary: RotaryTable, block_pairs: int, block_rest: int) -> Tensor:
-    """Columns ``[R, 2 * block_pairs + block_rest]`` of ``[R, heads * D]``: first, second and unrotated elements."""
-    parts = split_pairs(matrix.unflatten(-1, (heads, -1)), rotary)
+    """Columns ``[R, 2 * block_pairs + block_rest]`` of ``[R, heads * D]``: 8 first elements of pairs, their 8 second ones, and so
+    on, then what is not rotated."""
+    parts = (part.flatten(1) for part in split_pairs(matrix.unflatten(-1, (heads, -1)), rotary))
     sizes = (block_pairs, block_pairs, block_rest)
-    flat = [part.flatten(1) for part in parts]
-    padded = [torch.nn.functional.pad(x, (0, size - x.shape[1])) for x, size in zip(flat, sizes, strict=True)]
-    return torch.cat(padded, dim=1)
+    first, second, rest = (torch.nn.functional.pad(x, (0, n - x.shape[1])) for x, n in zip(parts, sizes, strict=True))
+    pairs = torch.stack([first.unflatten(1, (-1, 8)), second.unflatten(1, (-1, 8))], dim=2).flatten(1)
+    return torch.cat([pairs, rest], dim=1)
 
 
 def split_pairs(x: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:

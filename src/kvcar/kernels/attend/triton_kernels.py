@@ -55,6 +55,18 @@ def _unpack(
 
 
 @triton.jit
+def _split_pairs(keys):
+    """First and second elements ``[N, P]`` of pairs whose columns ``[N, 2 P]`` are 8 first ones, 8 second ones, and so on.
+
+    In that order a thread of the matrix units holds both elements of a pair, where they must be for the next product.
+    """
+    N: tl.constexpr = keys.shape[0]
+    P: tl.constexpr = keys.shape[1] // 2
+    first, second = tl.split(tl.permute(tl.reshape(keys, [N, P // 8, 2, 8]), (0, 1, 3, 2)))
+    return tl.reshape(first, [N, P]), tl.reshape(second, [N, P])
+
+
+@triton.jit
 def _angle(fine, coarse, coarse_rows, position, pair, PAIRS: tl.constexpr, FINE: tl.constexpr):
     """Cosines and sines float32 ``[P]`` of pairs at one position, by angle addition from two small tables."""
     # A tile may begin in the padding, at a negative position, though nothing is seen there.
@@ -112,8 +124,8 @@ def decode_scores(
     """Scores of tokens ``start`` to ``stop`` through keys that are decoded, rotated and thrown away.
 
     A program decodes the keys of one tile of tokens for the heads of one item, once for all their query rows. The
-    columns of a head are its rotated pairs' first elements, their second ones, and the rest: the decoder's matrix and
-    the query come in that order, so that rotation pairs accumulators element by element whatever the model's style.
+    decoder's columns are the heads' rotated pairs, in the order of ``_split_pairs`` whatever the model's style, then what is not
+    rotated; the query has its pairs' first elements, their second ones, and the rest.
     Heads stand side by side in the columns; a query row is zero outside its own head's.
 
     Args:
@@ -138,10 +150,9 @@ def decode_scores(
 
     COLUMNS: tl.constexpr = 2 * BLOCK_PAIRS + BLOCK_REST
     SCALE: tl.constexpr = code_scale(WORDS, OPERAND)
-    column = tl.arange(0, BLOCK_PAIRS)
+    column = tl.arange(0, 2 * BLOCK_PAIRS)
     own_bias = bias + tl.program_id(1) * COLUMNS
-    one = tl.zeros([BLOCK_N, BLOCK_PAIRS], tl.float32) + (tl.load(own_bias + column) / SCALE)[None, :]
-    two = tl.zeros([BLOCK_N, BLOCK_PAIRS], tl.float32) + (tl.load(own_bias + BLOCK_PAIRS + column) / SCALE)[None, :]
+    keys = tl.zeros([BLOCK_N, 2 * BLOCK_PAIRS], tl.float32) + (tl.load(own_bias + column) / SCALE)[None, :]
     if REST:
         rest_column = tl.arange(0, BLOCK_REST)
         rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32)
@@ -153,15 +164,16 @@ def decode_scores(
         )  # fmt: skip
         row = (matrix_block + block) * BLOCK_R + tl.arange(0, BLOCK_R)
         part = matrix + row[:, None] * COLUMNS
-        one = tl.dot(u, tl.load(part + column[None, :]), one, input_precision=PRECISION)
-        two = tl.dot(u, tl.load(part + BLOCK_PAIRS + column[None, :]), two, input_precision=PRECISION)
+        keys = tl.dot(u, tl.load(part + column[None, :]), keys, input_precision=PRECISION)
         if REST:
             rest = tl.dot(u, tl.load(part + 2 * BLOCK_PAIRS + rest_column[None, :]), rest, input_precision=PRECISION)
 
     # Keys turn by their place in the tile alone, and queries back by the position of its first token.
-    pair = column % PAIRS
+    pair_column = tl.arange(0, BLOCK_PAIRS)
+    pair = pair_column % PAIRS
     at = turns + tl.arange(0, BLOCK_N)[:, None] * PAIRS + pair[None, :]
     cos, sin = tl.load(at), tl.load(at + FINE * PAIRS)
+    one, two = _split_pairs(keys)
     turned_one = (one * cos - two * sin).to(SCORED)
     turned_two = (two * cos + one * sin).to(SCORED)
     back_cos, back_sin = _angle(fine, coarse, coarse_rows, begin - tl.load(offset + batch), pair, PAIRS, FINE)
@@ -172,7 +184,7 @@ def decode_scores(
         row_ok = row < rows
         layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
         own = row // query_rows
-        mine = row_ok[:, None] & (own[:, None] == (column // PAIRS)[None, :])
+        mine = row_ok[:, None] & (own[:, None] == (pair_column // PAIRS)[None, :])
         q = query + layer_row[:, None] * (2 * PAIRS + REST)
         q_one = tl.load(q + pair[None, :], mask=mine, other=0.0)
         q_two = tl.load(q + PAIRS + pair[None, :], mask=mine, other=0.0)
