@@ -62,26 +62,23 @@ def _groups(counts: dict[int, int]) -> list[BitGroup]:
 
 
 def _figures(launch: Launch) -> dict[str, Any]:
-    arguments = launch.arguments
-    turns = arguments["BLOCKS" if launch.name == "decode_scores" else "TILES"]
     found = code(parse(run_tool("nvdisasm", "-c", launch.cubin)))
-    executed = found.executed(turns, _shares(arguments["present"].tolist(), len(found.branches)))
-    programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    layer = {name: count * programs * launch.warps for name, count in executed.items()}
+    turns = _turns(launch, found.loops)
+    executed = found.executed(turns, _shares(launch, found.branches))
+    warps = launch.grid[0] * launch.grid[1] * launch.grid[2] * launch.warps
+    layer = {name: count * warps for name, count in executed.items()}
     registers, spilled = launch.registers_and_stack()
     return {
         "kernel": launch.name,
-        "programs": programs,
+        "grid": launch.grid,
         "warps": launch.warps,
         "registers": registers,
         "spilled_bytes": spilled,
         "shared_bytes": launch.shared,
         "turns": turns,
-        "instructions_of_a_warp": {
-            "outside_the_loop": _sorted(found.once),
-            "a_turn": _sorted(found.loop),
-            "classes_of_planes": [_sorted(branch) for branch in found.branches],
-        },
+        "instructions_of_a_warp": [
+            {"in_loops": loops, "branch": branch, **_sorted(part)} for loops, branch, part in found.parts
+        ],
         "warp_instructions": _sorted(layer),
         "warp_instructions_total": sum(layer.values()),
         "issue_us": 1e6 * sum(layer.values()) / (PROCESSORS * SCHEDULERS * CLOCK_HZ),
@@ -91,13 +88,20 @@ def _figures(launch: Launch) -> dict[str, Any]:
     }
 
 
-def _shares(present: Sequence[int], branches: int) -> list[float]:
-    """Of the blocks of latents, how many have each class of planes: 8, 4, 2, 1 bits, as far as there are any."""
-    shares = [sum(bool(has & width) for has in present) / len(present) for width in (8, 4, 2, 1)]
-    shares = [share for share in shares if share]
-    if len(shares) != branches:
-        raise ValueError(f"{branches} branches in the loop for {len(shares)} classes of planes")
-    return shares
+def _turns(launch: Launch, loops: int) -> list[int]:
+    """Turns of the kernel's loops: over tiles of tokens, then over blocks of latents where that is not unrolled."""
+    return [launch.arguments[name] for name in ("TILES", "BLOCKS")[:loops]]
+
+
+def _shares(launch: Launch, branches: int) -> list[float]:
+    """Of the turns, how many take each branch: blocks of latents that have planes of 8, 4, 2 and 1 bits.
+
+    A kernel that unrolls its loop over blocks has branches for each of them.
+    """
+    classes = [width for width in (8, 4, 2, 1) if launch.arguments["WIDTHS"] & width]
+    unrolled = max(1, branches // len(classes))
+    present = launch.arguments["present"].view(-1, unrolled)
+    return [float((present[:, i] & width != 0).float().mean()) for i in range(unrolled) for width in classes]
 
 
 def _sorted(counts: Counter[str] | dict[str, float]) -> dict[str, float]:

@@ -122,7 +122,7 @@ def decode_step(
         setattr(module, name, Caught(kernel.kernel if isinstance(kernel, Caught) else kernel, launches))
     backend.serves = lambda query, paged: None
     triton_scores.tile_tokens = triton_values.tile_tokens = triton_scores.gpu_tile_tokens
-    triton_values._programs = lambda device: PROCESSORS * triton_values._PROGRAMS_PER_PROCESSOR
+    triton_scores.programs = triton_values.programs = lambda device: PROCESSORS * triton_scores.PROGRAMS_PER_PROCESSOR
     readers, end = [], 0
     for groups in (keys, values):
         for first in range(0, kv_heads, heads_per_block):

@@ -1,7 +1,7 @@
 """Machine code of a kernel (sm_90) as instructions by class, and how often each of them runs.
 
-A kernel is a straight line with at most one loop that runs a known number of times; in the loop, a forward branch skips what a
-class of planes needs where a block of latents has none. Whatever has another shape is refused rather than counted wrongly.
+A kernel is a straight line with loops that run a known number of times; in a loop, a forward branch skips what a class of
+planes needs where a block of latents has none. Whatever has another shape is refused rather than counted wrongly.
 An instruction counts once for every warp that issues it, whether its predicate holds or not.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
 from typing import NamedTuple
 
 _LABEL = re.compile(r"^\.(L_x_\d+):")
@@ -46,30 +48,31 @@ class Line(NamedTuple):
 
 
 class Code(NamedTuple):
-    """Instructions by class, each once: outside the loop, in it whatever a block has, and what each class adds.
+    """Instructions by class, each once: by the loops they lie in, and what a branch in them skips.
 
     Attributes:
-        once: outside the loop.
-        loop: in the loop, at every turn.
-        branches: in the loop, in the order of the code: what the branches skip.
+        loops: the number of loops, in the order of the code.
+        parts: loops that instructions lie in, the branch that skips them or None, and their counts.
     """
 
-    once: Counter[str]
-    loop: Counter[str]
-    branches: list[Counter[str]]
+    loops: int
+    branches: int
+    parts: list[tuple[tuple[int, ...], int | None, Counter[str]]]
 
-    def executed(self, turns: float, taken: Sequence[float]) -> dict[str, float]:
-        """Instructions of a warp by class, for so many turns of the loop and the share of turns that take each branch."""
-        counts: dict[str, float] = dict(self.once)
-        parts = [(self.loop, turns), *zip(self.branches, (turns * share for share in taken), strict=True)]
-        for part, times in parts:
+    def executed(self, turns: Sequence[float], taken: Sequence[float]) -> dict[str, float]:
+        """Instructions of a warp by class, for the turns of each loop and the share of turns that take each branch."""
+        if len(turns) != self.loops or len(taken) != self.branches:
+            raise ValueError(f"{self.loops} loops and {self.branches} branches, for {len(turns)} and {len(taken)} numbers")
+        counts: dict[str, float] = {}
+        for loops, branch, part in self.parts:
+            times = prod(turns[loop] for loop in loops) * (1 if branch is None else taken[branch])
             for name, count in part.items():
                 counts[name] = counts.get(name, 0) + count * times
         return counts
 
 
 def parse(text: str) -> list[Line]:
-    """The instructions of ``nvdisasm -c``, up to the endless loop and padding behind the last exit."""
+    """The instructions of ``nvdisasm -c``, up to the endless loop that stands behind every kernel."""
     lines: list[Line] = []
     label = None
     for row in text.splitlines():
@@ -79,31 +82,23 @@ def parse(text: str) -> list[Line]:
             target = _TARGET.search(found[2])
             lines.append(Line(found[1], label, target[1] if target else None))
             label = None
-    last = max(index for index, line in enumerate(lines) if line.opcode == "EXIT")
-    return lines[: last + 1]
+    return lines[: next(index for index, line in enumerate(lines) if line.target is not None and line.target == line.label)]
 
 
 def code(lines: Sequence[Line]) -> Code:
-    """Split by the loop and its branches; ValueError where the shape is another."""
+    """Split by loops and branches; ValueError where the shape is another."""
     at = {line.label: index for index, line in enumerate(lines) if line.label}
     jumps = [(index, at.get(line.target, len(lines))) for index, line in enumerate(lines) if line.target]
-    back = [(target, index) for index, target in jumps if target <= index]
-    if len(back) > 1:
-        raise ValueError(f"{len(back)} loops; one at most can be counted")
-    start, stop = back[0] if back else (0, -1)
-    forward = [(index + 1, target) for index, target in jumps if index < target]
-    if any(not start <= first < end <= stop for first, end in forward):
-        raise ValueError("a branch outside the loop: how often it is taken is not known")
-    if any(end > after for (_, end), (after, _) in zip(forward, forward[1:], strict=False)):
+    loops = sorted((target, index + 1) for index, target in jumps if target <= index)
+    branches = [(index + 1, target) for index, target in jumps if index < target]
+    if any(end > start for (_, end), (start, _) in pairwise(branches)):
         raise ValueError("branches within branches: how often they are taken is not known")
-    skipped = {index for first, end in forward for index in range(first, end)}
-    inside = range(start, stop + 1)
-    return Code(
-        _classes(lines, [i for i in range(len(lines)) if i not in inside]),
-        _classes(lines, [i for i in inside if i not in skipped]),
-        [_classes(lines, range(first, end)) for first, end in forward],
-    )
-
-
-def _classes(lines: Sequence[Line], indices: Sequence[int]) -> Counter[str]:
-    return Counter(_CLASS_OF.get(lines[index].opcode.split(".")[0], OTHER) for index in indices)
+    if any(not any(start <= first < end <= stop for start, stop in loops) for first, end in branches):
+        raise ValueError("a branch outside the loops: how often it is taken is not known")
+    parts: dict[tuple[tuple[int, ...], int | None], Counter[str]] = {}
+    for index, line in enumerate(lines):
+        around = tuple(i for i, (start, stop) in enumerate(loops) if start <= index < stop)
+        skipped = next((i for i, (start, stop) in enumerate(branches) if start <= index < stop), None)
+        name = _CLASS_OF.get(line.opcode.split(".")[0], OTHER)
+        parts.setdefault((around, skipped), Counter())[name] += 1
+    return Code(len(loops), len(branches), [(*key, counts) for key, counts in parts.items()])

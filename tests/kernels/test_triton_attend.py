@@ -142,7 +142,7 @@ def test_spans_and_splits_are_merged(monkeypatch):
     """A scratch for few scores takes a long past in several spans, each of several splits."""
     paged = paged_past(coder_of("one key head exact"), 0, 1300, 1, rotary(DEVICE), [0])
     query, exact = random(1, 4, 1, 16), exact_past(1, 2, 1, 16)
-    monkeypatch.setattr(triton_values, "_programs", lambda device: 1000)
+    monkeypatch.setattr(triton_values, "programs", lambda device: 1000)
     monkeypatch.setattr(backend, "_SCORES_AT_ONCE", 4 * 600)
     check(query, exact, paged)
 

@@ -113,6 +113,8 @@ def decode_scores(
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
     FINE: tl.constexpr,
+    TILES: tl.constexpr,
+    RESIDENT: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -123,7 +125,7 @@ def decode_scores(
 ):
     """Scores of tokens ``start`` to ``stop`` through keys that are decoded, rotated and thrown away.
 
-    A program decodes the keys of one tile of tokens for the heads of one item, once for all their query rows. The
+    A program decodes the keys of TILES tiles of tokens for the heads of one item, once for all their query rows. The
     decoder's columns are the heads' rotated pairs, in the order of ``_split_pairs`` whatever the model's style, then what is not
     rotated; the query has its pairs' first elements, their second ones, and the rest.
     Heads stand side by side in the columns; a query row is zero outside its own head's.
@@ -144,62 +146,84 @@ def decode_scores(
     block_start, head_start = tl.load(item), tl.load(item + 1)
     head_count, matrix_block = tl.load(item + 2), tl.load(item + 3)
     batch = tl.program_id(2).to(tl.int64)
-    begin = start + tl.program_id(0) * BLOCK_N
-    token = begin + tl.arange(0, BLOCK_N)
-    seen = (token >= tl.load(first + batch)) & (token < stop)
+    first_token, first_position = tl.load(first + batch), tl.load(offset + batch)
 
     COLUMNS: tl.constexpr = 2 * BLOCK_PAIRS + BLOCK_REST
     SCALE: tl.constexpr = code_scale(WORDS, OPERAND)
     column = tl.arange(0, 2 * BLOCK_PAIRS)
+    rest_column = tl.arange(0, BLOCK_REST if REST else 16)
     own_bias = bias + tl.program_id(1) * COLUMNS
-    keys = tl.zeros([BLOCK_N, 2 * BLOCK_PAIRS], tl.float32) + (tl.load(own_bias + column) / SCALE)[None, :]
-    if REST:
-        rest_column = tl.arange(0, BLOCK_REST)
-        rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32)
-        rest += (tl.load(own_bias + 2 * BLOCK_PAIRS + rest_column) / SCALE)[None, :]
-    for block in range(BLOCKS):
-        u = _unpack(
-            pages, page_count, batch, begin, stop, seen, table, present, block_start + block, latents,
-            WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
-        )  # fmt: skip
-        row = (matrix_block + block) * BLOCK_R + tl.arange(0, BLOCK_R)
-        part = matrix + row[:, None] * COLUMNS
-        keys = tl.dot(u, tl.load(part + column[None, :]), keys, input_precision=PRECISION)
-        if REST:
-            rest = tl.dot(u, tl.load(part + 2 * BLOCK_PAIRS + rest_column[None, :]), rest, input_precision=PRECISION)
-
-    # Keys turn by their place in the tile alone, and queries back by the position of its first token.
+    pair_bias = tl.load(own_bias + column) / SCALE
+    rest_bias = tl.load(own_bias + 2 * BLOCK_PAIRS + rest_column) / SCALE if REST else 0.0
+    part = matrix + (matrix_block * BLOCK_R + tl.arange(0, BLOCK_R))[:, None] * COLUMNS
+    part_rest = part + 2 * BLOCK_PAIRS + rest_column[None, :]
+    part += column[None, :]
     pair_column = tl.arange(0, BLOCK_PAIRS)
     pair = pair_column % PAIRS
-    at = turns + tl.arange(0, BLOCK_N)[:, None] * PAIRS + pair[None, :]
-    cos, sin = tl.load(at), tl.load(at + FINE * PAIRS)
-    one, two = _split_pairs(keys)
-    turned_one = (one * cos - two * sin).to(SCORED)
-    turned_two = (two * cos + one * sin).to(SCORED)
-    back_cos, back_sin = _angle(fine, coarse, coarse_rows, begin - tl.load(offset + batch), pair, PAIRS, FINE)
+    if RESIDENT:
+        # A matrix that fits stays in shared memory for all tiles.
+        held, held_rest = (), ()
+        for block in tl.static_range(BLOCKS):
+            held = held + (tl.load(part + block * BLOCK_R * COLUMNS),)  # noqa: RUF005 - Triton adds tuples
+            if REST:
+                held_rest = held_rest + (tl.load(part_rest + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
 
-    rows = head_count * query_rows
-    for row_block in range(ROW_BLOCKS):
-        row = row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        row_ok = row < rows
-        layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
-        own = row // query_rows
-        mine = row_ok[:, None] & (own[:, None] == (pair_column // PAIRS)[None, :])
-        q = query + layer_row[:, None] * (2 * PAIRS + REST)
-        q_one = tl.load(q + pair[None, :], mask=mine, other=0.0)
-        q_two = tl.load(q + PAIRS + pair[None, :], mask=mine, other=0.0)
-        back_one = (q_one * back_cos[None, :] + q_two * back_sin[None, :]).to(SCORED)
-        back_two = (q_two * back_cos[None, :] - q_one * back_sin[None, :]).to(SCORED)
-        score = tl.dot(turned_one, tl.trans(back_one), input_precision=PRECISION)
-        score = tl.dot(turned_two, tl.trans(back_two), score, input_precision=PRECISION)
+    for tile in range(TILES):
+        begin = start + (tl.program_id(0) * TILES + tile) * BLOCK_N
+        token = begin + tl.arange(0, BLOCK_N)
+        seen = (token >= first_token) & (token < stop)
+        keys = tl.zeros([BLOCK_N, 2 * BLOCK_PAIRS], tl.float32) + pair_bias[None, :]
         if REST:
-            mine = row_ok[:, None] & (own[:, None] == (rest_column // REST)[None, :])
-            q_rest = tl.load(q + 2 * PAIRS + (rest_column % REST)[None, :], mask=mine, other=0.0)
-            key_rest = (rest * SCALE).to(SCORED)
-            score = tl.dot(key_rest, tl.trans(q_rest.to(SCORED)), score, input_precision=PRECISION)
-        _store_scores(
-            scores, tl.trans(score), layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP
-        )  # fmt: skip
+            rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32) + rest_bias[None, :]
+        if RESIDENT:
+            for block in tl.static_range(BLOCKS):
+                u = _unpack(
+                    pages, page_count, batch, begin, stop, seen, table, present, block_start + block, latents,
+                    WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+                )  # fmt: skip
+                keys = tl.dot(u, held[block], keys, input_precision=PRECISION)
+                if REST:
+                    rest = tl.dot(u, held_rest[block], rest, input_precision=PRECISION)
+        else:
+            for block in range(BLOCKS):
+                u = _unpack(
+                    pages, page_count, batch, begin, stop, seen, table, present, block_start + block, latents,
+                    WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+                )  # fmt: skip
+                below = block * BLOCK_R * COLUMNS
+                keys = tl.dot(u, tl.load(part + below), keys, input_precision=PRECISION)
+                if REST:
+                    rest = tl.dot(u, tl.load(part_rest + below), rest, input_precision=PRECISION)
+
+        # Keys turn by their place in the tile alone, and queries back by the position of its first token.
+        at = turns + tl.arange(0, BLOCK_N)[:, None] * PAIRS + pair[None, :]
+        cos, sin = tl.load(at), tl.load(at + FINE * PAIRS)
+        one, two = _split_pairs(keys)
+        turned_one = (one * cos - two * sin).to(SCORED)
+        turned_two = (two * cos + one * sin).to(SCORED)
+        back_cos, back_sin = _angle(fine, coarse, coarse_rows, begin - first_position, pair, PAIRS, FINE)
+
+        for row_block in range(ROW_BLOCKS):
+            row = row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            row_ok = row < head_count * query_rows
+            layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
+            own = row // query_rows
+            mine = row_ok[:, None] & (own[:, None] == (pair_column // PAIRS)[None, :])
+            q = query + layer_row[:, None] * (2 * PAIRS + REST)
+            q_one = tl.load(q + pair[None, :], mask=mine, other=0.0)
+            q_two = tl.load(q + PAIRS + pair[None, :], mask=mine, other=0.0)
+            back_one = (q_one * back_cos[None, :] + q_two * back_sin[None, :]).to(SCORED)
+            back_two = (q_two * back_cos[None, :] - q_one * back_sin[None, :]).to(SCORED)
+            score = tl.dot(turned_one, tl.trans(back_one), input_precision=PRECISION)
+            score = tl.dot(turned_two, tl.trans(back_two), score, input_precision=PRECISION)
+            if REST:
+                mine = row_ok[:, None] & (own[:, None] == (rest_column // REST)[None, :])
+                q_rest = tl.load(q + 2 * PAIRS + (rest_column % REST)[None, :], mask=mine, other=0.0)
+                key_rest = (rest * SCALE).to(SCORED)
+                score = tl.dot(key_rest, tl.trans(q_rest.to(SCORED)), score, input_precision=PRECISION)
+            _store_scores(
+                scores, tl.trans(score), layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP
+            )  # fmt: skip
 
 
 @triton.jit

@@ -16,7 +16,11 @@ from .triton_pages import angle_tables
 
 ELEMENT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 WARPS = 8
+PROGRAMS_PER_PROCESSOR = 4
+_INTERPRETER_PROGRAMS = 8
 _INTERPRETER_TILE_TOKENS = 256
+# Blocks of a decoder's matrix that a program keeps.
+_RESIDENT_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,16 @@ class Scorer:
         planes, by_words = bank.planes(block, call.page_tokens)
         block_q = query_block(most_rows)
         turns = fine * (2.0**24 if by_words and half else 1.0)
-        decode_scores[(-(-(stop - start) // block), len(decoder.items), batch)](
+        programs_here = -(-(stop - start) // block), len(decoder.items) * batch
+        tiles = tiles_of_a_program(programs(call.q.device), *programs_here)
+        decode_scores[(-(-(stop - start) // (block * tiles)), len(decoder.items), batch)](
             scores, call.pages, planes, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
             self._turned, turns, fine, coarse, call.paged.first, call.paged.offset, start, stop, call.pages.shape[1],
             table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
             HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
             OPERAND=tl.float16 if half else tl.float32, SCORED=tl.float16 if half else tl.float32,
-            PRECISION=call.precision, PAIRS=rotary.width // 2, REST=head_dim - rotary.width, FINE=FINE_POSITIONS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
+            PRECISION=call.precision, PAIRS=rotary.width // 2, REST=head_dim - rotary.width, FINE=FINE_POSITIONS, TILES=tiles,
+            RESIDENT=by_words and table.blocks <= _RESIDENT_BLOCKS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
             BLOCK_REST=decoder.block_rest,
             num_warps=WARPS // 2 if by_words else WARPS,  # pyright: ignore[reportCallIssue]
@@ -117,6 +124,18 @@ def tile_tokens(call: Call, keys: bool) -> int:
 def gpu_tile_tokens(call: Call, keys: bool) -> int:
     """Tokens of a tile on a GPU: 64 where a program holds decoded keys or float32 operands, and keys of one page."""
     return min(64, call.page_tokens & -call.page_tokens) if keys else 128 if call.half else 64
+
+
+def tiles_of_a_program(programs: int, tiles: int, items: int) -> int:
+    """How many tiles a program takes in turn, so that the machine is full; a power of two, as each is compiled for itself."""
+    return 1 << (-(-tiles // max(1, programs // items)) - 1).bit_length()
+
+
+def programs(device: torch.device) -> int:
+    """Programs that fill the machine."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_PROCESSOR
 
 
 def query_block(rows: int) -> int:

@@ -11,10 +11,7 @@ from torch import Tensor
 from .inputs import ExactPast
 from .triton_groups import Bank, banks
 from .triton_kernels import latent_sums
-from .triton_scores import ELEMENT_TYPES, WARPS, Call, query_block, tile_tokens
-
-_INTERPRETER_PROGRAMS = 8
-_PROGRAMS_PER_PROCESSOR = 4
+from .triton_scores import ELEMENT_TYPES, WARPS, Call, programs, query_block, tile_tokens, tiles_of_a_program
 
 
 class Piece(NamedTuple):
@@ -48,10 +45,8 @@ class ValueSums:
             for bank in banks(call.paged.value_readers, device)
         ]
         tile = tile_tokens(call, keys=False)
-        wanted = _programs(device) // (batch * sum(len(items) for _, items, _ in parts))
-        tiles = -(-call.paged.tokens // tile)
-        # A power of two, as each number of tiles is compiled for itself.
-        self._tiles = 1 << (-(-tiles // max(1, wanted)) - 1).bit_length()
+        items = batch * sum(len(items) for _, items, _ in parts)
+        self._tiles = tiles_of_a_program(programs(device), -(-call.paged.tokens // tile), items)
         self.split_tokens = self._tiles * tile
         self._splits = -(-call.paged.tokens // self.split_tokens)
         self._launches: list[_Launch] = []
@@ -162,10 +157,3 @@ def _items(bank: Bank, rows: int) -> tuple[Tensor, int]:
             start, heads = index * bank.table.blocks, (bank.head_starts[index], len(group.heads))
             items += [(start + block, *heads, row) for block in range(bank.blocks(index))]
     return torch.tensor(items, dtype=torch.int32, device=bank.device), block_q
-
-
-def _programs(device: torch.device) -> int:
-    """Programs that fill the machine."""
-    if device.type != "cuda":
-        return _INTERPRETER_PROGRAMS
-    return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_PROCESSOR
