@@ -64,8 +64,10 @@ class Caught:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple[int, ...]):
-        def launch(*args: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> None:
-            options = {"num_warps": num_warps, "num_stages": num_stages}
+        def launch(
+            *args: Any, num_warps: int, num_stages: int = 3, maxnreg: int | None = None, **constants: Any
+        ) -> None:
+            options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
             made = triton.compile(self._source(args, constants), target=GPUTarget("cuda", 90, 32), options=options)
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | constants
             cubin, shared = made.asm["cubin"], made.metadata.shared

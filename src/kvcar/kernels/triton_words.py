@@ -49,8 +49,10 @@ def _place(table, word, words, rho, KLASS: tl.constexpr, STEP: tl.constexpr):
 def _row(address, place, K: tl.constexpr):
     """Words uint32 ``[W, I]`` of row ``K * step + rho``, turned so that the first token's bits are in their place."""
     first, second, step, keep, turn, _ = place
-    low = tl.load((address + (first + K * step)).to(tl.pointer_type(tl.uint32)))
-    high = tl.load((address + (second + K * step)).to(tl.pointer_type(tl.uint32)))
+    # A wide product and sum are one instruction, where a 64-bit sum is two.
+    down = step.to(tl.int64) * K
+    low = tl.load((address + first + down).to(tl.pointer_type(tl.uint32)))
+    high = tl.load((address + second + down).to(tl.pointer_type(tl.uint32)))
     both = (low & keep) | (high & (keep ^ 0xFFFFFFFF))
     return (both >> turn) | (both << ((32 - turn) & 31))
 
@@ -66,10 +68,8 @@ def _rows(address, place, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _class_bits(address, table, word, words, rho, KLASS: tl.constexpr, STEP: tl.constexpr):
+def _class_bits(address, place, BITS: tl.constexpr):
     """What a class adds to codes uint32 ``[W, I, 2, 2, 2]``, four latents a word; axes are the digits of s."""
-    BITS: tl.constexpr = 1 << KLASS
-    place = _place(table, word, words, rho, KLASS, STEP)
     x = _rows(address, place, 0, BITS)
     if BITS == 1:
         x = tl.join(x, _turned(x, 1))
@@ -91,46 +91,49 @@ def _operand(code, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def unpack_words(
-    address,
-    table,
-    present,
-    block,
-    latents,
-    WIDTHS: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+def word_places(
+    table, block, latents, WIDTHS: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr
 ):
+    """For each class of planes, 8 bits first, where the words of a block lie in any page; 0 for a class that no block has."""
+    STEP: tl.constexpr = PAGE_TOKENS // 8
+    word = block * (BLOCK_R // 4) + tl.arange(0, BLOCK_R // 4)
+    rho = tl.arange(0, BLOCK_N // 8) % STEP
+    eight = _place(table, word, latents // 4, rho, 3, STEP) if WIDTHS & 8 else 0
+    four = _place(table, word, latents // 4, rho, 2, STEP) if WIDTHS & 4 else 0
+    two = _place(table, word, latents // 4, rho, 1, STEP) if WIDTHS & 2 else 0
+    one = _place(table, word, latents // 4, rho, 0, STEP) if WIDTHS & 1 else 0
+    return eight, four, two, one
+
+
+@triton.jit
+def unpack_words(
+    address, places, has, WIDTHS: tl.constexpr, OPERAND: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """Codes ``[BLOCK_N, BLOCK_R]`` of a tile of whole pages and a block of latents as OPERAND, divided by ``code_scale``.
 
     Four latents of a word stand in the order 0, 2, 1, 3, as two of them in a register are then a mask away.
 
     Args:
         address: int64 ``[BLOCK_N / 8]`` of the page of each (page, rho); all are read.
-        table, present, latents: of the bank's words.
+        places: of ``word_places``.
+        has: the sum of the widths that any latent of the block has; other classes are skipped.
     """
     STEP: tl.constexpr = PAGE_TOKENS // 8
     W: tl.constexpr = BLOCK_R // 4
     PAGES: tl.constexpr = BLOCK_N // PAGE_TOKENS
-    word = block * W + tl.arange(0, W)
-    words = latents // 4
-    rho = tl.arange(0, BLOCK_N // 8) % STEP
-    address = address[None, :]
-    has = tl.load(present + block)
     code = tl.zeros([W, BLOCK_N // 8, 2, 2, 2], tl.uint32)
     if WIDTHS & 8:
         if has & 8:
-            code |= _class_bits(address, table, word, words, rho, 3, STEP)
+            code |= _class_bits(address[None, :], places[0], 8)
     if WIDTHS & 4:
         if has & 4:
-            code |= _class_bits(address, table, word, words, rho, 2, STEP)
+            code |= _class_bits(address[None, :], places[1], 4)
     if WIDTHS & 2:
         if has & 2:
-            code |= _class_bits(address, table, word, words, rho, 1, STEP)
+            code |= _class_bits(address[None, :], places[2], 2)
     if WIDTHS & 1:
         if has & 1:
-            code |= _class_bits(address, table, word, words, rho, 0, STEP)
+            code |= _class_bits(address[None, :], places[3], 1)
     u = tl.reshape(_operand(code, OPERAND), [W, PAGES, STEP, 2, 2, 2, 2, 2])
     return tl.reshape(tl.permute(u, (1, 5, 4, 3, 2, 0, 7, 6)), [BLOCK_N, BLOCK_R])

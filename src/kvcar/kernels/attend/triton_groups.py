@@ -16,7 +16,10 @@ from ..plane_table import PlaneTable, block_latents, joined, segment_fields, spr
 from ..rotary import RotaryTable
 from .inputs import Reader
 
-_MOST_BLOCK_LATENTS = 64
+# Latents of a block: of keys as many as threads, at four latents and eight tokens each, in a page of 64 tokens; of values more, as
+# every block of them reads the scores anew.
+MOST_KEY_LATENTS = 64
+MOST_VALUE_LATENTS = 128
 # Columns of keys that a program of the decoding kernel holds as float32.
 _MOST_COLUMNS = 128
 _MOST_HEADS = 4
@@ -53,12 +56,14 @@ class Bank:
     Attributes:
         groups: coded ones, or lossless ones.
         element: dtype of elements stored as they are.
+        most_latents: of a block.
         device: where the tables lie.
         made: what callers keep with it, by what it depends on.
     """
 
     groups: tuple[Group, ...]
     element: torch.dtype
+    most_latents: int
     device: torch.device
     made: dict[object, object] = field(default_factory=dict)
 
@@ -70,7 +75,7 @@ class Bank:
     @cached_property
     def table(self) -> PlaneTable:
         """Planes of all groups."""
-        block = block_latents([group.latents for group in self.groups], _MOST_BLOCK_LATENTS)
+        block = block_latents([group.latents for group in self.groups], self.most_latents)
         return joined([group.fields for group in self.groups], block, self.device)
 
     @cached_property
@@ -131,21 +136,21 @@ class KeyDecoder:
     block_rest: int
 
 
-_BANKS: weakref.WeakKeyDictionary[Reader, dict[tuple[weakref.ref[Reader], ...], tuple[Bank, ...]]] = (
+_BANKS: weakref.WeakKeyDictionary[Reader, dict[tuple[int | weakref.ref[Reader], ...], tuple[Bank, ...]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def banks(readers: tuple[Reader, ...], device: torch.device) -> tuple[Bank, ...]:
+def banks(readers: tuple[Reader, ...], device: torch.device, most_latents: int) -> tuple[Bank, ...]:
     """Banks that together serve all heads of ``readers``: one of the coded groups, one of the lossless ones."""
     kept = _BANKS.setdefault(readers[0], {})
-    key = tuple(weakref.ref(reader) for reader in readers)
+    key = most_latents, *(weakref.ref(reader) for reader in readers)
     if key not in kept:
         coded = tuple(_coded_group(reader) for reader in readers if not reader.segment.lossless)
         lossless = tuple(g for reader in readers if reader.segment.lossless for g in _lossless_groups(reader))
         exact = next((reader.exact_dtype for reader in readers if reader.segment.lossless), torch.float16)
         pairs = [(coded, torch.float16), (lossless, exact)]
-        kept[key] = tuple(Bank(groups, element, device) for groups, element in pairs if groups)
+        kept[key] = tuple(Bank(groups, element, most_latents, device) for groups, element in pairs if groups)
     return kept[key]
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..triton_planes import page_address, unpack_block
-from ..triton_words import code_scale, unpack_words
+from ..triton_words import code_scale, unpack_words, word_places
 
 
 @triton.jit
@@ -34,8 +34,17 @@ def _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, so
 
 
 @triton.jit
+def _places(
+    table, block, latents, WORDS: tl.constexpr, WIDTHS: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What ``_unpack`` needs of a block of latents whatever the tile of tokens."""
+    return word_places(table, block, latents, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R) if WORDS else 0
+
+
+@triton.jit
 def _unpack(
-    pages, page_count, batch, begin, stop, seen, table, present, block, latents, WORDS: tl.constexpr,
+    pages, page_count, batch, begin, stop, seen, places, table, present, block, latents, WORDS: tl.constexpr,
     WIDTHS: tl.constexpr, ELEMENT: tl.constexpr, OPERAND: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +53,8 @@ def _unpack(
         token = begin + tl.arange(0, BLOCK_N // 8) // (PAGE_TOKENS // 8) * PAGE_TOKENS
         # Pages behind the last are read as it: any codes do for tokens that are not seen.
         address = page_address(pages, page_count, batch, tl.minimum(token, stop - 1), token >= 0, PAGE_TOKENS)
-        return unpack_words(address, table, present, block, latents, WIDTHS, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R)
+        has = tl.load(present + block)
+        return unpack_words(address, places, has, WIDTHS, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R)
     else:
         token = begin + tl.arange(0, BLOCK_N)
         address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
@@ -114,7 +124,7 @@ def decode_scores(
     REST: tl.constexpr,
     FINE: tl.constexpr,
     TILES: tl.constexpr,
-    RESIDENT: tl.constexpr,
+    HOLD: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -160,11 +170,11 @@ def decode_scores(
     part += column[None, :]
     pair_column = tl.arange(0, BLOCK_PAIRS)
     pair = pair_column % PAIRS
-    if RESIDENT:
-        # A matrix that fits stays in shared memory for all tiles.
-        held, held_rest = (), ()
+    held, held_rest = (), ()
+    if HOLD:
+        # A matrix of few blocks stays in shared memory for all tiles.
         for block in tl.static_range(BLOCKS):
-            held = held + (tl.load(part + block * BLOCK_R * COLUMNS),)  # noqa: RUF005 - Triton adds tuples
+            held = held + (tl.load(part + block * BLOCK_R * COLUMNS),)  # noqa: RUF005 - as Triton adds tuples
             if REST:
                 held_rest = held_rest + (tl.load(part_rest + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
 
@@ -175,10 +185,11 @@ def decode_scores(
         keys = tl.zeros([BLOCK_N, 2 * BLOCK_PAIRS], tl.float32) + pair_bias[None, :]
         if REST:
             rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32) + rest_bias[None, :]
-        if RESIDENT:
+        if HOLD:
             for block in tl.static_range(BLOCKS):
+                places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
                 u = _unpack(
-                    pages, page_count, batch, begin, stop, seen, table, present, block_start + block, latents,
+                    pages, page_count, batch, begin, stop, seen, places, table, present, block_start + block, latents,
                     WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
                 )  # fmt: skip
                 keys = tl.dot(u, held[block], keys, input_precision=PRECISION)
@@ -186,8 +197,9 @@ def decode_scores(
                     rest = tl.dot(u, held_rest[block], rest, input_precision=PRECISION)
         else:
             for block in range(BLOCKS):
+                places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
                 u = _unpack(
-                    pages, page_count, batch, begin, stop, seen, table, present, block_start + block, latents,
+                    pages, page_count, batch, begin, stop, seen, places, table, present, block_start + block, latents,
                     WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
                 )  # fmt: skip
                 below = block * BLOCK_R * COLUMNS
@@ -278,8 +290,9 @@ def direct_scores(
     q = operand + batch * operand_size + tl.load(item + 4) + row[:, None] * (BLOCKS * BLOCK_R)
     score = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     for block in range(BLOCKS):
+        places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
         u = _unpack(
-            pages, page_count, batch, begin, stop, seen, table, present, block_start + block, latents,
+            pages, page_count, batch, begin, stop, seen, places, table, present, block_start + block, latents,
             WORDS, WIDTHS, ELEMENT, tl.float32, PAGE_TOKENS, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         latent = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -337,9 +350,11 @@ def latent_sums(
     first_token = tl.load(first + batch)
 
     most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_Q], tl.float32)
+    # By column of the tile, so that threads need to meet once only.
+    mass = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
     begin = start + tl.program_id(0) * (TILES * BLOCK_N)
+    places = _places(table, block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
     for tile in range(TILES):
         token = begin + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         seen = (token >= first_token) & (token < stop)
@@ -353,10 +368,10 @@ def latent_sums(
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         rescale = tl.exp(most - anchor)
         weight = tl.exp(score - anchor[:, None])
-        mass = mass * rescale + tl.sum(weight, 1)
+        mass = mass * rescale[:, None] + weight
         most = higher
         u = _unpack(
-            pages, page_count, batch, begin + tile * BLOCK_N, stop, seen, table, present, block, latents,
+            pages, page_count, batch, begin + tile * BLOCK_N, stop, seen, places, table, present, block, latents,
             WORDS, WIDTHS, ELEMENT, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         total = tl.dot(weight.to(OPERAND), u, total * rescale[:, None], input_precision=PRECISION)
@@ -364,6 +379,6 @@ def latent_sums(
     place = (batch * splits + split_start + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     own = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
     tl.store(stats + own, most)
-    tl.store(stats + tl.num_programs(2).to(tl.int64) * splits * tl.num_programs(1) * BLOCK_Q + own, mass)
+    tl.store(stats + tl.num_programs(2).to(tl.int64) * splits * tl.num_programs(1) * BLOCK_Q + own, tl.sum(mass, 1))
     total *= code_scale(WORDS, OPERAND)
     tl.store(sums + own[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :], total)

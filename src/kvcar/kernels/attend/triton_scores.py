@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..allocation import FINE_POSITIONS
 from .inputs import PagedPast
-from .triton_groups import Bank, banks, key_decoder, split_pairs
+from .triton_groups import MOST_KEY_LATENTS, Bank, banks, key_decoder, split_pairs
 from .triton_kernels import decode_scores, direct_scores
 from .triton_pages import angle_tables
 
@@ -19,8 +19,8 @@ WARPS = 8
 PROGRAMS_PER_PROCESSOR = 4
 _INTERPRETER_PROGRAMS = 8
 _INTERPRETER_TILE_TOKENS = 256
-# Blocks of a decoder's matrix that a program keeps.
-_RESIDENT_BLOCKS = 2
+# Blocks of a decoder's matrix that a program keeps in shared memory.
+_HELD_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Scorer:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._banks = banks(call.paged.key_readers, call.q.device)
+        self._banks = banks(call.paged.key_readers, call.q.device, MOST_KEY_LATENTS)
         self._folded = {bank: _fold(call, bank) for bank in self._banks if not _decodes(call, bank)}
         rotary = call.paged.rotary
         self._turned = None
@@ -94,11 +94,11 @@ class Scorer:
             HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
             OPERAND=tl.float16 if half else tl.float32, SCORED=tl.float16 if half else tl.float32,
             PRECISION=call.precision, PAIRS=rotary.width // 2, REST=head_dim - rotary.width, FINE=FINE_POSITIONS, TILES=tiles,
-            RESIDENT=by_words and table.blocks <= _RESIDENT_BLOCKS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
+            HOLD=half and table.blocks <= _HELD_BLOCKS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
             BLOCK_REST=decoder.block_rest,
             num_warps=WARPS // 2 if by_words else WARPS,  # pyright: ignore[reportCallIssue]
-            num_stages=3 if half else 2,  # pyright: ignore[reportCallIssue]
+            num_stages=1 if half else 2,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
     def _direct(self, bank: Bank, scores: Tensor, start: int, stop: int) -> None:

@@ -9,9 +9,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .inputs import ExactPast
-from .triton_groups import Bank, banks
+from .triton_groups import MOST_VALUE_LATENTS, Bank, banks
 from .triton_kernels import latent_sums
 from .triton_scores import ELEMENT_TYPES, WARPS, Call, programs, query_block, tile_tokens, tiles_of_a_program
+# Of a thread, so that two programs share a multiprocessor.
+_REGISTERS = 128
 
 
 class Piece(NamedTuple):
@@ -42,7 +44,7 @@ class ValueSums:
         device = call.q.device
         parts = [
             (bank, *bank.keep(("sums", rows), lambda bank=bank: _items(bank, rows)))
-            for bank in banks(call.paged.value_readers, device)
+            for bank in banks(call.paged.value_readers, device, MOST_VALUE_LATENTS)
         ]
         tile = tile_tokens(call, keys=False)
         items = batch * sum(len(items) for _, items, _ in parts)
@@ -71,6 +73,7 @@ class ValueSums:
                 OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, TILES=self._tiles,
                 BLOCK_N=tile_tokens(call, keys=False), BLOCK_R=bank.table.block, BLOCK_Q=block_q,
                 num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+                maxnreg=_REGISTERS,  # pyright: ignore[reportCallIssue]
             )  # fmt: skip
 
     def piece(self) -> Piece:
