@@ -77,7 +77,9 @@ class Caught:
 
     def _source(self, args: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
         names = self.kernel.arg_names
-        given = list(zip(names, args, strict=False))
+        by_name = dict(zip(names, args, strict=False))
+        constants = constants | {p.name: by_name.pop(p.name) for p in self.kernel.params if p.is_constexpr and p.name in by_name}
+        given = list(by_name.items())
         signature = {name: _TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)] for name, value in given}
         # As the launcher does: an argument of 1 is compiled in.
         constants = constants | {name: 1 for name, value in given if type(value) is int and value == 1}

@@ -49,7 +49,7 @@ def _place(table, word, words, rho, KLASS: tl.constexpr, STEP: tl.constexpr):
 def _row(address, place, K: tl.constexpr):
     """Words uint32 ``[W, I]`` of row ``K * step + rho``, turned so that the first token's bits are in their place."""
     first, second, step, keep, turn, _ = place
-    # A wide product and sum are one instruction, where a 64-bit sum is two.
+    # In 64 bits, as sums of addresses then take the places of products and sums of offsets.
     down = step.to(tl.int64) * K
     low = tl.load((address + first + down).to(tl.pointer_type(tl.uint32)))
     high = tl.load((address + second + down).to(tl.pointer_type(tl.uint32)))
@@ -83,10 +83,14 @@ def _class_bits(address, place, BITS: tl.constexpr):
 
 
 @triton.jit
-def _operand(code, OPERAND: tl.constexpr):
+def _operand(code, has, OPERAND: tl.constexpr):
     """Codes uint32 ``[..., 2, 2, 2]`` as OPERAND ``[..., 2, 2, 2, 2, 2]``: axes are the digits of the byte, the high one first."""
-    even, odd = code & 0x00FF00FF, (code >> 8) & 0x00FF00FF
-    parts = tl.join(tl.join(even.to(tl.uint16), (even >> 16).to(tl.uint16)), tl.join(odd.to(tl.uint16), (odd >> 16).to(tl.uint16)))
+    # ``has`` is below 256, which the compiler does not know: it would take the two bytes apart and put them together again.
+    bytes_of_halves = 0x00FF00FF + (has >> 8).to(tl.uint32)
+    even, odd = code & bytes_of_halves, (code >> 8) & bytes_of_halves
+    parts = tl.join(
+        tl.join(even.to(tl.uint16), (even >> 16).to(tl.uint16)), tl.join(odd.to(tl.uint16), (odd >> 16).to(tl.uint16))
+    )
     return parts.to(OPERAND, bitcast=True) if OPERAND == tl.float16 else parts.to(OPERAND)
 
 
@@ -135,5 +139,5 @@ def unpack_words(
     if WIDTHS & 1:
         if has & 1:
             code |= _class_bits(address[None, :], places[3], 1)
-    u = tl.reshape(_operand(code, OPERAND), [W, PAGES, STEP, 2, 2, 2, 2, 2])
+    u = tl.reshape(_operand(code, has, OPERAND), [W, PAGES, STEP, 2, 2, 2, 2, 2])
     return tl.reshape(tl.permute(u, (1, 5, 4, 3, 2, 0, 7, 6)), [BLOCK_N, BLOCK_R])

@@ -109,7 +109,7 @@ def decode_scores(
     stop,
     page_count,
     latents,
-    query_rows,
+    query_rows: tl.constexpr,
     layer_heads,
     coarse_rows,
     softcap,
@@ -156,7 +156,7 @@ def decode_scores(
     block_start, head_start = tl.load(item), tl.load(item + 1)
     head_count, matrix_block = tl.load(item + 2), tl.load(item + 3)
     batch = tl.program_id(2).to(tl.int64)
-    first_token, first_position = tl.load(first + batch), tl.load(offset + batch)
+    first_token, first_position = tl.load(first + batch), tl.load(offset + batch).to(tl.int32)
 
     COLUMNS: tl.constexpr = 2 * BLOCK_PAIRS + BLOCK_REST
     SCALE: tl.constexpr = code_scale(WORDS, OPERAND)
@@ -170,11 +170,13 @@ def decode_scores(
     part += column[None, :]
     pair_column = tl.arange(0, BLOCK_PAIRS)
     pair = pair_column % PAIRS
-    held, held_rest = (), ()
+    held, held_rest, held_places = (), (), ()
     if HOLD:
         # A matrix of few blocks stays in shared memory for all tiles.
         for block in tl.static_range(BLOCKS):
-            held = held + (tl.load(part + block * BLOCK_R * COLUMNS),)  # noqa: RUF005 - as Triton adds tuples
+            places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
+            held_places = held_places + (places,)  # noqa: RUF005 - as Triton adds tuples
+            held = held + (tl.load(part + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
             if REST:
                 held_rest = held_rest + (tl.load(part_rest + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
 
@@ -187,9 +189,8 @@ def decode_scores(
             rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32) + rest_bias[None, :]
         if HOLD:
             for block in tl.static_range(BLOCKS):
-                places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
                 u = _unpack(
-                    pages, page_count, batch, begin, stop, seen, places, table, present, block_start + block, latents,
+                    pages, page_count, batch, begin, stop, seen, held_places[block], table, present, block_start + block, latents,
                     WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
                 )  # fmt: skip
                 keys = tl.dot(u, held[block], keys, input_precision=PRECISION)
