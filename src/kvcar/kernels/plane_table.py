@@ -106,6 +106,17 @@ def word_fields(fields: Tensor) -> Tensor:
     return torch.stack([offset, stride, shift, span, mask], dim=1).where(there[:, None], 0).to(torch.int32).contiguous()
 
 
+def has_elements(fields: Tensor) -> bool:
+    """Whether any latent is stored as it is."""
+    return bool((fields[_ELEMENT, 0] >= 0).any())
+
+
+def highest_codes(fields: Tensor) -> Tensor:
+    """The highest code float32 ``[latents]`` that the planes of each latent can hold."""
+    width = torch.tensor(WIDTHS[:_ELEMENT])[:, None]
+    return torch.where(fields[:_ELEMENT, 0] >= 0, (2**width - 1) << fields[:_ELEMENT, 2].long(), 0).sum(0).float()
+
+
 def block_latents(counts: Sequence[int], most: int) -> int:
     """Length of a block, a power of two of 16 to ``most``, for segments of so many latents."""
     return max(16, min(most, 1 << (max(counts) - 1).bit_length()))

@@ -12,21 +12,38 @@ import torch
 from torch import Tensor
 
 from ..layout import SegmentLayout
-from ..plane_table import PlaneTable, block_latents, joined, segment_fields, spread, word_fields, word_slots
+from ..plane_table import (
+    PlaneTable,
+    block_latents,
+    has_elements,
+    highest_codes,
+    joined,
+    segment_fields,
+    spread,
+    word_fields,
+    word_slots,
+)
 from ..rotary import RotaryTable
 from .inputs import Reader
 
-# Latents of a block: of keys as many as threads, at four latents and eight tokens each, in a page of 64 tokens; of values more, as
-# every block of them reads the scores anew.
-MOST_KEY_LATENTS = 64
-MOST_VALUE_LATENTS = 128
+# Latents of a block. A page of 64 tokens and 64 latents is a word and eight tokens for each of 128 threads; every block of values reads
+# the scores anew, so they come in larger ones, where they are unpacked by words and leave the registers.
+MOST_BLOCK_LATENTS = 64
+MOST_WORD_LATENTS = 128
 # Columns of keys that a program of the decoding kernel holds as float32.
 _MOST_COLUMNS = 128
 _MOST_HEADS = 4
 # Beyond these float16 would round a decoder's matrix worse than bfloat16 rounds keys.
 _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-10, 2.0**15
+# Turned, an element of a key is at most the square root of 2 as large.
+_FLOAT16_KEY_MOST = 65504 / 2**0.5
 
 _Made = TypeVar("_Made")
+
+
+def whole_pages(tile: int, page_tokens: int) -> bool:
+    """Whether tiles of so many tokens are of whole pages, as those unpacked by words are."""
+    return tile % page_tokens == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +73,7 @@ class Bank:
     Attributes:
         groups: coded ones, or lossless ones.
         element: dtype of elements stored as they are.
-        most_latents: of a block.
+        most_latents: of a block, where none is stored as it is.
         device: where the tables lie.
         made: what callers keep with it, by what it depends on.
     """
@@ -75,8 +92,9 @@ class Bank:
     @cached_property
     def table(self) -> PlaneTable:
         """Planes of all groups."""
-        block = block_latents([group.latents for group in self.groups], self.most_latents)
-        return joined([group.fields for group in self.groups], block, self.device)
+        fields = [group.fields for group in self.groups]
+        most = MOST_BLOCK_LATENTS if any(has_elements(each) for each in fields) else self.most_latents
+        return joined(fields, block_latents([group.latents for group in self.groups], most), self.device)
 
     @cached_property
     def words(self) -> Tensor:
@@ -84,9 +102,8 @@ class Bank:
         return word_fields(self.table.fields.cpu()).to(self.device)
 
     def planes(self, tile: int, page_tokens: int) -> tuple[Tensor, bool]:
-        """Table for tiles of so many tokens, and whether it is that of words: tiles of whole pages, no elements as they are."""
-        whole = tile % page_tokens == 0 and page_tokens & (page_tokens - 1) == 0
-        by_words = whole and not self.table.widths & 16
+        """Table for tiles of so many tokens, and whether it is that of words."""
+        by_words = whole_pages(tile, page_tokens) and not has_elements(self.table.fields)
         return (self.words if by_words else self.table.fields), by_words
 
     @cached_property
@@ -100,6 +117,16 @@ class Bank:
         """Whether the decoders' matrices are as exact as needed in float16 (codes always are)."""
         most = [float(group.affine[0].abs().max()) for group in self.groups if group.affine is not None]
         return all(_FLOAT16_LEAST < value < _FLOAT16_MOST for value in most)
+
+    @cached_property
+    def keys_fit_float16(self) -> bool:
+        """Whether decoded keys lie within float16's range, whatever their codes and angles."""
+        return not has_elements(self.table.fields) and all(
+            float((highest_codes(group.fields).to(self.device) @ matrix.abs() + bias.abs()).max()) < _FLOAT16_KEY_MOST
+            for group in self.groups
+            if group.affine is not None
+            for matrix, bias in [group.affine]
+        )
 
     @property
     def head_starts(self) -> list[int]:

@@ -18,6 +18,9 @@ _Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 _ANGLES: weakref.WeakKeyDictionary[RotaryTable, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 
 
+_TURNS: weakref.WeakKeyDictionary[RotaryTable, dict[float, Tensor]] = weakref.WeakKeyDictionary()
+
+
 def page_addresses(tiles: Sequence[Tensor]) -> Tensor:
     """Addresses int64 ``[B, pages]`` of all pages; the arenas stay where they are."""
     return _addresses(tuple(_place(tile) for tile in tiles), tiles[0].device)
@@ -55,3 +58,11 @@ def angle_tables(rotary: RotaryTable, tokens: int) -> tuple[Tensor, Tensor]:
         fine, coarse = rotary.tables(tokens)
         have = _ANGLES[rotary] = torch.stack(fine), torch.stack(coarse)
     return have
+
+
+def turn_table(rotary: RotaryTable, scale: float) -> Tensor:
+    """The fine cosines and sines ``[2, FINE_POSITIONS, F]`` times ``scale``."""
+    kept = _TURNS.setdefault(rotary, {})
+    if scale not in kept:
+        kept[scale] = torch.stack(rotary.tables(1)[0]) * scale
+    return kept[scale]

@@ -9,16 +9,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..allocation import FINE_POSITIONS
+from ..triton_words import HALF_SCALE
 from .inputs import PagedPast
-from .triton_groups import MOST_KEY_LATENTS, Bank, banks, key_decoder, split_pairs
+from .triton_groups import MOST_BLOCK_LATENTS, Bank, banks, key_decoder, split_pairs
 from .triton_kernels import decode_scores, direct_scores
-from .triton_pages import angle_tables
+from .triton_pages import angle_tables, turn_table
 
 ELEMENT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 WARPS = 8
 PROGRAMS_PER_PROCESSOR = 4
 _INTERPRETER_PROGRAMS = 8
 _INTERPRETER_TILE_TOKENS = 256
+# Columns of keys that half the warps hold.
+_COLUMNS_OF_FEW_WARPS = 128
 # Blocks of a decoder's matrix that a program keeps in shared memory.
 _HELD_BLOCKS = 2
 
@@ -57,7 +60,7 @@ class Scorer:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._banks = banks(call.paged.key_readers, call.q.device, MOST_KEY_LATENTS)
+        self._banks = banks(call.paged.key_readers, call.q.device, MOST_BLOCK_LATENTS)
         self._folded = {bank: _fold(call, bank) for bank in self._banks if not _decodes(call, bank)}
         rotary = call.paged.rotary
         self._turned = None
@@ -84,7 +87,7 @@ class Scorer:
         block, most_rows = tile_tokens(call, keys=True), rows * decoder.most_heads
         planes, by_words = bank.planes(block, call.page_tokens)
         block_q = query_block(most_rows)
-        turns = fine * (2.0**24 if by_words and half else 1.0)
+        turns = turn_table(rotary, float(HALF_SCALE.value) if by_words and half else 1.0)
         programs_here = -(-(stop - start) // block), len(decoder.items) * batch
         tiles = tiles_of_a_program(programs(call.q.device), *programs_here)
         decode_scores[(-(-(stop - start) // (block * tiles)), len(decoder.items), batch)](
@@ -92,12 +95,12 @@ class Scorer:
             self._turned, turns, fine, coarse, call.paged.first, call.paged.offset, start, stop, call.pages.shape[1],
             table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
             HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
-            OPERAND=tl.float16 if half else tl.float32, SCORED=tl.float16 if half else tl.float32,
+            OPERAND=tl.float16 if half else tl.float32, SCORED=tl.float16 if half and bank.keys_fit_float16 else tl.float32,
             PRECISION=call.precision, PAIRS=rotary.width // 2, REST=head_dim - rotary.width, FINE=FINE_POSITIONS, TILES=tiles,
             HOLD=half and table.blocks <= _HELD_BLOCKS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
             BLOCK_REST=decoder.block_rest,
-            num_warps=WARPS // 2 if by_words else WARPS,  # pyright: ignore[reportCallIssue]
+            num_warps=WARPS // 2 if by_words and decoder.matrix.shape[1] <= _COLUMNS_OF_FEW_WARPS else WARPS,  # pyright: ignore[reportCallIssue]
             num_stages=1 if half else 2,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .inputs import ExactPast
-from .triton_groups import MOST_VALUE_LATENTS, Bank, banks
+from .triton_groups import MOST_BLOCK_LATENTS, MOST_WORD_LATENTS, Bank, banks, whole_pages
 from .triton_kernels import latent_sums
 from .triton_scores import ELEMENT_TYPES, WARPS, Call, programs, query_block, tile_tokens, tiles_of_a_program
 # Of a thread, so that two programs share a multiprocessor.
@@ -42,11 +42,12 @@ class ValueSums:
         self._call = call
         batch, _, rows, _ = call.q.shape
         device = call.q.device
+        tile = tile_tokens(call, keys=False)
+        most = MOST_WORD_LATENTS if whole_pages(tile, call.page_tokens) else MOST_BLOCK_LATENTS
         parts = [
             (bank, *bank.keep(("sums", rows), lambda bank=bank: _items(bank, rows)))
-            for bank in banks(call.paged.value_readers, device, MOST_VALUE_LATENTS)
+            for bank in banks(call.paged.value_readers, device, most)
         ]
-        tile = tile_tokens(call, keys=False)
         items = batch * sum(len(items) for _, items, _ in parts)
         self._tiles = tiles_of_a_program(programs(device), -(-call.paged.tokens // tile), items)
         self.split_tokens = self._tiles * tile
@@ -73,7 +74,7 @@ class ValueSums:
                 OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, TILES=self._tiles,
                 BLOCK_N=tile_tokens(call, keys=False), BLOCK_R=bank.table.block, BLOCK_Q=block_q,
                 num_warps=WARPS,  # pyright: ignore[reportCallIssue]
-                maxnreg=_REGISTERS,  # pyright: ignore[reportCallIssue]
+                maxnreg=_REGISTERS if by_words else None,  # pyright: ignore[reportCallIssue]
             )  # fmt: skip
 
     def piece(self) -> Piece:
