@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +32,7 @@ TOKENS = 32_768
 # Latents by bits of a block: heads, keys, values.
 SHAPES: dict[str, tuple[int, dict[int, int], dict[int, int]]] = {
     "fast": (1, {8: 9, 7: 12, 6: 20, 5: 29, 4: 2}, {8: 7, 7: 18, 6: 26, 5: 25, 4: 24, 3: 2}),
-    "wide": (4, *[{8: 14, 7: 30, 6: 80, 5: 140, 4: 110, 3: 35}] * 2),
+    "wide": (4, {8: 14, 7: 30, 6: 80, 5: 140, 4: 110, 3: 35}, {8: 14, 7: 30, 6: 80, 5: 140, 4: 110, 3: 35}),
 }
 
 
@@ -54,7 +53,9 @@ def main(
 def counted(shape: str) -> list[dict[str, Any]]:
     """Figures of the kernels that a layer of this shape launches."""
     heads, keys, values = SHAPES[shape]
-    return [_figures(launch) for launch in decode_step(torch.bfloat16, heads, _groups(keys), _groups(values), tokens=TOKENS)]
+    return [
+        _figures(launch) for launch in decode_step(torch.bfloat16, heads, _groups(keys), _groups(values), tokens=TOKENS)
+    ]
 
 
 def _groups(counts: dict[int, int]) -> list[BitGroup]:
@@ -90,7 +91,7 @@ def _figures(launch: Launch) -> dict[str, Any]:
 
 def _turns(launch: Launch, loops: int) -> list[int]:
     """Turns of the kernel's loops: over tiles of tokens, then over blocks of latents where that is not unrolled."""
-    return [launch.arguments[name] for name in ("TILES", "BLOCKS")[:loops]]
+    return [launch.arguments[name] for name in ("TILES", "BLOCKS") if name in launch.arguments][:loops]
 
 
 def _shares(launch: Launch, branches: int) -> list[float]:

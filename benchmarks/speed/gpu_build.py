@@ -78,9 +78,13 @@ class Caught:
     def _source(self, args: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
         names = self.kernel.arg_names
         by_name = dict(zip(names, args, strict=False))
-        constants = constants | {p.name: by_name.pop(p.name) for p in self.kernel.params if p.is_constexpr and p.name in by_name}
+        constants = constants | {
+            p.name: by_name.pop(p.name) for p in self.kernel.params if p.is_constexpr and p.name in by_name
+        }
         given = list(by_name.items())
-        signature = {name: _TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)] for name, value in given}
+        signature = {
+            name: _TYPES[value.dtype if isinstance(value, torch.Tensor) else type(value)] for name, value in given
+        }
         # As the launcher does: an argument of 1 is compiled in.
         constants = constants | {name: 1 for name, value in given if type(value) is int and value == 1}
         signature |= dict.fromkeys(constants, "constexpr")
@@ -124,9 +128,9 @@ def decode_step(
     ]:
         kernel = getattr(module, name)
         setattr(module, name, Caught(kernel.kernel if isinstance(kernel, Caught) else kernel, launches))
-    backend.serves = lambda query, paged: None
+    backend.serves = lambda *_: None
     triton_scores.tile_tokens = triton_values.tile_tokens = triton_scores.gpu_tile_tokens
-    triton_scores.programs = triton_values.programs = lambda device: PROCESSORS * triton_scores.PROGRAMS_PER_PROCESSOR
+    triton_scores.programs = triton_values.programs = lambda _: PROCESSORS * triton_scores.PROGRAMS_PER_PROCESSOR
     readers, end = [], 0
     for groups in (keys, values):
         for first in range(0, kv_heads, heads_per_block):
@@ -153,7 +157,7 @@ def encode_step(width: int, groups: Sequence[BitGroup]) -> list[Launch]:
 
     launches: list[Launch] = []
     backend._kernel = Caught(backend._kernel, launches)
-    backend.serves = lambda x, writer: None
+    backend.serves = lambda *_: None
     segment = coded_segment(groups, 64, 0)
     latents = segment.latents
     affine = AffineEncoder(torch.zeros(width, latents), torch.zeros(width), torch.ones(latents), torch.zeros(latents))

@@ -62,7 +62,9 @@ class Code(NamedTuple):
     def executed(self, turns: Sequence[float], taken: Sequence[float]) -> dict[str, float]:
         """Instructions of a warp by class, for the turns of each loop and the share of turns that take each branch."""
         if len(turns) != self.loops or len(taken) != self.branches:
-            raise ValueError(f"{self.loops} loops and {self.branches} branches, for {len(turns)} and {len(taken)} numbers")
+            raise ValueError(
+                f"{self.loops} loops and {self.branches} branches, for {len(turns)} and {len(taken)} numbers"
+            )
         counts: dict[str, float] = {}
         for loops, branch, part in self.parts:
             times = prod(turns[loop] for loop in loops) * (1 if branch is None else taken[branch])
@@ -82,7 +84,9 @@ def parse(text: str) -> list[Line]:
             target = _TARGET.search(found[2])
             lines.append(Line(found[1], label, target[1] if target else None))
             label = None
-    return lines[: next(index for index, line in enumerate(lines) if line.target is not None and line.target == line.label)]
+    return lines[
+        : next(index for index, line in enumerate(lines) if line.target is not None and line.target == line.label)
+    ]
 
 
 def code(lines: Sequence[Line]) -> Code:

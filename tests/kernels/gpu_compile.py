@@ -23,6 +23,9 @@ def main() -> None:
     shape = {"kv_heads": 2, "query_heads": 8, "tokens": 2500}
     launches = decode_step(torch.bfloat16, 2, some, some, rotary=True, **shape)
     launches += decode_step(torch.float32, 2, some, some, rotary=False, **shape)
+    every = groups(8, 7, 6, 5, 4, 3, latents=72)
+    launches += decode_step(torch.bfloat16, 1, every, every, **shape)
+    launches += decode_step(torch.float32, 1, every, every, **shape)
     launches += encode_step(512, groups(16, 8, 6, 5, 2, latents=400))
     for launch in launches:
         print(launch.name, launch.shared, *launch.registers_and_stack(), flush=True)

@@ -8,7 +8,7 @@ Planes may start anywhere and rows follow each other without gaps, so the four b
 and how far to turn them, depends on the latents and ``rho`` alone, as ``step`` is a multiple of four rows.
 """
 # pyright: basic, reportOperatorIssue=false, reportArgumentType=false
-# ruff: noqa: SIM102 - the outer condition is known when compiling, the inner one is not.
+# ruff: noqa: SIM102, RET505, SIM300 - conditions that are known when compiling stand for themselves, and names of constants are upper case.
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 import triton
@@ -32,8 +32,11 @@ def _turned(x, RIGHT: tl.constexpr):
 
 @triton.jit
 def _place(table, word, words, rho, KLASS: tl.constexpr, STEP: tl.constexpr):
-    """Where words uint32 ``[W, I]`` of a class lie: offsets of both aligned words, bytes from a value of k to the
-    next, which bytes are the first word's, how far to turn right, and the mask of the class."""
+    """Where words uint32 ``[W, I]`` of a class lie in any page.
+
+    Offsets of both aligned words, bytes from a value of k to the next, which bytes are the first word's, how far to turn
+    right, and the bits of the class.
+    """
     field = table + KLASS * WORD_FIELDS * words + word
     offset, stride = tl.load(field), tl.load(field + words)
     shift, span, mask = tl.load(field + 2 * words), tl.load(field + 3 * words), tl.load(field + 4 * words)

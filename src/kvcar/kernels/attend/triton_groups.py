@@ -231,8 +231,10 @@ def _make_key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: tor
 
 
 def _columns(matrix: Tensor, heads: int, rotary: RotaryTable, block_pairs: int, block_rest: int) -> Tensor:
-    """Columns ``[R, 2 * block_pairs + block_rest]`` of ``[R, heads * D]``: 8 first elements of pairs, their 8 second ones, and so
-    on, then what is not rotated."""
+    """Columns ``[R, 2 * block_pairs + block_rest]`` of ``[R, heads * D]``.
+
+    8 first elements of pairs, their 8 second ones, and so on, then what is not rotated.
+    """
     parts = (part.flatten(1) for part in split_pairs(matrix.unflatten(-1, (heads, -1)), rotary))
     sizes = (block_pairs, block_pairs, block_rest)
     first, second, rest = (torch.nn.functional.pad(x, (0, n - x.shape[1])) for x, n in zip(parts, sizes, strict=True))

@@ -5,6 +5,7 @@ latents. Query rows of a KV head are its query heads times the query tokens; row
 one after the other.
 """
 # pyright: basic, reportOperatorIssue=false, reportArgumentType=false
+# ruff: noqa: RET505 - what is known when compiling is an if and an else.
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 import triton

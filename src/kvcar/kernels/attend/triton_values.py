@@ -12,6 +12,7 @@ from .inputs import ExactPast
 from .triton_groups import MOST_BLOCK_LATENTS, MOST_WORD_LATENTS, Bank, banks, whole_pages
 from .triton_kernels import latent_sums
 from .triton_scores import ELEMENT_TYPES, WARPS, Call, programs, query_block, tile_tokens, tiles_of_a_program
+
 # Of a thread, so that two programs share a multiprocessor.
 _REGISTERS = 128
 
