@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from speed.gpu_build import PROCESSORS, Launch, decode_step, run_tool
-from speed.sass import LANES, code, parse
+from speed.sass import LANES, Code, code, parse
 
 from kvcar.plan import BitGroup
 from kvcar.record import Record
@@ -65,7 +66,7 @@ def _groups(counts: dict[int, int]) -> list[BitGroup]:
 def _figures(launch: Launch) -> dict[str, Any]:
     found = code(parse(run_tool("nvdisasm", "-c", launch.cubin)))
     turns = _turns(launch, found.loops)
-    executed = found.executed(turns, _shares(launch, found.branches))
+    executed = found.executed(turns, _shares(launch, found))
     warps = launch.grid[0] * launch.grid[1] * launch.grid[2] * launch.warps
     layer = {name: count * warps for name, count in executed.items()}
     registers, spilled = launch.registers_and_stack()
@@ -94,15 +95,29 @@ def _turns(launch: Launch, loops: int) -> list[int]:
     return [launch.arguments[name] for name in ("TILES", "BLOCKS") if name in launch.arguments][:loops]
 
 
-def _shares(launch: Launch, branches: int) -> list[float]:
-    """Of the turns, how many take each branch: blocks of latents that have planes of 8, 4, 2 and 1 bits.
-
-    A kernel that unrolls its loop over blocks has branches for each of them.
-    """
+def _shares(launch: Launch, found: Code) -> list[float]:
+    """Of the turns, how many take each branch: those of the blocks of latents that have planes of its width."""
     classes = [width for width in (8, 4, 2, 1) if launch.arguments["WIDTHS"] & width]
-    unrolled = max(1, branches // len(classes))
+    widths = _widths(found, classes) if launch.arguments.get("WORDS") else classes
+    unrolled = launch.arguments["BLOCKS"] if launch.arguments.get("HOLD") else 1
     present = launch.arguments["present"].view(-1, unrolled)
-    return [float((present[:, i] & width != 0).float().mean()) for i in range(unrolled) for width in classes]
+    own = len(widths) // unrolled
+    return [float((present[:, i // own] & width != 0).float().mean()) for i, width in enumerate(widths)]
+
+
+def _widths(found: Code, classes: list[int]) -> list[int]:
+    """Width of the planes that each branch is for.
+
+    The widest planes have one branch, the others one to load words and, later, one to unpack them. A branch with few
+    loads may be none in machine code: its loads have predicates then, and count always. So branches that load are told by how many loads
+    they have, and those that do not by their order.
+    """
+    loads = [0] * found.branches
+    for _, branch, part in found.parts:
+        if branch is not None:
+            loads[branch] = part.get("global load and store", 0)
+    unpacking = cycle(width for width in classes if width < 8)
+    return [classes[0] * each // max(loads) if each else next(unpacking) for each in loads]
 
 
 def _sorted(counts: Counter[str] | dict[str, float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ whoever takes one ``rho`` and four latents reads every byte of theirs once, ``b`
 Planes may start anywhere and rows follow each other without gaps, so the four bytes of a word lie in two aligned words. Which,
 and how far to turn them, depends on the latents and ``rho`` alone, as ``step`` is a multiple of four rows.
 """
-# pyright: basic, reportOperatorIssue=false, reportArgumentType=false
+# pyright: basic, reportOperatorIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # ruff: noqa: SIM102, RET505, SIM300 - conditions that are known when compiling stand for themselves, and names of constants are upper case.
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
@@ -49,40 +49,64 @@ def _place(table, word, words, rho, KLASS: tl.constexpr, STEP: tl.constexpr):
 
 
 @triton.jit
-def _row(address, place, K: tl.constexpr):
-    """Words uint32 ``[W, I]`` of row ``K * step + rho``, turned so that the first token's bits are in their place."""
-    first, second, step, keep, turn, _ = place
-    # In 64 bits, as sums of addresses then take the places of products and sums of offsets.
-    down = step.to(tl.int64) * K
-    low = tl.load((address + first + down).to(tl.pointer_type(tl.uint32)))
-    high = tl.load((address + second + down).to(tl.pointer_type(tl.uint32)))
-    both = (low & keep) | (high & (keep ^ 0xFFFFFFFF))
-    return (both >> turn) | (both << ((32 - turn) & 31))
-
-
-@triton.jit
 def _rows(address, place, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Rows ``FIRST`` and so on, ``[W, I, 2, ...]``: an axis for each binary digit of the row, the lowest first."""
+    """Both aligned words uint32 ``[W, I, 2, ...]`` of rows ``k * step + rho``, k from FIRST on.
+
+    There is an axis for each binary digit of k, the lowest first.
+    """
+    first, second, step, _, _, _ = place
     if COUNT == 1:
-        return _row(address, place, FIRST)
+        # In 64 bits, as sums of addresses then take the places of products and sums of offsets.
+        down = step.to(tl.int64) * FIRST
+        low = tl.load((address + first + down).to(tl.pointer_type(tl.uint32)))
+        high = tl.load((address + second + down).to(tl.pointer_type(tl.uint32)))
+        return low, high
     else:
         HALF: tl.constexpr = COUNT // 2
-        return tl.join(_rows(address, place, FIRST, HALF), _rows(address, place, FIRST + HALF, HALF))
+        low, high = _rows(address, place, FIRST, HALF)
+        low_2, high_2 = _rows(address, place, FIRST + HALF, HALF)
+        return tl.join(low, low_2), tl.join(high, high_2)
 
 
 @triton.jit
-def _class_bits(address, place, BITS: tl.constexpr):
+def _nothing(address, BITS: tl.constexpr):
+    """What ``_rows`` would give, of zeros."""
+    if BITS == 4:
+        zero = tl.zeros([address.shape[0], address.shape[1], 2, 2], tl.uint32)
+    elif BITS == 2:
+        zero = tl.zeros([address.shape[0], address.shape[1], 2], tl.uint32)
+    else:
+        zero = tl.zeros([address.shape[0], address.shape[1]], tl.uint32)
+    return zero, zero
+
+
+@triton.jit
+def _repeated(x, BITS: tl.constexpr):
+    """``[W, I]`` with an axis of two for each binary digit of a number below BITS."""
+    if BITS >= 2:
+        x = tl.join(x, x)
+    if BITS >= 4:
+        x = tl.join(x, x)
+    if BITS >= 8:
+        x = tl.join(x, x)
+    return x
+
+
+@triton.jit
+def _class_bits(rows, place, BITS: tl.constexpr):
     """What a class adds to codes uint32 ``[W, I, 2, 2, 2]``, four latents a word; axes are the digits of s."""
-    x = _rows(address, place, 0, BITS)
+    low, high = rows
+    _, _, _, keep, turn, mask = place
+    keep, turn = _repeated(keep, BITS), _repeated(turn, BITS)
+    x = (low & keep) | (high & (keep ^ 0xFFFFFFFF))
+    x = (x >> turn) | (x << ((32 - turn) & 31))
     if BITS == 1:
         x = tl.join(x, _turned(x, 1))
     if BITS <= 2:
         x = tl.join(x, _turned(x, 2))
     if BITS <= 4:
         x = tl.join(x, _turned(x, 4))
-    mask = tl.join(place[5], place[5])
-    mask = tl.join(mask, mask)
-    return x & tl.join(mask, mask)
+    return x & _repeated(mask, 8)
 
 
 @triton.jit
@@ -129,18 +153,32 @@ def unpack_words(
     STEP: tl.constexpr = PAGE_TOKENS // 8
     W: tl.constexpr = BLOCK_R // 4
     PAGES: tl.constexpr = BLOCK_N // PAGE_TOKENS
+    address = tl.broadcast_to(address[None, :], [W, BLOCK_N // 8])
+    # All loads come before what waits for any of them.
+    if WIDTHS & 4:
+        four = _nothing(address, 4)
+        if has & 4:
+            four = _rows(address, places[1], 0, 4)
+    if WIDTHS & 2:
+        two = _nothing(address, 2)
+        if has & 2:
+            two = _rows(address, places[2], 0, 2)
+    if WIDTHS & 1:
+        one = _nothing(address, 1)
+        if has & 1:
+            one = _rows(address, places[3], 0, 1)
     code = tl.zeros([W, BLOCK_N // 8, 2, 2, 2], tl.uint32)
     if WIDTHS & 8:
         if has & 8:
-            code |= _class_bits(address[None, :], places[0], 8)
+            code |= _class_bits(_rows(address, places[0], 0, 8), places[0], 8)
     if WIDTHS & 4:
         if has & 4:
-            code |= _class_bits(address[None, :], places[1], 4)
+            code |= _class_bits(four, places[1], 4)
     if WIDTHS & 2:
         if has & 2:
-            code |= _class_bits(address[None, :], places[2], 2)
+            code |= _class_bits(two, places[2], 2)
     if WIDTHS & 1:
         if has & 1:
-            code |= _class_bits(address[None, :], places[3], 1)
+            code |= _class_bits(one, places[3], 1)
     u = tl.reshape(_operand(code, has, OPERAND), [W, PAGES, STEP, 2, 2, 2, 2, 2])
     return tl.reshape(tl.permute(u, (1, 5, 4, 3, 2, 0, 7, 6)), [BLOCK_N, BLOCK_R])
