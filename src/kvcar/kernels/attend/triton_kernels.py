@@ -354,7 +354,7 @@ def latent_sums(
     most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     # By column of the tile, so that threads need to meet once only.
     mass = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
-    total = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
+    total = tl.zeros([BLOCK_R, BLOCK_Q], tl.float32)
     begin = start + tl.program_id(0) * (TILES * BLOCK_N)
     places = _places(table, block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
     for tile in range(TILES):
@@ -376,11 +376,11 @@ def latent_sums(
             pages, page_count, batch, begin + tile * BLOCK_N, stop, seen, places, table, present, block, latents,
             WORDS, WIDTHS, ELEMENT, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-        total = tl.dot(weight.to(OPERAND), u, total * rescale[:, None], input_precision=PRECISION)
+        total = tl.dot(tl.trans(u), tl.trans(weight.to(OPERAND)), total * rescale[None, :], input_precision=PRECISION)
 
     place = (batch * splits + split_start + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     own = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
     tl.store(stats + own, most)
     tl.store(stats + tl.num_programs(2).to(tl.int64) * splits * tl.num_programs(1) * BLOCK_Q + own, tl.sum(mass, 1))
-    total *= code_scale(WORDS, OPERAND)
+    total = tl.trans(total) * code_scale(WORDS, OPERAND)
     tl.store(sums + own[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :], total)

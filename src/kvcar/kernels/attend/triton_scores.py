@@ -17,7 +17,7 @@ from .triton_pages import angle_tables, turn_table
 
 ELEMENT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 WARPS = 8
-PROGRAMS_PER_PROCESSOR = 4
+PROGRAMS_PER_PROCESSOR = 2
 _INTERPRETER_PROGRAMS = 8
 _INTERPRETER_TILE_TOKENS = 256
 # Columns of keys that half the warps hold.
