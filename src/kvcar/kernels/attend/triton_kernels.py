@@ -215,7 +215,9 @@ def decode_scores(
         one, two = _split_pairs(keys)
         turned_one = (one * cos - two * sin).to(SCORED)
         turned_two = (two * cos + one * sin).to(SCORED)
-        back_cos, back_sin = _angle(fine, coarse, coarse_rows, begin - first_position, pair, PAIRS, FINE)
+        # Tiles behind the last token are not in the tables, nor seen.
+        position = tl.minimum(begin, stop - 1) - first_position
+        back_cos, back_sin = _angle(fine, coarse, coarse_rows, position, pair, PAIRS, FINE)
 
         for row_block in range(ROW_BLOCKS):
             row = row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
