@@ -13,6 +13,7 @@ from attend_pages_tables import attend_pages_page
 from compare_tables import compare_pages
 from decode_tables import decode_pages
 from frontier_tables import frontier_page
+from gpu_instructions_tables import gpu_instructions_page
 from memory_tables import memory_page
 from paper_tables import paper_page
 
@@ -61,6 +62,7 @@ PAGES = {
     "paper.md": paper_page,
     "frontier.md": frontier_page,
     "attend-pages.md": attend_pages_page,
+    "gpu-instructions.md": gpu_instructions_page,
 }
 
 

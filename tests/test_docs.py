@@ -20,7 +20,7 @@ def load_tables():
     return module
 
 
-@pytest.mark.parametrize("name", ["fidelity.md", "memory.md", "paper.md", "frontier.md"])
+@pytest.mark.parametrize("name", ["fidelity.md", "memory.md", "paper.md", "frontier.md", "gpu-instructions.md"])
 def test_tables_are_what_the_records_say(name):
     page = (ROOT / "docs" / "results" / name).read_text(encoding="utf-8")
     assert page == load_tables().PAGES[name](), "run: python benchmarks/tables.py"

@@ -80,22 +80,22 @@ def test_any_length(tokens, count):
     check(random(2, 4, count, 16), exact_past(2, 2, count, 16), paged)
 
 
-def made_past(tokens, heads, head_dim, table, groups, orders):
+def made_past(tokens, heads, head_dim, table, groups, orders, page_tokens=64):
     """Two ragged sequences of random codes, the decoders random too; ``orders``: heads of each reader."""
     generator = torch.Generator().manual_seed(tokens)
     readers, segments, offset = [], [], 0
     latents = sum(group.count for group in groups)
     for order in orders:
-        segments.append(coded_segment(groups, 64, offset))
+        segments.append(coded_segment(groups, page_tokens, offset))
         offset = -(-segments[-1].end // 16) * 16
         shape = (latents, len(order) * head_dim)
         matrix = torch.randn(*shape, generator=generator) / (2.0 ** groups[0].bits * latents**0.5)
         affine = matrix.to(DEVICE), torch.randn(shape[1], generator=generator).to(DEVICE)
         readers.append(Reader(segments[-1], order, None, partial(affinely, affine), affine, False, torch.float16))
-    pages = torch.full((2, -(-tokens // 64), offset), 255, dtype=torch.uint8)
+    pages = torch.full((2, -(-tokens // page_tokens), offset), 255, dtype=torch.uint8)
     bits = torch.tensor([min(group.bits, 8) for group in groups for _ in range(group.count)])
     for segment in segments:
-        u = (torch.rand(2, pages.shape[1], 64, latents, generator=generator) * 2.0**bits).floor()
+        u = (torch.rand(2, pages.shape[1], page_tokens, latents, generator=generator) * 2.0**bits).floor()
         pages[..., segment.offset : segment.end] = pack(u, segment)
     first, start = torch.tensor([4, 21], device=DEVICE), torch.tensor([0, 17], device=DEVICE)
     pages = pages.to(DEVICE)
@@ -133,6 +133,26 @@ def test_shapes_styles_and_dtypes(head_dim, orders, group, count, dtype, rotated
     check(query, exact_past(2, heads, count, head_dim, dtype), paged)
 
 
+@pytest.mark.parametrize("page_tokens", [32, 64, 96, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_page_and_every_number_of_bits(page_tokens, dtype):
+    """Odd counts, so that words start at every byte; pages that a tile holds whole, and others."""
+    groups = [BitGroup(bits=b, count=c) for b, c in [(8, 3), (7, 1), (6, 5), (5, 2), (4, 7), (3, 1), (2, 6), (1, 9)]]
+    paged = made_past(200, 2, 32, table(32), groups, [(0, 1)], page_tokens)
+    check(random(2, 4, 1, 32, dtype=dtype), exact_past(2, 2, 1, 32, dtype), paged)
+
+
+def test_keys_beyond_float16_are_multiplied_as_float32():
+    paged = made_past(70, 1, 32, table(32), [BitGroup(bits=8, count=20)], [(0,)])
+    matrix, bias = paged.key_readers[0].affine
+    affine = (matrix * 2.0**22).clamp(-(2.0**14), 2.0**14), bias
+    reader = replace(paged.key_readers[0], affine=affine, decode=partial(affinely, affine))
+    far = replace(paged, key_readers=(reader,))
+    assert not triton_scores.banks(far.key_readers, torch.device(DEVICE), 64)[0].keys_fit_float16
+    assert triton_scores.banks(paged.key_readers, torch.device(DEVICE), 64)[0].keys_fit_float16
+    check(random(2, 2, 1, 32, dtype=torch.bfloat16) * 1e-6, exact_past(2, 1, 1, 32, torch.bfloat16), far)
+
+
 def test_a_block_of_two_thousand_latents():
     groups = [BitGroup(bits=8, count=100), BitGroup(bits=6, count=1000), BitGroup(bits=1, count=948)]
     paged = made_past(70, 1, 32, table(32), groups, [(0,)])
@@ -143,7 +163,7 @@ def test_spans_and_splits_are_merged(monkeypatch):
     """A scratch for few scores takes a long past in several spans, each of several splits."""
     paged = paged_past(coder_of("one key head exact"), 0, 1300, 1, rotary(DEVICE), [0])
     query, exact = random(1, 4, 1, 16), exact_past(1, 2, 1, 16)
-    monkeypatch.setattr(triton_values, "_programs", lambda device: 1000)
+    monkeypatch.setattr(triton_values, "programs", lambda device: 1000)
     monkeypatch.setattr(backend, "_SCORES_AT_ONCE", 4 * 600)
     check(query, exact, paged)
 

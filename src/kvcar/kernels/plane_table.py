@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from .layout import SegmentLayout
 WIDTHS = (1, 2, 4, 8, 16)
 _ELEMENT = WIDTHS.index(16)
 _RAW_BYTES = 2
+_WORD = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,55 @@ def segment_fields(segment: SegmentLayout, element_bytes: int = _RAW_BYTES) -> T
         own[0] = segment.offset + plane.offset + torch.arange(width, dtype=torch.int32)
         own[1], own[2] = width, plane.shift
     return fields
+
+
+def word_slots(segment: SegmentLayout) -> Tensor:
+    """Slots int64 ``[latents]`` of a coded segment's latents such that every four slots hold latents of the same planes.
+
+    So four latents can be read as a word. They stand there in the order 0, 2, 1, 3, as ``triton_words.py`` puts them.
+    """
+    edges = sorted({0, segment.raw, segment.latents, *(edge for plane in segment.planes for edge in plane[2:4])})
+    order, slots = torch.tensor([0, 2, 1, 3]), []
+    start = 0
+    for first, stop in pairwise(edges):
+        index = torch.arange(stop - first)
+        slots.append(start + index // _WORD * _WORD + order[index % _WORD])
+        start += -(-(stop - first) // _WORD) * _WORD
+    return torch.cat(slots)
+
+
+def spread(fields: Tensor, slots: Tensor) -> Tensor:
+    """Fields of latents ``[..., latents]`` in their slots, whole words of them; nothing in between."""
+    out = _absent(-(-(int(slots.max()) + 1) // _WORD) * _WORD)
+    out[..., slots] = fields
+    return out
+
+
+def word_fields(fields: Tensor) -> Tensor:
+    """Fields int32 ``[4, 5, slots / 4]`` of words from those of latents in their slots, for the four plane widths.
+
+    They are the offset of the first latent's byte, the stride, the shift, by how many bytes the last latent's lies behind the first's,
+    and the bits that the class has in the word. Where a word has nothing in a class it reads the page's first bytes, and keeps no bits.
+    """
+    parts = fields[:_ELEMENT].unflatten(-1, (-1, _WORD))
+    offset, stride, shift = parts[..., 0].unbind(1)
+    there = offset >= 0
+    span = (parts[:, 0] >= 0).sum(-1) - 1
+    width = torch.tensor(WIDTHS[:_ELEMENT])[:, None]
+    mask = ((2**width - 1) << shift.long()) * 0x01010101
+    mask = torch.where(mask >= 2**31, mask - 2**32, mask)
+    return torch.stack([offset, stride, shift, span, mask], dim=1).where(there[:, None], 0).to(torch.int32).contiguous()
+
+
+def has_elements(fields: Tensor) -> bool:
+    """Whether any latent is stored as it is."""
+    return bool((fields[_ELEMENT, 0] >= 0).any())
+
+
+def highest_codes(fields: Tensor) -> Tensor:
+    """The highest code float32 ``[latents]`` that the planes of each latent can hold."""
+    width = torch.tensor(WIDTHS[:_ELEMENT])[:, None]
+    return torch.where(fields[:_ELEMENT, 0] >= 0, (2**width - 1) << fields[:_ELEMENT, 2].long(), 0).sum(0).float()
 
 
 def block_latents(counts: Sequence[int], most: int) -> int:

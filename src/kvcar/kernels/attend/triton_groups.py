@@ -12,18 +12,38 @@ import torch
 from torch import Tensor
 
 from ..layout import SegmentLayout
-from ..plane_table import PlaneTable, block_latents, joined, segment_fields
+from ..plane_table import (
+    PlaneTable,
+    block_latents,
+    has_elements,
+    highest_codes,
+    joined,
+    segment_fields,
+    spread,
+    word_fields,
+    word_slots,
+)
 from ..rotary import RotaryTable
 from .inputs import Reader
 
-_MOST_BLOCK_LATENTS = 64
+# Latents of a block. A page of 64 tokens and 64 latents is a word and eight tokens for each of 128 threads; every block of values reads
+# the scores anew, so they come in larger ones, where they are unpacked by words and leave the registers.
+MOST_BLOCK_LATENTS = 64
+MOST_WORD_LATENTS = 128
 # Columns of keys that a program of the decoding kernel holds as float32.
-_MOST_COLUMNS = 256
+_MOST_COLUMNS = 128
 _MOST_HEADS = 4
 # Beyond these float16 would round a decoder's matrix worse than bfloat16 rounds keys.
 _FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-10, 2.0**15
+# Turned, an element of a key is at most the square root of 2 as large.
+_FLOAT16_KEY_MOST = 65504 / 2**0.5
 
 _Made = TypeVar("_Made")
+
+
+def whole_pages(tile: int, page_tokens: int) -> bool:
+    """Whether tiles of so many tokens are of whole pages, as those unpacked by words are."""
+    return tile % page_tokens == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +73,14 @@ class Bank:
     Attributes:
         groups: coded ones, or lossless ones.
         element: dtype of elements stored as they are.
+        most_latents: of a block, where none is stored as it is.
         device: where the tables lie.
         made: what callers keep with it, by what it depends on.
     """
 
     groups: tuple[Group, ...]
     element: torch.dtype
+    most_latents: int
     device: torch.device
     made: dict[object, object] = field(default_factory=dict)
 
@@ -70,8 +92,24 @@ class Bank:
     @cached_property
     def table(self) -> PlaneTable:
         """Planes of all groups."""
-        block = block_latents([group.latents for group in self.groups], _MOST_BLOCK_LATENTS)
-        return joined([group.fields for group in self.groups], block, self.device)
+        fields = [group.fields for group in self.groups]
+        most = MOST_BLOCK_LATENTS if any(has_elements(each) for each in fields) else self.most_latents
+        return joined(fields, block_latents([group.latents for group in self.groups], most), self.device)
+
+    @cached_property
+    def words(self) -> Tensor:
+        """The same planes by words of four latents."""
+        return word_fields(self.table.fields.cpu()).to(self.device)
+
+    @cached_property
+    def with_elements(self) -> bool:
+        """Whether any latent is stored as it is."""
+        return has_elements(self.table.fields)
+
+    def planes(self, tile: int, page_tokens: int) -> tuple[Tensor, bool]:
+        """Table for tiles of so many tokens, and whether it is that of words."""
+        by_words = whole_pages(tile, page_tokens) and not self.with_elements
+        return (self.words if by_words else self.table.fields), by_words
 
     @cached_property
     def heads(self) -> Tensor:
@@ -84,6 +122,16 @@ class Bank:
         """Whether the decoders' matrices are as exact as needed in float16 (codes always are)."""
         most = [float(group.affine[0].abs().max()) for group in self.groups if group.affine is not None]
         return all(_FLOAT16_LEAST < value < _FLOAT16_MOST for value in most)
+
+    @cached_property
+    def keys_fit_float16(self) -> bool:
+        """Whether decoded keys lie within float16's range, whatever their codes and angles."""
+        return not self.with_elements and all(
+            float((highest_codes(group.fields).to(self.device) @ matrix.abs() + bias.abs()).max()) < _FLOAT16_KEY_MOST
+            for group in self.groups
+            if group.affine is not None
+            for matrix, bias in [group.affine]
+        )
 
     @property
     def head_starts(self) -> list[int]:
@@ -124,26 +172,32 @@ class KeyDecoder:
     block_rest: int
 
 
-_BANKS: weakref.WeakKeyDictionary[Reader, dict[tuple[weakref.ref[Reader], ...], tuple[Bank, ...]]] = (
+_BANKS: weakref.WeakKeyDictionary[Reader, dict[tuple[int | weakref.ref[Reader], ...], tuple[Bank, ...]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def banks(readers: tuple[Reader, ...], device: torch.device) -> tuple[Bank, ...]:
+def banks(readers: tuple[Reader, ...], device: torch.device, most_latents: int) -> tuple[Bank, ...]:
     """Banks that together serve all heads of ``readers``: one of the coded groups, one of the lossless ones."""
     kept = _BANKS.setdefault(readers[0], {})
-    key = tuple(weakref.ref(reader) for reader in readers)
+    key = most_latents, *(weakref.ref(reader) for reader in readers)
     if key not in kept:
         coded = tuple(_coded_group(reader) for reader in readers if not reader.segment.lossless)
         lossless = tuple(g for reader in readers if reader.segment.lossless for g in _lossless_groups(reader))
         exact = next((reader.exact_dtype for reader in readers if reader.segment.lossless), torch.float16)
         pairs = [(coded, torch.float16), (lossless, exact)]
-        kept[key] = tuple(Bank(groups, element, device) for groups, element in pairs if groups)
+        kept[key] = tuple(Bank(groups, element, most_latents, device) for groups, element in pairs if groups)
     return kept[key]
 
 
 def _coded_group(reader: Reader) -> Group:
-    return Group(reader.heads, segment_fields(reader.segment), reader.affine)
+    """Latents in slots; those that are none have no bits and rows of 0 in the decoder's matrix."""
+    assert reader.affine is not None
+    slots = word_slots(reader.segment)
+    fields = spread(segment_fields(reader.segment), slots)
+    matrix = reader.affine[0].new_zeros(fields.shape[-1], reader.affine[0].shape[1])
+    matrix[slots.to(matrix.device)] = reader.affine[0]
+    return Group(reader.heads, fields, (matrix, reader.affine[1]))
 
 
 def _lossless_groups(reader: Reader) -> list[Group]:
@@ -186,12 +240,15 @@ def _make_key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: tor
 
 
 def _columns(matrix: Tensor, heads: int, rotary: RotaryTable, block_pairs: int, block_rest: int) -> Tensor:
-    """Columns ``[R, 2 * block_pairs + block_rest]`` of ``[R, heads * D]``: first, second and unrotated elements."""
-    parts = split_pairs(matrix.unflatten(-1, (heads, -1)), rotary)
+    """Columns ``[R, 2 * block_pairs + block_rest]`` of ``[R, heads * D]``.
+
+    8 first elements of pairs, their 8 second ones, and so on, then what is not rotated.
+    """
+    parts = (part.flatten(1) for part in split_pairs(matrix.unflatten(-1, (heads, -1)), rotary))
     sizes = (block_pairs, block_pairs, block_rest)
-    flat = [part.flatten(1) for part in parts]
-    padded = [torch.nn.functional.pad(x, (0, size - x.shape[1])) for x, size in zip(flat, sizes, strict=True)]
-    return torch.cat(padded, dim=1)
+    first, second, rest = (torch.nn.functional.pad(x, (0, n - x.shape[1])) for x, n in zip(parts, sizes, strict=True))
+    pairs = torch.stack([first.unflatten(1, (-1, 8)), second.unflatten(1, (-1, 8))], dim=2).flatten(1)
+    return torch.cat([pairs, rest], dim=1)
 
 
 def split_pairs(x: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:

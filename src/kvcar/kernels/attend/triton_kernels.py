@@ -5,22 +5,29 @@ latents. Query rows of a KV head are its query heads times the query tokens; row
 one after the other.
 """
 # pyright: basic, reportOperatorIssue=false, reportArgumentType=false
-# ruff: noqa: SIM102 - the outer condition is known when compiling, the inner one is not.
+# ruff: noqa: RET505, SIM102 - what is known when compiling is an if and an else, or an outer if.
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 import triton
 import triton.language as tl
 
 from ..triton_planes import page_address, unpack_block
+from ..triton_words import code_scale, unpack_words, word_places
 
 
 @triton.jit
 def _token_index(numbers, page_count, batch, place, stop, PAGE_TOKENS: tl.constexpr, CHOSEN: tl.constexpr):
-    """Which token of its sequence stands at each place ``[N]``: the place itself, unless pages were chosen."""
+    """Which token of its sequence stands at a place, or each ``[N]``: the place itself, unless pages were chosen."""
     if CHOSEN:
         page = tl.load(numbers + batch * page_count + place // PAGE_TOKENS, mask=place < stop, other=0)
         place = page.to(tl.int32) * PAGE_TOKENS + place % PAGE_TOKENS
     return place
+
+
+@triton.jit
+def _limit(end, stop, CHOSEN: tl.constexpr):
+    """The first place behind all that may be read: the table may have room for more than there is."""
+    return stop if CHOSEN else tl.minimum(end, stop).to(tl.int32)
 
 
 @triton.jit
@@ -43,6 +50,62 @@ def _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, so
 
 
 @triton.jit
+def _places(
+    table, block, latents, WORDS: tl.constexpr, WIDTHS: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """What ``_unpack`` needs of a block of latents whatever the tile of tokens."""
+    return word_places(table, block, latents, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R) if WORDS else 0
+
+
+@triton.jit
+def _unpack(
+    pages, page_count, batch, begin, limit, seen, places, table, present, block, latents, WORDS: tl.constexpr,
+    WIDTHS: tl.constexpr, ELEMENT: tl.constexpr, OPERAND: tl.constexpr, PAGE_TOKENS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Stored values ``[BLOCK_N, BLOCK_R]`` of tokens from ``begin`` and a block of latents, divided by ``code_scale``."""
+    if WORDS:
+        token = begin + tl.arange(0, BLOCK_N // 8) // (PAGE_TOKENS // 8) * PAGE_TOKENS
+        # Pages behind the last are read as it: any codes do for tokens that are not seen.
+        address = page_address(pages, page_count, batch, tl.minimum(token, limit - 1), token >= 0, PAGE_TOKENS)
+        has = tl.load(present + block)
+        return unpack_words(address, places, has, WIDTHS, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R)
+    else:
+        token = begin + tl.arange(0, BLOCK_N)
+        address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
+        return unpack_block(
+            address, token % PAGE_TOKENS, seen, table, present, block, latents, WIDTHS, ELEMENT, OPERAND, PAGE_TOKENS,
+            BLOCK_N, BLOCK_R,
+        )  # fmt: skip
+
+
+@triton.jit
+def _split_pairs(keys):
+    """First and second elements ``[N, P]`` of pairs whose columns ``[N, 2 P]`` are 8 first ones, 8 second ones, and so on.
+
+    In that order a thread of the matrix units holds both elements of a pair, where they must be for the next product.
+    """
+    N: tl.constexpr = keys.shape[0]
+    P: tl.constexpr = keys.shape[1] // 2
+    first, second = tl.split(tl.permute(tl.reshape(keys, [N, P // 8, 2, 8]), (0, 1, 3, 2)))
+    return tl.reshape(first, [N, P]), tl.reshape(second, [N, P])
+
+
+@triton.jit
+def _angle(fine, coarse, coarse_rows, position, pair, PAIRS: tl.constexpr, FINE: tl.constexpr):
+    """Cosines and sines float32 ``[P]`` of pairs at one position, by angle addition from two small tables."""
+    # A tile may begin in the padding, at a negative position, though nothing is seen there.
+    distance = tl.abs(position)
+    at_coarse = coarse + (distance // FINE) * PAIRS + pair
+    at_fine = fine + (distance % FINE) * PAIRS + pair
+    cos_a, sin_a = tl.load(at_coarse), tl.load(at_coarse + coarse_rows * PAIRS)
+    cos_b, sin_b = tl.load(at_fine), tl.load(at_fine + FINE * PAIRS)
+    sin = sin_a * cos_b + cos_a * sin_b
+    return cos_a * cos_b - sin_a * sin_b, tl.where(position < 0, -sin, sin)
+
+
+@triton.jit
 def decode_scores(
     scores,
     pages,
@@ -54,6 +117,7 @@ def decode_scores(
     matrix,
     bias,
     query,
+    turns,
     fine,
     coarse,
     first,
@@ -63,19 +127,23 @@ def decode_scores(
     stop,
     page_count,
     latents,
-    query_rows,
+    query_rows: tl.constexpr,
     layer_heads,
     coarse_rows,
     softcap,
     HAS_CAP: tl.constexpr,
     CHOSEN: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
     OPERAND: tl.constexpr,
+    SCORED: tl.constexpr,
     PRECISION: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
     FINE: tl.constexpr,
+    TILES: tl.constexpr,
+    HOLD: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,9 +154,9 @@ def decode_scores(
 ):
     """Scores of the tokens at places ``start`` to ``stop`` through keys that are decoded, rotated and thrown away.
 
-    Places are counted in the table of pages; ``first``, ``last`` and positions go by which token of its sequence it is. A program decodes the keys of one tile of tokens for the heads of one item, once for all their query rows. The
-    columns of a head are its rotated pairs' first elements, their second ones, and the rest: the decoder's matrix and
-    the query come in that order, so that rotation pairs accumulators element by element whatever the model's style.
+    Places are counted in the table of pages; ``first``, ``last`` and positions go by which token of its sequence it is. A program decodes the keys of TILES tiles of tokens for the heads of one item, once for all their query rows. The
+    decoder's columns are the heads' rotated pairs, in the order of ``_split_pairs`` whatever the model's style, then what is not
+    rotated; the query has its pairs' first elements, their second ones, and the rest.
     Heads stand side by side in the columns; a query row is zero outside its own head's.
 
     Args:
@@ -98,74 +166,104 @@ def decode_scores(
         matrix: OPERAND ``[rows, 2 * BLOCK_PAIRS + BLOCK_REST]``.
         bias: float32 ``[I, 2 * BLOCK_PAIRS + BLOCK_REST]``.
         query: float32 ``[B, layer_heads, query_rows, 2 * PAIRS + REST]``, scaled, columns as above.
+        turns: float32 ``[2, FINE, PAIRS]``, ``fine`` times ``code_scale``.
         fine, coarse: float32 ``[2, FINE or coarse_rows, PAIRS]`` cosines and sines.
+        SCORED: dtype of decoded keys and queries in their product.
         first, last, offset: int64 ``[B]``.
     """
     item = items + tl.program_id(1) * 4
     block_start, head_start = tl.load(item), tl.load(item + 1)
     head_count, matrix_block = tl.load(item + 2), tl.load(item + 3)
     batch = tl.program_id(2).to(tl.int64)
-    end = tl.load(last + batch)
-    begin = start + tl.program_id(0) * BLOCK_N
+    first_token, end = tl.load(first + batch), tl.load(last + batch)
+    first_position, limit = tl.load(offset + batch).to(tl.int32), _limit(end, stop, CHOSEN)
     if not CHOSEN:
-        if begin >= end:
+        if start + tl.program_id(0) * (TILES * BLOCK_N) >= end:
             return
-    token = begin + tl.arange(0, BLOCK_N)
-    index = _token_index(numbers, page_count, batch, token, stop, PAGE_TOKENS, CHOSEN)
-    seen = (index >= tl.load(first + batch)) & (index < end) & (token < stop)
-    address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
-    inside = token % PAGE_TOKENS
 
     COLUMNS: tl.constexpr = 2 * BLOCK_PAIRS + BLOCK_REST
-    column = tl.arange(0, BLOCK_PAIRS)
-    one = tl.zeros([BLOCK_N, BLOCK_PAIRS], tl.float32) + tl.load(bias + tl.program_id(1) * COLUMNS + column)[None, :]
-    two = tl.zeros([BLOCK_N, BLOCK_PAIRS], tl.float32)
-    two += tl.load(bias + tl.program_id(1) * COLUMNS + BLOCK_PAIRS + column)[None, :]
-    if REST:
-        rest_column = tl.arange(0, BLOCK_REST)
-        rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32)
-        rest += tl.load(bias + tl.program_id(1) * COLUMNS + 2 * BLOCK_PAIRS + rest_column)[None, :]
-    for block in range(BLOCKS):
-        u = unpack_block(
-            address, inside, seen, table, present, block_start + block, latents,
-            WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
-        )  # fmt: skip
-        row = (matrix_block + block) * BLOCK_R + tl.arange(0, BLOCK_R)
-        part = matrix + row[:, None] * COLUMNS
-        one = tl.dot(u, tl.load(part + column[None, :]), one, input_precision=PRECISION)
-        two = tl.dot(u, tl.load(part + BLOCK_PAIRS + column[None, :]), two, input_precision=PRECISION)
-        if REST:
-            rest = tl.dot(u, tl.load(part + 2 * BLOCK_PAIRS + rest_column[None, :]), rest, input_precision=PRECISION)
+    SCALE: tl.constexpr = code_scale(WORDS, OPERAND)
+    column = tl.arange(0, 2 * BLOCK_PAIRS)
+    rest_column = tl.arange(0, BLOCK_REST if REST else 16)
+    own_bias = bias + tl.program_id(1) * COLUMNS
+    pair_bias = tl.load(own_bias + column) / SCALE
+    rest_bias = tl.load(own_bias + 2 * BLOCK_PAIRS + rest_column) / SCALE if REST else 0.0
+    part = matrix + (matrix_block * BLOCK_R + tl.arange(0, BLOCK_R))[:, None] * COLUMNS
+    part_rest = part + 2 * BLOCK_PAIRS + rest_column[None, :]
+    part += column[None, :]
+    pair_column = tl.arange(0, BLOCK_PAIRS)
+    pair = pair_column % PAIRS
+    held, held_rest, held_places = (), (), ()
+    if HOLD:
+        # A matrix of few blocks stays in shared memory for all tiles.
+        for block in tl.static_range(BLOCKS):
+            places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
+            held_places = held_places + (places,)  # noqa: RUF005 - as Triton adds tuples
+            held = held + (tl.load(part + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
+            if REST:
+                held_rest = held_rest + (tl.load(part_rest + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
 
-    # Angle addition from the two small tables; padding counts as position 0.
-    position = tl.maximum(index - tl.load(offset + batch), 0)
-    pair = column % PAIRS
-    at_coarse = coarse + (position // FINE)[:, None] * PAIRS + pair[None, :]
-    at_fine = fine + (position % FINE)[:, None] * PAIRS + pair[None, :]
-    cos_a = tl.load(at_coarse, mask=seen[:, None], other=0.0)
-    sin_a = tl.load(at_coarse + coarse_rows * PAIRS, mask=seen[:, None], other=0.0)
-    cos_b, sin_b = tl.load(at_fine), tl.load(at_fine + FINE * PAIRS)
-    cos, sin = cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
-    turned_one = one * cos - two * sin
-    turned_two = two * cos + one * sin
-
-    rows = head_count * query_rows
-    for row_block in range(ROW_BLOCKS):
-        row = row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-        row_ok = row < rows
-        layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
-        own = row // query_rows
-        mine = row_ok[:, None] & (own[:, None] == (column // PAIRS)[None, :])
-        q = query + layer_row[:, None] * (2 * PAIRS + REST)
-        q_one = tl.load(q + pair[None, :], mask=mine, other=0.0)
-        q_two = tl.load(q + PAIRS + pair[None, :], mask=mine, other=0.0)
-        score = tl.dot(q_one, tl.trans(turned_one), input_precision=PRECISION)
-        score = tl.dot(q_two, tl.trans(turned_two), score, input_precision=PRECISION)
+    for tile in range(TILES):
+        begin = start + (tl.program_id(0) * TILES + tile) * BLOCK_N
+        token = begin + tl.arange(0, BLOCK_N)
+        index = _token_index(numbers, page_count, batch, token, stop, PAGE_TOKENS, CHOSEN)
+        seen = (index >= first_token) & (index < end) & (token < stop)
+        keys = tl.zeros([BLOCK_N, 2 * BLOCK_PAIRS], tl.float32) + pair_bias[None, :]
         if REST:
-            mine = row_ok[:, None] & (own[:, None] == (rest_column // REST)[None, :])
-            q_rest = tl.load(q + 2 * PAIRS + (rest_column % REST)[None, :], mask=mine, other=0.0)
-            score = tl.dot(q_rest, tl.trans(rest), score, input_precision=PRECISION)
-        _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP)
+            rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32) + rest_bias[None, :]
+        if HOLD:
+            for block in tl.static_range(BLOCKS):
+                u = _unpack(
+                    pages, page_count, batch, begin, limit, seen, held_places[block], table, present, block_start + block, latents,
+                    WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+                )  # fmt: skip
+                keys = tl.dot(u, held[block], keys, input_precision=PRECISION)
+                if REST:
+                    rest = tl.dot(u, held_rest[block], rest, input_precision=PRECISION)
+        else:
+            for block in range(BLOCKS):
+                places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
+                u = _unpack(
+                    pages, page_count, batch, begin, limit, seen, places, table, present, block_start + block, latents,
+                    WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+                )  # fmt: skip
+                below = block * BLOCK_R * COLUMNS
+                keys = tl.dot(u, tl.load(part + below), keys, input_precision=PRECISION)
+                if REST:
+                    rest = tl.dot(u, tl.load(part_rest + below), rest, input_precision=PRECISION)
+
+        # Keys turn by their place in the tile alone, and queries back by the position of its first token.
+        at = turns + tl.arange(0, BLOCK_N)[:, None] * PAIRS + pair[None, :]
+        cos, sin = tl.load(at), tl.load(at + FINE * PAIRS)
+        one, two = _split_pairs(keys)
+        turned_one = (one * cos - two * sin).to(SCORED)
+        turned_two = (two * cos + one * sin).to(SCORED)
+        # Tiles behind the last token are not in the tables, nor seen.
+        origin = _token_index(numbers, page_count, batch, tl.minimum(begin, limit - 1), stop, PAGE_TOKENS, CHOSEN)
+        position = origin - first_position
+        back_cos, back_sin = _angle(fine, coarse, coarse_rows, position, pair, PAIRS, FINE)
+
+        for row_block in range(ROW_BLOCKS):
+            row = row_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+            row_ok = row < head_count * query_rows
+            layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
+            own = row // query_rows
+            mine = row_ok[:, None] & (own[:, None] == (pair_column // PAIRS)[None, :])
+            q = query + layer_row[:, None] * (2 * PAIRS + REST)
+            q_one = tl.load(q + pair[None, :], mask=mine, other=0.0)
+            q_two = tl.load(q + PAIRS + pair[None, :], mask=mine, other=0.0)
+            back_one = (q_one * back_cos[None, :] + q_two * back_sin[None, :]).to(SCORED)
+            back_two = (q_two * back_cos[None, :] - q_one * back_sin[None, :]).to(SCORED)
+            score = tl.dot(turned_one, tl.trans(back_one), input_precision=PRECISION)
+            score = tl.dot(turned_two, tl.trans(back_two), score, input_precision=PRECISION)
+            if REST:
+                mine = row_ok[:, None] & (own[:, None] == (rest_column // REST)[None, :])
+                q_rest = tl.load(q + 2 * PAIRS + (rest_column % REST)[None, :], mask=mine, other=0.0)
+                key_rest = (rest * SCALE).to(SCORED)
+                score = tl.dot(key_rest, tl.trans(q_rest.to(SCORED)), score, input_precision=PRECISION)
+            _store_scores(
+                scores, tl.trans(score), layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP
+            )  # fmt: skip
 
 
 @triton.jit
@@ -192,6 +290,7 @@ def direct_scores(
     HAS_CAP: tl.constexpr,
     CHOSEN: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
     ELEMENT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -212,16 +311,14 @@ def direct_scores(
     item = items + tl.program_id(1) * 5
     block_start, head_start, head_count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     batch = tl.program_id(2).to(tl.int64)
-    end = tl.load(last + batch)
-    begin = start + tl.program_id(0) * BLOCK_N
+    begin, end = start + tl.program_id(0) * BLOCK_N, tl.load(last + batch)
     if not CHOSEN:
         if begin >= end:
             return
+    limit = _limit(end, stop, CHOSEN)
     token = begin + tl.arange(0, BLOCK_N)
     index = _token_index(numbers, page_count, batch, token, stop, PAGE_TOKENS, CHOSEN)
     seen = (index >= tl.load(first + batch)) & (index < end) & (token < stop)
-    address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
-    inside = token % PAGE_TOKENS
     row = tl.load(item + 3) + tl.arange(0, BLOCK_Q)
     row_ok = row < head_count * query_rows
     layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
@@ -229,9 +326,10 @@ def direct_scores(
     q = operand + batch * operand_size + tl.load(item + 4) + row[:, None] * (BLOCKS * BLOCK_R)
     score = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     for block in range(BLOCKS):
-        u = unpack_block(
-            address, inside, seen, table, present, block_start + block, latents,
-            WIDTHS, ELEMENT, tl.float32, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+        places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
+        u = _unpack(
+            pages, page_count, batch, begin, limit, seen, places, table, present, block_start + block, latents,
+            WORDS, WIDTHS, ELEMENT, tl.float32, PAGE_TOKENS, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         latent = block * BLOCK_R + tl.arange(0, BLOCK_R)
         q_block = tl.load(q + latent[None, :], mask=row_ok[:, None], other=0.0)
@@ -263,6 +361,7 @@ def latent_sums(
     layer_heads,
     CHOSEN: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
+    WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
     ELEMENT: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -288,10 +387,12 @@ def latent_sums(
     row_ok = row < head_count * query_rows
     layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
     first_token, end = tl.load(first + batch), tl.load(last + batch)
+    limit = _limit(end, stop, CHOSEN)
 
     most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    mass = tl.zeros([BLOCK_Q], tl.float32)
-    total = tl.zeros([BLOCK_Q, BLOCK_R], tl.float32)
+    # By column of the tile, so that threads need to meet once only.
+    mass = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+    total = tl.zeros([BLOCK_R, BLOCK_Q], tl.float32)
     begin = start + tl.program_id(0) * (TILES * BLOCK_N)
     place = (batch * splits + split_start + tl.program_id(0)) * tl.num_programs(1) + tl.program_id(1)
     own = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -300,9 +401,10 @@ def latent_sums(
     if not CHOSEN:
         if begin >= end:
             tl.store(stats + own, most)
-            tl.store(masses + own, mass)
-            tl.store(own_sums, total)
+            tl.store(masses + own, tl.zeros([BLOCK_Q], tl.float32))
+            tl.store(own_sums, tl.zeros([BLOCK_Q, BLOCK_R], tl.float32))
             return
+    places = _places(table, block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
     for tile in range(TILES):
         token = begin + tile * BLOCK_N + tl.arange(0, BLOCK_N)
         index = _token_index(numbers, page_count, batch, token, stop, PAGE_TOKENS, CHOSEN)
@@ -318,15 +420,14 @@ def latent_sums(
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         rescale = tl.exp(most - anchor)
         weight = tl.exp(score - anchor[:, None])
-        mass = mass * rescale + tl.sum(weight, 1)
+        mass = mass * rescale[:, None] + weight
         most = higher
-        address = page_address(pages, page_count, batch, token, seen, PAGE_TOKENS)
-        u = unpack_block(
-            address, token % PAGE_TOKENS, seen, table, present, block, latents,
-            WIDTHS, ELEMENT, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+        u = _unpack(
+            pages, page_count, batch, begin + tile * BLOCK_N, limit, seen, places, table, present, block, latents,
+            WORDS, WIDTHS, ELEMENT, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
         )  # fmt: skip
-        total = tl.dot(weight.to(OPERAND), u, total * rescale[:, None], input_precision=PRECISION)
+        total = tl.dot(tl.trans(u), tl.trans(weight.to(OPERAND)), total * rescale[None, :], input_precision=PRECISION)
 
     tl.store(stats + own, most)
-    tl.store(masses + own, mass)
-    tl.store(own_sums, total)
+    tl.store(masses + own, tl.sum(mass, 1))
+    tl.store(own_sums, tl.trans(total) * code_scale(WORDS, OPERAND))

@@ -19,6 +19,7 @@ _Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 _TABLE = "triton page table"
 _ANGLES: weakref.WeakKeyDictionary[RotaryTable, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+_TURNS: weakref.WeakKeyDictionary[RotaryTable, dict[float, Tensor]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,3 +97,11 @@ def angle_tables(rotary: RotaryTable, tokens: int) -> tuple[Tensor, Tensor]:
         fine, coarse = rotary.tables(tokens)
         have = _ANGLES[rotary] = torch.stack(fine), torch.stack(coarse)
     return have
+
+
+def turn_table(rotary: RotaryTable, scale: float) -> Tensor:
+    """The fine cosines and sines ``[2, FINE_POSITIONS, F]`` times ``scale``."""
+    kept = _TURNS.setdefault(rotary, {})
+    if scale not in kept:
+        kept[scale] = torch.stack(rotary.tables(1)[0]) * scale
+    return kept[scale]

@@ -10,14 +10,21 @@ from torch import Tensor
 
 from ..allocation import FINE_POSITIONS
 from ..rotary import RotaryTable
+from ..triton_words import HALF_SCALE
 from .inputs import PagedPast
-from .triton_groups import Bank, banks, key_decoder, split_pairs
+from .triton_groups import MOST_BLOCK_LATENTS, Bank, banks, key_decoder, split_pairs
 from .triton_kernels import decode_scores, direct_scores
-from .triton_pages import PageTable, angle_tables
+from .triton_pages import PageTable, angle_tables, turn_table
 
 ELEMENT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 WARPS = 8
+PROGRAMS_PER_PROCESSOR = 2
+_INTERPRETER_PROGRAMS = 8
 _INTERPRETER_TILE_TOKENS = 256
+# Columns of keys that half the warps hold.
+_COLUMNS_OF_FEW_WARPS = 128
+# Blocks of a decoder's matrix that a program keeps in shared memory.
+_HELD_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class Scorer:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._banks = banks(call.paged.key_readers, call.q.device)
+        self._banks = banks(call.paged.key_readers, call.q.device, MOST_BLOCK_LATENTS)
         self._folded = {bank: _fold(call, bank) for bank in self._banks if not _decodes(call, bank)}
         rotary = call.paged.rotary
         self._turned = None
@@ -87,18 +94,23 @@ class Scorer:
         decoder = key_decoder(bank, rotary, head_dim, torch.float16 if half else torch.float32)
         fine, coarse = angle_tables(rotary, call.table.positions)
         block, most_rows = tile_tokens(call, keys=True), rows * decoder.most_heads
+        planes, by_words = bank.planes(block, call.page_tokens)
         block_q = query_block(most_rows)
-        decode_scores[(-(-(stop - start) // block), len(decoder.items), batch)](
-            scores, call.table.addresses, call.numbers, table.fields, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
-            self._turned, fine, coarse, call.paged.first, call.table.last, call.paged.offset, start, stop,
+        turns = turn_table(rotary, float(HALF_SCALE.value) if by_words and half else 1.0)
+        programs_here = -(-(stop - start) // block), len(decoder.items) * batch
+        tiles = tiles_of_a_program(programs(call.q.device), *programs_here)
+        decode_scores[(-(-(stop - start) // (block * tiles)), len(decoder.items), batch)](
+            scores, call.table.addresses, call.numbers, planes, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
+            self._turned, turns, fine, coarse, call.paged.first, call.table.last, call.paged.offset, start, stop,
             call.table.addresses.shape[1], table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
-            OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, PAIRS=rotary.width // 2,
-            REST=head_dim - rotary.width, FINE=FINE_POSITIONS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
+            HAS_CAP=call.softcap is not None, CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
+            OPERAND=tl.float16 if half else tl.float32, SCORED=tl.float16 if half and bank.keys_fit_float16 else tl.float32,
+            PRECISION=call.precision, PAIRS=rotary.width // 2, REST=head_dim - rotary.width, FINE=FINE_POSITIONS, TILES=tiles,
+            HOLD=half and table.blocks <= _HELD_BLOCKS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
             BLOCK_REST=decoder.block_rest,
-            num_warps=WARPS,  # pyright: ignore[reportCallIssue]
-            num_stages=3 if half else 2,  # pyright: ignore[reportCallIssue]
+            num_warps=WARPS // 2 if by_words and decoder.matrix.shape[1] <= _COLUMNS_OF_FEW_WARPS else WARPS,  # pyright: ignore[reportCallIssue]
+            num_stages=1 if half else 2,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
     def _direct(self, bank: Bank, scores: Tensor, start: int, stop: int) -> None:
@@ -106,10 +118,11 @@ class Scorer:
         batch, heads, rows = call.q.shape[:3]
         operand, constant, items, block_q = self._folded[bank]
         block = tile_tokens(call, keys=False)
+        planes, by_words = bank.planes(block, call.page_tokens)
         direct_scores[(-(-(stop - start) // block), len(items), batch)](
-            scores, call.table.addresses, call.numbers, table.fields, table.present, items, bank.heads, operand, constant, call.paged.first,
+            scores, call.table.addresses, call.numbers, planes, table.present, items, bank.heads, operand, constant, call.paged.first,
             call.table.last, start, stop, call.table.addresses.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WIDTHS=table.widths,
+            HAS_CAP=call.softcap is not None, CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
             ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
             BLOCK_Q=block_q, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
@@ -130,15 +143,30 @@ def precision_of(half: bool) -> str:
 
 
 def tile_tokens(call: Call, keys: bool) -> int:
-    """Tokens of a tile: 64 where a program holds decoded keys or float32 operands; many where programs run in turn."""
-    if call.q.device.type != "cuda":
-        return _INTERPRETER_TILE_TOKENS
-    return 128 if call.half and not keys else 64
+    """Tokens of a tile: many where programs run in turn."""
+    return gpu_tile_tokens(call, keys) if call.q.device.type == "cuda" or keys else _INTERPRETER_TILE_TOKENS
+
+
+def gpu_tile_tokens(call: Call, keys: bool) -> int:
+    """Tokens of a tile on a GPU: 64 where a program holds decoded keys or float32 operands, and keys of one page."""
+    return min(64, call.page_tokens & -call.page_tokens) if keys else 128 if call.half else 64
+
+
+def tiles_of_a_program(programs: int, tiles: int, items: int) -> int:
+    """How many tiles a program takes in turn, so that the machine is full; a power of two, as each is compiled for itself."""
+    return 1 << (-(-tiles // max(1, programs // items)) - 1).bit_length()
+
+
+def programs(device: torch.device) -> int:
+    """Programs that fill the machine."""
+    if device.type != "cuda":
+        return _INTERPRETER_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_PROCESSOR
 
 
 def query_block(rows: int) -> int:
     """Query rows of a program: a power of two from 16, the least that matrix units take, to 64."""
-    return max(16, min(64, 1 << (rows - 1).bit_length()))
+    return max(4, min(64, 1 << (rows - 1).bit_length()))
 
 
 def _most_heads(bank: Bank) -> int:

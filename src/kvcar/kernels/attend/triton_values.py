@@ -8,13 +8,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .triton_groups import Bank, banks
+from .triton_groups import MOST_BLOCK_LATENTS, MOST_WORD_LATENTS, Bank, banks, whole_pages
 from .triton_kernels import latent_sums
 from .triton_merge import SplitSums
-from .triton_scores import ELEMENT_TYPES, WARPS, Call, query_block, tile_tokens
+from .triton_scores import ELEMENT_TYPES, WARPS, Call, programs, query_block, tile_tokens, tiles_of_a_program
 
-_INTERPRETER_PROGRAMS = 8
-_PROGRAMS_PER_PROCESSOR = 4
+# Of a thread, so that two programs share a multiprocessor.
+_REGISTERS = 128
 
 
 class _Launch(NamedTuple):
@@ -35,15 +35,14 @@ class ValueSums:
         self._call = call
         batch, _, rows, _ = call.q.shape
         device = call.q.device
+        tile = tile_tokens(call, keys=False)
+        most = MOST_WORD_LATENTS if whole_pages(tile, call.page_tokens) else MOST_BLOCK_LATENTS
         parts = [
             (bank, *bank.keep(("sums", rows), lambda bank=bank: _items(bank, rows)))
-            for bank in banks(call.paged.value_readers, device)
+            for bank in banks(call.paged.value_readers, device, most)
         ]
-        tile = tile_tokens(call, keys=False)
-        wanted = _programs(device) // (batch * sum(len(items) for _, items, _ in parts))
-        tiles = -(-call.table.places // tile)
-        # A power of two, as each number of tiles is compiled for itself.
-        self._tiles = 1 << (-(-tiles // max(1, wanted)) - 1).bit_length()
+        items = batch * sum(len(items) for _, items, _ in parts)
+        self._tiles = tiles_of_a_program(programs(device), -(-call.table.places // tile), items)
         self.split_tokens = self._tiles * tile
         self._splits = -(-call.table.places // self.split_tokens)
         self._launches: list[_Launch] = []
@@ -59,14 +58,16 @@ class ValueSums:
         for bank, items, block_q, sums, stats in self._launches:
             # Codes and 16-bit latents are exact in float16; lossless elements may not be.
             half = call.half and bank.coded
+            planes, by_words = bank.planes(tile_tokens(call, keys=False), call.page_tokens)
             latent_sums[(-(-(stop - start) // self.split_tokens), len(items), batch)](
-                sums, stats, scores, call.table.addresses, call.numbers, bank.table.fields, bank.table.present, items, bank.heads,
+                sums, stats, scores, call.table.addresses, call.numbers, planes, bank.table.present, items, bank.heads,
                 call.paged.first, call.table.last, start, stop, start // self.split_tokens, self._splits,
                 call.table.addresses.shape[1], bank.table.latents, rows, heads,
-                CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WIDTHS=bank.table.widths, ELEMENT=ELEMENT_TYPES[bank.element],
+                CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=bank.table.widths, ELEMENT=ELEMENT_TYPES[bank.element],
                 OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, TILES=self._tiles,
                 BLOCK_N=tile_tokens(call, keys=False), BLOCK_R=bank.table.block, BLOCK_Q=block_q,
                 num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+                maxnreg=_REGISTERS if by_words else None,  # pyright: ignore[reportCallIssue]
             )  # fmt: skip
 
     def parts(self) -> list[SplitSums]:
@@ -83,10 +84,3 @@ def _items(bank: Bank, rows: int) -> tuple[Tensor, int]:
             start, heads = index * bank.table.blocks, (bank.head_starts[index], len(group.heads))
             items += [(start + block, *heads, row) for block in range(bank.blocks(index))]
     return torch.tensor(items, dtype=torch.int32, device=bank.device), block_q
-
-
-def _programs(device: torch.device) -> int:
-    """Programs that fill the machine."""
-    if device.type != "cuda":
-        return _INTERPRETER_PROGRAMS
-    return torch.cuda.get_device_properties(device).multi_processor_count * _PROGRAMS_PER_PROCESSOR

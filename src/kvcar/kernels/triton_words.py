@@ -1,0 +1,184 @@
+"""Triton code that unpacks four latents at a time, as 32-bit words: for tiles of whole pages.
+
+A page's tokens are (s, rho): token ``s * step + rho`` with 8 values of ``s`` and ``step = page_tokens / 8``. A plane of ``b`` bits
+has rows ``k * step + rho`` with ``b`` values of ``k``, and a row's byte holds the tokens whose ``s`` is ``k`` modulo ``b``. So
+whoever takes one ``rho`` and four latents reads every byte of theirs once, ``b`` words a plane, for all 8 tokens.
+
+Planes may start anywhere and rows follow each other without gaps, so the four bytes of a word lie in two aligned words. Which,
+and how far to turn them, depends on the latents and ``rho`` alone, as ``step`` is a multiple of four rows.
+"""
+# pyright: basic, reportOperatorIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
+# ruff: noqa: SIM102, RET505, SIM300 - conditions that are known when compiling stand for themselves, and names of constants are upper case.
+# No "from __future__ import annotations": Triton reads the annotations of jitted functions.
+
+import triton
+import triton.language as tl
+
+WORD_FIELDS = tl.constexpr(5)
+# Codes as float16 are their own bits, which as a number are this much smaller: exact, and no conversion.
+HALF_SCALE = tl.constexpr(2.0**24)
+
+
+@triton.jit
+def code_scale(WORDS: tl.constexpr, OPERAND: tl.constexpr):
+    """What unpacked values must be multiplied by."""
+    return HALF_SCALE if WORDS and OPERAND == tl.float16 else 1.0
+
+
+@triton.jit
+def _turned(x, RIGHT: tl.constexpr):
+    return (x >> RIGHT) | (x << (32 - RIGHT))
+
+
+@triton.jit
+def _place(table, word, words, rho, KLASS: tl.constexpr, STEP: tl.constexpr):
+    """Where words uint32 ``[W, I]`` of a class lie in any page.
+
+    Offsets of both aligned words, bytes from a value of k to the next, which bytes are the first word's, how far to turn
+    right, and the bits of the class.
+    """
+    field = table + KLASS * WORD_FIELDS * words + word
+    offset, stride = tl.load(field), tl.load(field + words)
+    shift, span, mask = tl.load(field + 2 * words), tl.load(field + 3 * words), tl.load(field + 4 * words)
+    start = offset[:, None] + rho[None, :] * stride[:, None]
+    off = (start & 3) * 8
+    keep = tl.full(start.shape, 0xFFFFFFFF, tl.uint32) << off.to(tl.uint32)
+    turn = ((off - shift[:, None]) & 31).to(tl.uint32)
+    mask = tl.broadcast_to(mask[:, None], start.shape).to(tl.uint32, bitcast=True)
+    return start & ~3, (start + span[:, None]) & ~3, STEP * stride[:, None], keep, turn, mask
+
+
+@triton.jit
+def _rows(address, place, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Both aligned words uint32 ``[W, I, 2, ...]`` of rows ``k * step + rho``, k from FIRST on.
+
+    There is an axis for each binary digit of k, the lowest first.
+    """
+    first, second, step, _, _, _ = place
+    if COUNT == 1:
+        # In 64 bits, as sums of addresses then take the places of products and sums of offsets.
+        down = step.to(tl.int64) * FIRST
+        low = tl.load((address + first + down).to(tl.pointer_type(tl.uint32)))
+        high = tl.load((address + second + down).to(tl.pointer_type(tl.uint32)))
+        return low, high
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        low, high = _rows(address, place, FIRST, HALF)
+        low_2, high_2 = _rows(address, place, FIRST + HALF, HALF)
+        return tl.join(low, low_2), tl.join(high, high_2)
+
+
+@triton.jit
+def _nothing(address, BITS: tl.constexpr):
+    """What ``_rows`` would give, of zeros."""
+    if BITS == 4:
+        zero = tl.zeros([address.shape[0], address.shape[1], 2, 2], tl.uint32)
+    elif BITS == 2:
+        zero = tl.zeros([address.shape[0], address.shape[1], 2], tl.uint32)
+    else:
+        zero = tl.zeros([address.shape[0], address.shape[1]], tl.uint32)
+    return zero, zero
+
+
+@triton.jit
+def _repeated(x, BITS: tl.constexpr):
+    """``[W, I]`` with an axis of two for each binary digit of a number below BITS."""
+    if BITS >= 2:
+        x = tl.join(x, x)
+    if BITS >= 4:
+        x = tl.join(x, x)
+    if BITS >= 8:
+        x = tl.join(x, x)
+    return x
+
+
+@triton.jit
+def _class_bits(rows, place, BITS: tl.constexpr):
+    """What a class adds to codes uint32 ``[W, I, 2, 2, 2]``, four latents a word; axes are the digits of s."""
+    low, high = rows
+    _, _, _, keep, turn, mask = place
+    keep, turn = _repeated(keep, BITS), _repeated(turn, BITS)
+    x = (low & keep) | (high & (keep ^ 0xFFFFFFFF))
+    x = (x >> turn) | (x << ((32 - turn) & 31))
+    if BITS == 1:
+        x = tl.join(x, _turned(x, 1))
+    if BITS <= 2:
+        x = tl.join(x, _turned(x, 2))
+    if BITS <= 4:
+        x = tl.join(x, _turned(x, 4))
+    return x & _repeated(mask, 8)
+
+
+@triton.jit
+def _operand(code, has, OPERAND: tl.constexpr):
+    """Codes uint32 ``[..., 2, 2, 2]`` as OPERAND ``[..., 2, 2, 2, 2, 2]``: axes are the digits of the byte, the high one first."""
+    # ``has`` is below 256, which the compiler does not know: it would take the two bytes apart and put them together again.
+    bytes_of_halves = 0x00FF00FF + (has >> 8).to(tl.uint32)
+    even, odd = code & bytes_of_halves, (code >> 8) & bytes_of_halves
+    parts = tl.join(
+        tl.join(even.to(tl.uint16), (even >> 16).to(tl.uint16)), tl.join(odd.to(tl.uint16), (odd >> 16).to(tl.uint16))
+    )
+    return parts.to(OPERAND, bitcast=True) if OPERAND == tl.float16 else parts.to(OPERAND)
+
+
+@triton.jit
+def word_places(
+    table, block, latents, WIDTHS: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """For each class of planes, 8 bits first, where the words of a block lie in any page; 0 for a class that no block has."""
+    STEP: tl.constexpr = PAGE_TOKENS // 8
+    word = block * (BLOCK_R // 4) + tl.arange(0, BLOCK_R // 4)
+    rho = tl.arange(0, BLOCK_N // 8) % STEP
+    eight = _place(table, word, latents // 4, rho, 3, STEP) if WIDTHS & 8 else 0
+    four = _place(table, word, latents // 4, rho, 2, STEP) if WIDTHS & 4 else 0
+    two = _place(table, word, latents // 4, rho, 1, STEP) if WIDTHS & 2 else 0
+    one = _place(table, word, latents // 4, rho, 0, STEP) if WIDTHS & 1 else 0
+    return eight, four, two, one
+
+
+@triton.jit
+def unpack_words(
+    address, places, has, WIDTHS: tl.constexpr, OPERAND: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Codes ``[BLOCK_N, BLOCK_R]`` of a tile of whole pages and a block of latents as OPERAND, divided by ``code_scale``.
+
+    Four latents of a word stand in the order 0, 2, 1, 3, as two of them in a register are then a mask away.
+
+    Args:
+        address: int64 ``[BLOCK_N / 8]`` of the page of each (page, rho); all are read.
+        places: of ``word_places``.
+        has: the sum of the widths that any latent of the block has; other classes are skipped.
+    """
+    STEP: tl.constexpr = PAGE_TOKENS // 8
+    W: tl.constexpr = BLOCK_R // 4
+    PAGES: tl.constexpr = BLOCK_N // PAGE_TOKENS
+    address = tl.broadcast_to(address[None, :], [W, BLOCK_N // 8])
+    # All loads come before what waits for any of them.
+    if WIDTHS & 4:
+        four = _nothing(address, 4)
+        if has & 4:
+            four = _rows(address, places[1], 0, 4)
+    if WIDTHS & 2:
+        two = _nothing(address, 2)
+        if has & 2:
+            two = _rows(address, places[2], 0, 2)
+    if WIDTHS & 1:
+        one = _nothing(address, 1)
+        if has & 1:
+            one = _rows(address, places[3], 0, 1)
+    code = tl.zeros([W, BLOCK_N // 8, 2, 2, 2], tl.uint32)
+    if WIDTHS & 8:
+        if has & 8:
+            code |= _class_bits(_rows(address, places[0], 0, 8), places[0], 8)
+    if WIDTHS & 4:
+        if has & 4:
+            code |= _class_bits(four, places[1], 4)
+    if WIDTHS & 2:
+        if has & 2:
+            code |= _class_bits(two, places[2], 2)
+    if WIDTHS & 1:
+        if has & 1:
+            code |= _class_bits(one, places[3], 1)
+    u = tl.reshape(_operand(code, has, OPERAND), [W, PAGES, STEP, 2, 2, 2, 2, 2])
+    return tl.reshape(tl.permute(u, (1, 5, 4, 3, 2, 0, 7, 6)), [BLOCK_N, BLOCK_R])
