@@ -4,7 +4,8 @@ python benchmarks/gpu_instructions.py --name NAME
 
 One layer and one sequence of 32,768 tokens at Llama-3.1-8B's shape, all in pages, bfloat16 queries. The kernels are compiled for sm_90,
 disassembled, and every instruction is counted as often as it runs: the loop over blocks of latents or tiles of tokens by its
-length, what a class of planes needs by the share of blocks that have it. Assumed: instructions whose predicate is false cost an
+length, what a class of planes needs by the share of blocks that have it. The kernels at both ends of a step, over the exact tokens and for merging, are
+left out: they do not grow with the sequence. Assumed: instructions whose predicate is false cost an
 issue too; every warp of the grid runs to its end; latents' bits as in a fit by the profile ``fast`` (shares of the demo model's),
 ``wide`` as a block of four heads might have. From these come two times that no H100 can be faster than with this code: the
 schedulers', each issuing an instruction a cycle, and that of the busiest unit. Waiting for memory, banks in conflict and barriers come on top.
@@ -54,9 +55,8 @@ def main(
 def counted(shape: str) -> list[dict[str, Any]]:
     """Figures of the kernels that a layer of this shape launches."""
     heads, keys, values = SHAPES[shape]
-    return [
-        _figures(launch) for launch in decode_step(torch.bfloat16, heads, _groups(keys), _groups(values), tokens=TOKENS)
-    ]
+    launches = decode_step(torch.bfloat16, heads, _groups(keys), _groups(values), tokens=TOKENS)
+    return [_figures(launch) for launch in launches if "WIDTHS" in launch.arguments]
 
 
 def _groups(counts: dict[int, int]) -> list[BitGroup]:

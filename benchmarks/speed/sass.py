@@ -1,7 +1,8 @@
 """Machine code of a kernel (sm_90) as instructions by class, and how often each of them runs.
 
 A kernel is a straight line with loops that run a known number of times; in a loop, a forward branch skips what a class of
-planes needs where a block of latents has none. Whatever has another shape is refused rather than counted wrongly.
+planes needs where a block of latents has none. Ahead of the loops a branch may lead past a way out, for programs that have nothing
+to do; it is taken here. Whatever has another shape is refused rather than counted wrongly.
 An instruction counts once for every warp that issues it, whether its predicate holds or not.
 """
 
@@ -94,13 +95,17 @@ def code(lines: Sequence[Line]) -> Code:
     at = {line.label: index for index, line in enumerate(lines) if line.label}
     jumps = [(index, at.get(line.target, len(lines))) for index, line in enumerate(lines) if line.target]
     loops = sorted((target, index + 1) for index, target in jumps if target <= index)
-    branches = [(index + 1, target) for index, target in jumps if index < target]
+    forward = [(index + 1, target) for index, target in jumps if index < target]
+    ways_out = [(first, end) for first, end in forward if lines[end - 1].opcode == "EXIT" and end <= loops[0][0]]
+    branches = [branch for branch in forward if branch not in ways_out]
     if any(end > start for (_, end), (start, _) in pairwise(branches)):
         raise ValueError("branches within branches: how often they are taken is not known")
     if any(not any(start <= first < end <= stop for start, stop in loops) for first, end in branches):
         raise ValueError("a branch outside the loops: how often it is taken is not known")
     parts: dict[tuple[tuple[int, ...], int | None], Counter[str]] = {}
     for index, line in enumerate(lines):
+        if any(start <= index < stop for start, stop in ways_out):
+            continue
         around = tuple(i for i, (start, stop) in enumerate(loops) if start <= index < stop)
         skipped = next((i for i, (start, stop) in enumerate(branches) if start <= index < stop), None)
         name = _CLASS_OF.get(line.opcode.split(".")[0], OTHER)

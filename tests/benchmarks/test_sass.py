@@ -55,6 +55,18 @@ def test_branches_whose_share_is_unknown_are_refused(at):
         code(lines)
 
 
+def test_a_way_out_ahead_of_the_loops_is_not_taken():
+    lines = [
+        Line("MOV", None, None),
+        Line("BRA", None, "L_x_1"),
+        Line("STG", None, None),
+        Line("EXIT", None, None),
+        Line("FADD", "L_x_1", None),
+        Line("BRA", None, "L_x_1"),
+    ]
+    assert code(lines).executed([7], []) == {"integer": 1, "control and other": 1 + 7, "float": 7}
+
+
 def test_numbers_of_loops_and_branches_must_match():
     with pytest.raises(ValueError, match="1 loops and 1 branches"):
         code(parse(LISTING)).executed([10, 2], [0.5])

@@ -191,11 +191,15 @@ def test_a_query_that_sees_nothing_gives_zeros_not_nan():
         assert torch.equal(got, torch.zeros_like(got))
 
 
-def test_what_is_not_served_is_said():
+def test_what_is_not_served_is_said(monkeypatch):
     paged = paged_past(coder_of("raw latents"), 0, 40, 1, rotary(DEVICE), [0])
     query = random(1, 4, 1, 16)
     assert "17 query tokens" in backend.serves(random(1, 4, 17, 16), None)
     assert "float64" in backend.serves(query.double(), None)
+    assert backend.serves(query.bfloat16(), paged) is None
+    monkeypatch.setattr(backend, "multiplies_subnormals", lambda device: False)
+    assert "subnormal" in backend.serves(query.bfloat16(), paged)
+    assert backend.serves(query, paged) is None
     dynamic = tuple(replace(reader, restore=lambda u: u) for reader in paged.value_readers)
     assert "dynamic" in backend.serves(query, replace(paged, value_readers=dynamic))
     lossless = tuple(replace(r, segment=replace(r.segment, lossless=True)) for r in paged.key_readers)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..triton_planes import cannot_run_on
+from ..triton_subnormals import multiplies_subnormals
 from .inputs import ExactPast, PagedPast, Reader
 from .triton_merge import SplitSums, attend_exactly, merge
 from .triton_pages import PageTable, are_aligned, page_table
@@ -46,6 +47,8 @@ def serves(query: Tensor, paged: PagedPast | None) -> str | None:
         return f"{query.shape[2]} query tokens are more than the {MOST_QUERY_TOKENS} of a decoding step"
     if paged is None:
         return None
+    if query.dtype != torch.float32 and not multiplies_subnormals(query.device):
+        return "the device takes subnormal float16 numbers, which codes are, for zero"
     if _REASON not in paged.kept:
         paged.kept[_REASON] = _refuses_past(paged)
     return paged.kept[_REASON]  # pyright: ignore[reportReturnType]

@@ -27,7 +27,7 @@ def _token_index(numbers, page_count, batch, place, stop, PAGE_TOKENS: tl.conste
 @triton.jit
 def _limit(end, stop, CHOSEN: tl.constexpr):
     """The first place behind all that may be read: the table may have room for more than there is."""
-    return stop if CHOSEN else tl.minimum(end, stop).to(tl.int32)
+    return stop if CHOSEN else tl.minimum(end, stop)
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def decode_scores(
     block_start, head_start = tl.load(item), tl.load(item + 1)
     head_count, matrix_block = tl.load(item + 2), tl.load(item + 3)
     batch = tl.program_id(2).to(tl.int64)
-    first_token, end = tl.load(first + batch), tl.load(last + batch)
+    first_token, end = tl.load(first + batch).to(tl.int32), tl.load(last + batch).to(tl.int32)
     first_position, limit = tl.load(offset + batch).to(tl.int32), _limit(end, stop, CHOSEN)
     if not CHOSEN:
         if start + tl.program_id(0) * (TILES * BLOCK_N) >= end:
@@ -311,7 +311,7 @@ def direct_scores(
     item = items + tl.program_id(1) * 5
     block_start, head_start, head_count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     batch = tl.program_id(2).to(tl.int64)
-    begin, end = start + tl.program_id(0) * BLOCK_N, tl.load(last + batch)
+    begin, end = start + tl.program_id(0) * BLOCK_N, tl.load(last + batch).to(tl.int32)
     if not CHOSEN:
         if begin >= end:
             return
@@ -386,7 +386,7 @@ def latent_sums(
     row = tl.load(item + 3) + tl.arange(0, BLOCK_Q)
     row_ok = row < head_count * query_rows
     layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
-    first_token, end = tl.load(first + batch), tl.load(last + batch)
+    first_token, end = tl.load(first + batch).to(tl.int32), tl.load(last + batch).to(tl.int32)
     limit = _limit(end, stop, CHOSEN)
 
     most = tl.full([BLOCK_Q], float("-inf"), tl.float32)

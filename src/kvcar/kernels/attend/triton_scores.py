@@ -165,7 +165,7 @@ def programs(device: torch.device) -> int:
 
 
 def query_block(rows: int) -> int:
-    """Query rows of a program: a power of two from 16, the least that matrix units take, to 64."""
+    """Query rows of a program: a power of two from 4 to 64; matrix units take them as columns of 8."""
     return max(4, min(64, 1 << (rows - 1).bit_length()))
 
 

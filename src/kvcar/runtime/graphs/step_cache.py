@@ -59,7 +59,10 @@ class StepCache(Cache):
         # A captured step reads them by their addresses: they must live as long, though longer ones may replace them elsewhere.
         self._angles = _angles({rotary for rotary in self._rotary.values() if rotary is not None}, self.places)
         with torch.inference_mode(False):
-            self._addresses = torch.zeros(memory.batch, pages, dtype=torch.int64, device=memory.padding.device)
+            # Where there is no page the table leads here: kernels read whole pages, and leave out what is not there.
+            self._nowhere = torch.zeros(coder.layout.page_bytes, dtype=torch.uint8, device=coder.device)
+            self._addresses = torch.empty(memory.batch, pages, dtype=torch.int64, device=coder.device)
+            self._addresses.fill_(self._nowhere.data_ptr())
         # Weakly, as pages of a cache that is gone need not be kept.
         self._arenas: list[ReferenceType[Tensor]] = []
         self._summaries = None
@@ -77,6 +80,7 @@ class StepCache(Cache):
         ):
             return
         self._arenas = [ref(arena) for arena in arenas]
+        self._addresses.fill_(self._nowhere.data_ptr())
         if arenas:
             addresses = page_addresses(arenas)[:, : self._addresses.shape[1]]
             self._addresses[:, : addresses.shape[1]] = addresses
