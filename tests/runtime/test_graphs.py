@@ -99,18 +99,29 @@ def test_replayed_steps_say_and_store_the_same(capture, plainly, family):
         assert capture.launches == 4 * model.config.num_hidden_layers
 
 
-def test_from_before_there_are_pages_or_sinks_on(capture, plainly):
-    model, bundle = model_and_bundle()
-    prompt, following = ids(2 * PAGE - 3), ids(5, seed=5)
+def all_coded(model, **plan):
+    slots = [tuple(Slot(layer, head, kind) for layer in (0, 1) for head in (0, 1)) for kind in ("key", "value")]
+    return by_hand(model, slots, **plan)
+
+
+@pytest.mark.parametrize(("window", "start"), [(PAGE, 2 * PAGE - 3), (0, PAGE - 3)], ids=["window", "no window"])
+def test_from_before_there_are_whole_pages_on(capture, plainly, window, start):
+    """With a window there are neither pages nor sinks at first; without one every token goes to a page that is partly filled."""
+    model, _ = model_and_bundle()
+    bundle = all_coded(model, exact_dtype="model")
+    prompt, following = ids(start), ids(5, seed=5)
     with kvcar.attach(model, bundle) as attachment:
-        other, cache = KVCarCache(bundle), KVCarCache(bundle)
+        other, cache = KVCarCache(bundle, window), KVCarCache(bundle, window)
         prefill(model, other, prompt)
         prefill(model, cache, prompt)
         expected = plainly(lambda: steps(model, other, following))
         attachment.capture_steps(capture)
-        same(steps(model, cache, following), expected)
-    assert cache.pages == 1
+        with torch.inference_mode():
+            first = steps(model, cache, following[:, :2])
+        same(torch.cat([first, steps(model, cache, following[:, 2:])], 1), expected)
+    assert cache.pages == (1 if window else 2)
     check_same_contents(cache, other)
+    assert DEVICE != "cpu" or capture.replays == 5
 
 
 @pytest.mark.parametrize(
@@ -227,23 +238,6 @@ def test_memory_of_kinds_of_steps_is_given_up(capture, plainly, monkeypatch):
     assert DEVICE != "cpu" or capture.captures == 3
 
 
-def test_what_is_held_exactly_in_the_models_dtype(capture, plainly):
-    model = tiny_model("llama", num_hidden_layers=2).to(DEVICE)
-    slots = [tuple(Slot(layer, head, kind) for layer in (0, 1) for head in (0, 1)) for kind in ("key", "value")]
-    bundle = by_hand(model, slots, exact_dtype="model")
-    prompt, following = ids(70), ids(3, seed=5)
-    with kvcar.attach(model, bundle) as attachment:
-        other, cache = KVCarCache(bundle), KVCarCache(bundle)
-        prefill(model, other, prompt)
-        prefill(model, cache, prompt)
-        expected = plainly(lambda: steps(model, other, following))
-        attachment.capture_steps(capture)
-        with torch.inference_mode():
-            first = steps(model, cache, following[:, :2])
-        same(torch.cat([first, steps(model, cache, following[:, 2:])], 1), expected)
-    check_same_contents(cache, other)
-
-
 def autoencoder(model):
     return fitted(model, codec="autoencoder", times_smaller=3, steps=5), {}, {}
 
@@ -256,6 +250,10 @@ def some_pages_without_a_window(model):
     return fitted(model, times_smaller=3), {"attend_pages": 1, "window": 0}, {}
 
 
+def tokens_coded_at_once(model):
+    return fitted(model, times_smaller=3), {"window": 0}, {}
+
+
 def hidden_states(model):
     return fitted(model, times_smaller=3), {}, {"output_hidden_states": True}
 
@@ -266,6 +264,7 @@ def hidden_states(model):
         (autoencoder, "not affine"),
         (one_layer_exact, "some layers are not coded"),
         (some_pages_without_a_window, "without a window"),
+        (tokens_coded_at_once, "would round them first"),
         (hidden_states, "asked for output_hidden_states"),
     ],
 )

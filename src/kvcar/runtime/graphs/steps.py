@@ -61,7 +61,7 @@ class StepGraphs:
         cache = given.get("past_key_values")
         if not isinstance(cache, KVCarCache) or not _is_step(cache, given):
             return self._forward(*args, **kwargs)
-        reason = _refuses_model(self._model) or _refuses(cache, given, self._host)
+        reason = _refuses_model(self._model) or _refuses(cache, given, self._host, self._model.dtype)
         if reason is None:
             try:
                 return self._replayed(cache, given)
@@ -164,8 +164,8 @@ def _refuses_model(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _refuses(cache: KVCarCache, kwargs: Mapping[str, Any], host: Host) -> str | None:
-    """Why a decode step over ``cache`` cannot be captured, None if it can."""
+def _refuses(cache: KVCarCache, kwargs: Mapping[str, Any], host: Host, dtype: torch.dtype) -> str | None:
+    """Why a decode step over ``cache`` cannot be captured, None if it can; ``dtype`` is the model's."""
     unknown = sorted(name for name in kwargs.keys() - _TAKEN if kwargs[name] is not None and kwargs[name] is not False)
     if unknown or kwargs.get("return_dict") is False or kwargs.get("use_cache") is False:
         return f"the pass is asked for {', '.join(unknown) or 'another kind of output'}"
@@ -173,6 +173,8 @@ def _refuses(cache: KVCarCache, kwargs: Mapping[str, Any], host: Host) -> str | 
         return "some layers are not coded, and their caches grow"
     if cache.attend_pages is not None and cache.plan.window == 0:
         return "pages are chosen while one is partly filled (attend_pages without a window)"
+    if cache.plan.window == 0 and host.coder(cache.bundle).dtype != dtype:
+        return "without a window tokens are coded at once, and what is held exactly would round them first"
     if cache.keeps_decoded:
         return "decoded pages are kept (keep_decoded)"
     if cache.tokens - cache.paged_tokens >= window_room(cache.plan):
