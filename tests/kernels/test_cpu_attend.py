@@ -375,27 +375,24 @@ def test_kernels_are_compiled_once_into_the_folder_that_is_named(monkeypatch, tm
         build.native_library.cache_clear()
 
 
-def test_a_compiler_that_fails_is_told(monkeypatch, tmp_path):
+@pytest.fixture
+def compiled_anew(monkeypatch, tmp_path):
+    """Kernels are compiled with other flags, into an empty folder, and forgotten afterwards."""
     monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "_FLAGS", ("-no-such-flag",))
+    yield lambda *flags: (monkeypatch.setattr(build, "_FLAGS", flags), build.native_library.cache_clear())
+    monkeypatch.undo()
     build.native_library.cache_clear()
-    try:
-        with pytest.raises(KernelError, match=r"could not compile the CPU kernels; set KVCAR_KERNELS=torch"):
-            native_library()
-    finally:
-        monkeypatch.undo()
-        build.native_library.cache_clear()
+
+
+def test_a_compiler_that_fails_is_told(compiled_anew, tmp_path):
+    compiled_anew("-no-such-flag")
+    with pytest.raises(KernelError, match=r"could not compile the CPU kernels; set KVCAR_KERNELS=torch"):
+        native_library()
     assert not list(tmp_path.iterdir())
 
 
-def test_kernels_that_cannot_be_loaded_are_told(monkeypatch, tmp_path):
+def test_kernels_that_cannot_be_loaded_are_told(compiled_anew):
     """As where torch has no OpenMP, whose function is then missing."""
-    monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path))
-    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-DGOMP_parallel=missing_function"))
-    build.native_library.cache_clear()
-    try:
-        with pytest.raises(KernelError, match=r"could not be loaded; set KVCAR_KERNELS=torch.*missing_function"):
-            native_library()
-    finally:
-        monkeypatch.undo()
-        build.native_library.cache_clear()
+    compiled_anew(*build._FLAGS, "-DGOMP_parallel=missing_function")
+    with pytest.raises(KernelError, match=r"could not be loaded; set KVCAR_KERNELS=torch.*missing_function"):
+        native_library()

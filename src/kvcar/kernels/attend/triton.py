@@ -7,9 +7,8 @@ the CPU, slowly.
 Two launches for a span of tokens, whatever the number of arenas: keys are decoded tile by tile for all query rows of
 their heads, rotated, scored and thrown away; then each split of the span sums the stored values under its own online
 softmax. One more attends to sinks and window, and a last one merges it with all splits by their log-sum-exp and decodes the
-sums once per query row. Where keys
-need no rotation, queries are taken to the space of the stored values instead and no key is decoded. ``docs/kernels.md``
-says why in this order.
+sums once per query row. Where keys need no rotation, queries are taken to the space of the stored values instead and no key
+is decoded. ``docs/kernels.md`` says why in this order.
 """
 
 from __future__ import annotations
@@ -127,4 +126,4 @@ def _paged_sums(call: Call) -> list[SplitSums]:
         scores = torch.empty(batch, heads * rows, stop - start, device=call.q.device)
         scorer.write(scores, start, stop)
         values.add(scores, start, stop)
-    return values.parts()
+    return values.parts

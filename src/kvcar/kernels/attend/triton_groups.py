@@ -221,7 +221,7 @@ def _make_key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: tor
     most = max(len(group.heads) for group in bank.groups)
     together = max(1, min(most, _MOST_HEADS, _MOST_COLUMNS // head_dim))
     pairs, rest = rotary.width // 2, head_dim - rotary.width
-    block_pairs, block_rest = _padded(together * pairs), _padded(together * rest) if rest else 0
+    block_pairs, block_rest = padded_columns(together * pairs), padded_columns(together * rest) if rest else 0
     blocks = bank.table.blocks
     items, matrices, biases, rows = [], [], [], 0
     for index, group in enumerate(bank.groups):
@@ -259,6 +259,6 @@ def split_pairs(x: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]
     return x[..., 0:width:2], x[..., 1:width:2], x[..., width:]
 
 
-def _padded(columns: int) -> int:
+def padded_columns(columns: int) -> int:
     """A power of two of at least 16, as matrix units want it."""
     return max(16, 1 << (columns - 1).bit_length())

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..triton_planes import page_address, unpack_block
 from ..triton_words import code_scale, unpack_words, word_places
+from .triton_softmax import anchor_of, softcapped
 
 
 @triton.jit
@@ -41,10 +42,7 @@ def _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows):
 @triton.jit
 def _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP: tl.constexpr):
     """Write scores ``[Q, N]`` of tokens, softcapped, -inf for tokens that may not be seen."""
-    if HAS_CAP:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both ends too.
-        score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
-    score = tl.where(seen[None, :], score, float("-inf"))
+    score = tl.where(seen[None, :], softcapped(score, softcap, HAS_CAP), float("-inf"))
     where = scores + layer_row[:, None] * (stop - start) + (token - start)[None, :]
     tl.store(where, score, mask=row_ok[:, None] & (token < stop)[None, :])
 
@@ -416,8 +414,7 @@ def latent_sums(
             other=float("-inf"),
         )
         higher = tl.maximum(most, tl.max(score, 1))
-        # A row that has seen nothing has no maximum; 0 keeps its weights at exp(-inf) = 0.
-        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        anchor = anchor_of(higher)
         rescale = tl.exp(most - anchor)
         weight = tl.exp(score - anchor[:, None])
         mass = mass * rescale[:, None] + weight

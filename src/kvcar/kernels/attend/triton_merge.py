@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .inputs import ExactPast
-from .triton_groups import Bank
+from .triton_groups import Bank, padded_columns
 from .triton_merge_kernels import exact_piece, merge_pieces
 
 _WARPS = 8
@@ -31,12 +31,14 @@ class SplitSums(NamedTuple):
 
     Attributes:
         bank: whose latents.
+        items: int32 ``[I, 4]``, as ``latent_sums`` takes them.
         block_q: query rows of an item.
         sums: float32 ``[B, splits, items, block_q, block]``.
         stats: float32 ``[2, B, splits, items, block_q]``.
     """
 
     bank: Bank
+    items: Tensor
     block_q: int
     sums: Tensor
     stats: Tensor
@@ -58,7 +60,7 @@ def attend_exactly(q: Tensor, exact: ExactPast, precision: str, softcap: float |
         keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
         mask_strides[0], mask_strides[1], keys.shape[2], rows, query_tokens, softcap or 0.0,
         HAS_CAP=softcap is not None, HAS_MASK=exact.mask is not None, PRECISION=precision, HEAD_DIM=head_dim,
-        BLOCK_D=_power(head_dim), BLOCK_N=_TILE_TOKENS, BLOCK_Q=_ROWS,
+        BLOCK_D=padded_columns(head_dim), BLOCK_N=_TILE_TOKENS, BLOCK_Q=_ROWS,
         num_warps=_WARPS,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return piece
@@ -71,15 +73,15 @@ def merge(out: Tensor, exact: Piece, parts: list[SplitSums]) -> None:
         out.copy_(exact.total / torch.where(mass > 0.0, mass, 1.0))
         return
     batch, layer_heads, rows, head_dim = out.shape
-    for bank, block_q, sums, stats in parts:
+    for bank, items, block_q, sums, stats in parts:
         heads, matrix, bias = bank.keep(
             ("merge", rows, block_q), lambda b=bank, q=block_q: _tables(b, rows, q, head_dim)
         )
-        splits, items, block = sums.shape[1], sums.shape[2], sums.shape[4]
+        splits, block = sums.shape[1], sums.shape[4]
         padded = min(_ROWS, 1 << (rows - 1).bit_length())
-        columns = min(_power(head_dim), block, max(8, _PRODUCTS // (padded * block)))
+        columns = min(padded_columns(head_dim), block, max(8, _PRODUCTS // (padded * block)))
         merge_pieces[(len(heads), -(-rows // padded) * -(-head_dim // columns), batch)](
-            out, sums, stats, *exact, heads, matrix, bias, splits, items, rows, layer_heads, stats[0].numel(),
+            out, sums, stats, *exact, heads, matrix, bias, splits, len(items), rows, layer_heads, stats[0].numel(),
             CODED=bank.coded, HEAD_DIM=head_dim, ITEM_ROWS=block_q, BLOCK_R=block,
             SPLITS=max(1, _PRODUCTS // (padded * block)), ROWS=padded, COLUMNS=columns,
             num_warps=_WARPS,  # pyright: ignore[reportCallIssue]
@@ -106,8 +108,3 @@ def _tables(bank: Bank, rows: int, block_q: int, head_dim: int) -> tuple[Tensor,
         nothing = torch.empty(0, dtype=torch.float32, device=bank.device)
         return heads, nothing, nothing
     return heads, torch.cat(matrices), torch.stack(biases)
-
-
-def _power(columns: int) -> int:
-    """A power of two of at least 16, as matrix units want it."""
-    return max(16, 1 << (columns - 1).bit_length())

@@ -2,17 +2,13 @@
 
 ``triton_merge.py`` beside this launches them.
 """
-# pyright: basic, reportOperatorIssue=false, reportArgumentType=false
+# pyright: basic, reportOperatorIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _anchor(most):
-    """What to subtract from scores: their maximum, or 0 where nothing was seen, so that weights are exp(-inf) = 0."""
-    return tl.where(most == float("-inf"), 0.0, most)
+from .triton_softmax import anchor_of, softcapped
 
 
 @triton.jit
@@ -72,16 +68,15 @@ def exact_piece(
         key_at = keys + batch * key_batch + head * key_head + token[:, None] * key_token + column[None, :]
         key = tl.load(key_at, mask=there, other=0.0).to(tl.float32)
         score = tl.dot(q, tl.trans(key), input_precision=PRECISION)
-        if HAS_CAP:
-            score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
+        score = softcapped(score, softcap, HAS_CAP)
         may = row_ok[:, None] & (token < tokens)[None, :]
         if HAS_MASK:
             mask_at = mask + batch * mask_batch + (row % query_tokens)[:, None] * mask_row + token[None, :]
             may = may & (tl.load(mask_at, mask=may, other=0) != 0)
         score = tl.where(may, score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, 1))
-        rescale = tl.exp(most - _anchor(higher))
-        weight = tl.exp(score - _anchor(higher)[:, None])
+        rescale = tl.exp(most - anchor_of(higher))
+        weight = tl.exp(score - anchor_of(higher)[:, None])
         mass = mass * rescale + tl.sum(weight, 1)
         most = higher
         value_at = values + batch * value_batch + head * value_head + token[:, None] * value_token + column[None, :]
@@ -94,6 +89,14 @@ def exact_piece(
 
 
 @triton.jit
+def _splits_from(start, splits, split_stride, split_place, row_ok, SPLITS: tl.constexpr):
+    """Places int64 ``[SPLITS, ROWS]`` of rows in splits from ``start`` on, and which of them are there."""
+    split = start + tl.arange(0, SPLITS)
+    place = split.to(tl.int64)[:, None] * split_stride + split_place[None, :]
+    return place, (split < splits)[:, None] & row_ok[None, :]
+
+
+@triton.jit
 def _split_sums(
     sums, stats, split_place, split_stride, splits, row_ok, anchor, column, column_ok,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -102,9 +105,7 @@ def _split_sums(
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
     start = 0
     while start < splits:
-        split = start + tl.arange(0, SPLITS)
-        ok = (split < splits)[:, None] & row_ok[None, :]
-        place = split.to(tl.int64)[:, None] * split_stride + split_place[None, :]
+        place, ok = _splits_from(start, splits, split_stride, split_place, row_ok, SPLITS)
         weight = tl.exp(tl.load(stats + place, mask=ok, other=float("-inf")) - anchor[None, :])
         at = place[:, :, None] * BLOCK_R + column[None, None, :]
         part = tl.load(sums + at, mask=ok[:, :, None] & column_ok[None, None, :], other=0.0)
@@ -169,20 +170,16 @@ def merge_pieces(
     most = exact
     start = 0
     while start < splits:
-        split = start + tl.arange(0, SPLITS)
-        ok = (split < splits)[:, None] & row_ok[None, :]
-        at = stats + split.to(tl.int64)[:, None] * split_stride + split_place[None, :]
-        most = tl.maximum(most, tl.max(tl.load(at, mask=ok, other=float("-inf")), 0))
+        place, ok = _splits_from(start, splits, split_stride, split_place, row_ok, SPLITS)
+        most = tl.maximum(most, tl.max(tl.load(stats + place, mask=ok, other=float("-inf")), 0))
         start += SPLITS
-    anchor = _anchor(most)
+    anchor = anchor_of(most)
     mass = tl.zeros([ROWS], tl.float32)
     start = 0
     while start < splits:
-        split = start + tl.arange(0, SPLITS)
-        ok = (split < splits)[:, None] & row_ok[None, :]
-        at = stats + split.to(tl.int64)[:, None] * split_stride + split_place[None, :]
-        weight = tl.exp(tl.load(at, mask=ok, other=float("-inf")) - anchor[None, :])
-        mass += tl.sum(tl.load(at + mass_offset, mask=ok, other=0.0) * weight, 0)
+        place, ok = _splits_from(start, splits, split_stride, split_place, row_ok, SPLITS)
+        weight = tl.exp(tl.load(stats + place, mask=ok, other=float("-inf")) - anchor[None, :])
+        mass += tl.sum(tl.load(stats + mass_offset + place, mask=ok, other=0.0) * weight, 0)
         start += SPLITS
 
     if CODED:

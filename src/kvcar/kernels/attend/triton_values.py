@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -17,18 +15,13 @@ from .triton_scores import ELEMENT_TYPES, WARPS, Call, programs, query_block, ti
 _REGISTERS = 128
 
 
-class _Launch(NamedTuple):
-    bank: Bank
-    items: Tensor
-    block_q: int
-    sums: Tensor
-    stats: Tensor
-
-
 class ValueSums:
     """Weighted sums of the stored values of all heads, taken span by span.
 
     A span holds whole splits, of ``split_tokens`` tokens each; every split has a softmax of its own.
+
+    Attributes:
+        parts: all splits of every bank, to be merged when all spans are in.
     """
 
     def __init__(self, call: Call) -> None:
@@ -45,17 +38,17 @@ class ValueSums:
         self._tiles = tiles_of_a_program(programs(device), -(-call.table.places // tile), items)
         self.split_tokens = self._tiles * tile
         self._splits = -(-call.table.places // self.split_tokens)
-        self._launches: list[_Launch] = []
+        self.parts: list[SplitSums] = []
         for bank, items, block_q in parts:
             shape = (batch, self._splits, len(items), block_q)
             sums = torch.empty(*shape, bank.table.block, device=device)
-            self._launches.append(_Launch(bank, items, block_q, sums, torch.empty(2, *shape, device=device)))
+            self.parts.append(SplitSums(bank, items, block_q, sums, torch.empty(2, *shape, device=device)))
 
     def add(self, scores: Tensor, start: int, stop: int) -> None:
         """Take in tokens ``start`` (the first of a split) to ``stop`` with scores ``[B, H * Q, stop - start]``."""
         call = self._call
         batch, heads, rows = call.q.shape[:3]
-        for bank, items, block_q, sums, stats in self._launches:
+        for bank, items, block_q, sums, stats in self.parts:
             # Codes and 16-bit latents are exact in float16; lossless elements may not be.
             half = call.half and bank.coded
             planes, by_words = bank.planes(tile_tokens(call, keys=False), call.page_tokens)
@@ -69,10 +62,6 @@ class ValueSums:
                 num_warps=WARPS,  # pyright: ignore[reportCallIssue]
                 maxnreg=_REGISTERS if by_words else None,  # pyright: ignore[reportCallIssue]
             )  # fmt: skip
-
-    def parts(self) -> list[SplitSums]:
-        """All splits of every bank, to be merged."""
-        return [SplitSums(bank, block_q, sums, stats) for bank, _, block_q, sums, stats in self._launches]
 
 
 def _items(bank: Bank, rows: int) -> tuple[Tensor, int]:

@@ -76,8 +76,7 @@ class StepGraphs:
         cache.begin_pass(self._host, len(token_ids), 1, kwargs.get("attention_mask"), kwargs.get("position_ids"))
         kind.memory.take_in(cache)
         kind.memory.token_ids.copy_(token_ids)
-        step, captured = kind.step_for(cache)
-        step.point_at(cache.arenas, cache.summaries)
+        captured = kind.step_for(cache)
         captured.replay()
         cache.end_written_step()
         # Cloned, as the next replay writes it again.
@@ -117,22 +116,30 @@ class _Kind:
         self._steps: dict[int, tuple[StepCache, Captured]] = {}
         self._refused: str | None = None
 
-    def step_for(self, cache: KVCarCache) -> tuple[StepCache, Captured]:
-        """What was captured for as many pages as ``cache`` has; captures it where it was not yet."""
+    def step_for(self, cache: KVCarCache) -> Captured:
+        """What was captured for as many pages as ``cache`` has, led to its pages; captures it where it was not yet."""
         if self._refused is not None:
             raise NotServed(self._refused)
         pages = table_pages(cache.pages)
-        if pages not in self._steps:
-            step = StepCache(self.memory, self._host, self._coder, pages, cache.summaries, self._dtype)
-            step.point_at(cache.arenas, cache.summaries)
-            try:
-                # Ordinary tensors, whatever mode the first step is taken in.
-                with torch.inference_mode(False), torch.no_grad():
-                    self._steps[pages] = step, self._capture(lambda: self._run(step))
-            except KernelError as error:
-                self._refused = str(error)
-                raise NotServed(self._refused) from error
-        return self._steps[pages]
+        summaries, known = cache.summaries, self._steps.get(pages)
+        step = (
+            StepCache(self.memory, self._host, self._coder, pages, summaries, self._dtype)
+            if known is None
+            else known[0]
+        )
+        step.point_at(cache.arenas, summaries)
+        if known is None:
+            known = self._steps[pages] = step, self._captured(step)
+        return known[1]
+
+    def _captured(self, step: StepCache) -> Captured:
+        try:
+            # Ordinary tensors, whatever mode the first step is taken in.
+            with torch.inference_mode(False), torch.no_grad():
+                return self._capture(lambda: self._run(step))
+        except KernelError as error:
+            self._refused = str(error)
+            raise NotServed(self._refused) from error
 
     def _run(self, step: StepCache) -> Tensor:
         positions = step.begin()
