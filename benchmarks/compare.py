@@ -22,11 +22,11 @@ from kvcar.errors import InputError, KVCarError
 from kvcar.evaluate.contenders import Contender, bundle_contender, compare, groups, noise_floor
 from kvcar.evaluate.fidelity import fidelity_figures
 from kvcar.evaluate.quantized_caches import QUANTIZED, quantized_contenders
-from kvcar.fit.text import TextSource, joined, read_text, token_windows
+from kvcar.text import TextSource, joined, read_text, token_windows
 from kvcar.models.load import load_model
 from kvcar.progress import counter
 from kvcar.record import Record
-from kvcar.runtime.attach import attach
+from kvcar.cache.attach import attach
 
 RESULTS = Path(__file__).parent / "results"
 _SIDE_BY_SIDE = 6

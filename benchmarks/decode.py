@@ -22,14 +22,14 @@ from kvcar.bundle import Bundle
 from kvcar.errors import InputError, KVCarError
 from kvcar.evaluate.quantized_caches import quantized_contenders
 from kvcar.evaluate.size import compressed_size, full_size, parse_bytes, what_fits
-from kvcar.fit.text import read_text, token_windows
+from kvcar.text import read_text, token_windows
 from kvcar.models.geometry import read_geometry
 from kvcar.models.load import load_model
 from kvcar.record import Record
-from kvcar.runtime.attach import attach
-from kvcar.runtime.prefill import PREFILL_CHUNK_TOKENS
-from kvcar.runtime.summaries import PageCounts
-from kvcar.shapes import BFLOAT16_BYTES
+from kvcar.cache.attach import attach
+from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
+from kvcar.cache.summaries import PageCounts
+from kvcar.geometry import BFLOAT16_BYTES
 
 RESULTS = Path(__file__).parent / "results"
 _UNLIMITED_TOKENS = 2**40

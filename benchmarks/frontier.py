@@ -15,14 +15,14 @@ import typer
 from kvcar.bundle import Bundle
 from kvcar.cli.texts import windows_of_all
 from kvcar.evaluate.fidelity import fidelity_figures, measure_fidelity
-from kvcar.fit.text import TextSource, joined, read_text, token_windows
+from kvcar.text import TextSource, joined, read_text, token_windows
 from kvcar.models.load import LoadedModel, load_model
-from kvcar.profiles.fit import fit_profiles
-from kvcar.profiles.options import PROFILES, ProfileOptions
+from kvcar.fit.profile_fit import fit_profiles
+from kvcar.fit.profiles import PROFILES, ProfileOptions
 from kvcar.record import Record
 from kvcar.report.card import model_card
-from kvcar.runtime.attach import attach
-from kvcar.runtime.cache import KVCarCache
+from kvcar.cache.attach import attach
+from kvcar.cache.cache import KVCarCache
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = {

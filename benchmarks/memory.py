@@ -19,7 +19,7 @@ from kvcar.evaluate.memory import MemoryRun, measure_chunk_transient, measure_pe
 from kvcar.evaluate.transient import prefill_transient
 from kvcar.models.load import load_config
 from kvcar.record import Record
-from kvcar.runtime.prefill import PREFILL_CHUNK_TOKENS
+from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
 
 RESULTS = Path(__file__).parent / "results"
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

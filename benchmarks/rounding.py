@@ -14,12 +14,12 @@ from speed.device import device_config, use_threads
 from kvcar.bundle import Bundle
 from kvcar.errors import InputError, KVCarError
 from kvcar.evaluate.attended import FOLLOWING_TOKENS, Attended, attended_figures, measure_attended
-from kvcar.fit.text import read_text, token_windows
+from kvcar.text import read_text, token_windows
 from kvcar.kernels.attend import cpu
 from kvcar.kernels.native import native_library
 from kvcar.models.load import LoadedModel, load_model
 from kvcar.record import Record
-from kvcar.runtime.attach import attach
+from kvcar.cache.attach import attach
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,7 +16,7 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from kvcar.fit.text import read_text
+from kvcar.text import read_text
 from kvcar.record import Record
 
 RESULTS = Path(__file__).parent / "results"

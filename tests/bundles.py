@@ -12,11 +12,11 @@ from kvcar.fit.fit import fit_bundle
 from kvcar.fit.moments import Moments
 from kvcar.fit.options import FitOptions
 from kvcar.fit.solve import groups_of, linear_codec, principal_basis
-from kvcar.fit.text import TextSource
+from kvcar.text import TextSource
 from kvcar.models.fingerprint import fingerprint
 from kvcar.models.geometry import read_geometry
-from kvcar.plan import Block, Plan, Reuse
-from kvcar.shapes import Slot
+from kvcar.plan import Block, CacheConfig, Plan, Reuse
+from kvcar.geometry import Slot
 
 SOURCE = TextSource("random tokens", "random tokens", "0" * 64)
 
@@ -48,14 +48,15 @@ def by_hand(
         own = torch.tensor([cycle[i % len(cycle)] for i in range(width)])
         coded.append(CodedBlock(*linear_codec(basis, own, stats.sample)))
         planned.append(Block(codec="linear", slots=block, groups=groups_of(own)))
-    settings = {"page_tokens": 32, "window": 32} | plan
-    whole = Plan(geometry=geometry, blocks=tuple(planned), reuses=reuses, **settings)  # pyright: ignore[reportArgumentType]
+    dtype = {name: plan.pop(name) for name in ("exact_dtype",) if name in plan}
+    config = CacheConfig(**({"page_tokens": 32, "window": 32} | plan))  # pyright: ignore[reportArgumentType]
+    whole = Plan(geometry=geometry, blocks=tuple(planned), reuses=reuses, cache=config, **dtype)  # pyright: ignore[reportArgumentType]
     return _bundle(model, whole, tuple(coded))
 
 
 def exact(model: PreTrainedModel) -> Bundle:
     """A bundle that codes nothing at all: every layer keeps an ordinary cache."""
-    return _bundle(model, Plan(geometry=read_geometry(model.config), page_tokens=32, window=32), ())
+    return _bundle(model, Plan(geometry=read_geometry(model.config), cache=CacheConfig(page_tokens=32, window=32)), ())
 
 
 def _bundle(model: PreTrainedModel, plan: Plan, coded: tuple[CodedBlock, ...]) -> Bundle:

@@ -12,9 +12,9 @@ from kvcar.bundle import Bundle
 from kvcar.kernels.attend import PagedPast
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.plan import Reuse
-from kvcar.runtime.coder import PageCoder
-from kvcar.runtime.pages import PageStore
-from kvcar.shapes import Kind, Slot
+from kvcar.cache.coder import PageCoder
+from kvcar.cache.pages import PageStore
+from kvcar.geometry import Kind, Slot
 
 HEAD_DIM = 16
 

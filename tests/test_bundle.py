@@ -15,7 +15,7 @@ from kvcar.bundle import CODECS_FILE, PLAN_FILE, Bundle
 from kvcar.codecs import CODECS
 from kvcar.errors import BundleError, ModelMismatchError, PlanError
 from kvcar.fit.options import FitOptions
-from kvcar.shapes import Slot
+from kvcar.geometry import Slot
 
 MODEL = tiny_model("llama")
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from kvcar.errors import PlanError
 from kvcar.plan import BitGroup, Block, Plan, Reuse
-from kvcar.planner.blocks import regular_blocks
-from kvcar.shapes import KVGeometry, Slot
+from kvcar.fit.blocks import regular_blocks
+from kvcar.geometry import KVGeometry, Slot
 
 GEOMETRY = KVGeometry(
     layers=4,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kvcar.shapes import Kind
+from kvcar.geometry import Kind
 
 from .stored import Stored
 

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from kvcar.errors import InputError
 from kvcar.evaluate.full_cache import held_bytes
 from kvcar.kernels.rotary import RotaryTable
-from kvcar.shapes import BFLOAT16_BYTES, KINDS, Kind, KVGeometry
+from kvcar.geometry import BFLOAT16_BYTES, KINDS, Kind, KVGeometry
 
 from .base import Method
 

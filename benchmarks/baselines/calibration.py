@@ -17,7 +17,7 @@ from kvcar.models.geometry import read_geometry
 from kvcar.models.rotary_probe import RotaryProbe
 from kvcar.models.structure import find_decoder
 from kvcar.progress import OnProgress, counter, silent
-from kvcar.shapes import Slot
+from kvcar.geometry import Slot
 
 SINKS = 4
 _SAMPLE_TOKENS = 512

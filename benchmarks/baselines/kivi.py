@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kvcar.shapes import Kind
+from kvcar.geometry import Kind
 
 from .base import AS_KVCAR, Method, Places
 from .registry import BASELINES

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcar.shapes import KINDS, Kind, KVGeometry, Slot
+from kvcar.geometry import KINDS, Kind, KVGeometry, Slot
 
 from .base import Method
 from .calibration import Calibration

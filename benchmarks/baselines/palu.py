@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from kvcar.fit.moments import Moments
-from kvcar.planner.blocks import regular_blocks
-from kvcar.shapes import Kind, KVGeometry
+from kvcar.fit.blocks import regular_blocks
+from kvcar.geometry import Kind, KVGeometry
 
 from .base import Method
 from .calibration import Block, Calibration

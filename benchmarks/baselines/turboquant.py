@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcar.shapes import Kind
+from kvcar.geometry import Kind
 
 from .base import Method
 from .registry import BASELINES

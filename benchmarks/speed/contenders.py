@@ -18,8 +18,8 @@ from kvcar.cli.attended import page_counts
 from kvcar.cli.compare import named_bundles
 from kvcar.errors import InputError
 from kvcar.evaluate.full_cache import held_bytes
-from kvcar.runtime.cache import KVCarCache
-from kvcar.runtime.summaries import PageCounts
+from kvcar.cache.cache import KVCarCache
+from kvcar.cache.summaries import PageCounts
 
 from .device import now
 

@@ -117,7 +117,7 @@ def decode_step(
     from kvcar.kernels.attend import triton as backend
     from kvcar.kernels.attend import triton_merge, triton_scores, triton_values
     from kvcar.kernels.attend.inputs import ExactPast, PagedPast, Reader
-    from kvcar.kernels.layout import aligned, coded_segment
+    from kvcar.layout import aligned, coded_segment
     from kvcar.kernels.rotary import RotaryTable
 
     launches: list[Launch] = []
@@ -156,7 +156,7 @@ def encode_step(width: int, groups: Sequence[BitGroup]) -> list[Launch]:
     """The launch that encodes two pages of a block."""
     from kvcar.kernels.encode import AffineEncoder, Writer
     from kvcar.kernels.encode import triton as backend
-    from kvcar.kernels.layout import coded_segment
+    from kvcar.layout import coded_segment
 
     launches: list[Launch] = []
     backend._kernel = Caught(backend._kernel, launches)

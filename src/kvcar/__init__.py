@@ -15,42 +15,40 @@ if TYPE_CHECKING:
     from .evaluate.fidelity import measure_fidelity as measure_fidelity
     from .fit.fit import fit_bundle as fit_bundle
     from .fit.options import FitOptions as FitOptions
-    from .fit.text import read_text as read_text
-    from .fit.text import token_windows as token_windows
+    from .text import read_text as read_text
+    from .text import token_windows as token_windows
     from .models.load import load_model as load_model
     from .plan import Block as Block
     from .plan import Plan as Plan
-    from .profiles.fit import fit_profile as fit_profile
-    from .profiles.options import ProfileOptions as ProfileOptions
-    from .runtime.attach import Attachment as Attachment
-    from .runtime.attach import attach as attach
-    from .runtime.attach import detach as detach
-    from .runtime.cache import KVCarCache as KVCarCache
-    from .runtime.context import read_context as read_context
-    from .train.distill import distill as distill
+    from .fit.profile_fit import fit_profile as fit_profile
+    from .fit.profiles import ProfileOptions as ProfileOptions
+    from .cache.attach import Attachment as Attachment
+    from .cache.attach import attach as attach
+    from .cache.attach import detach as detach
+    from .cache.cache import KVCarCache as KVCarCache
+    from .context.context import read_context as read_context
     from .version import __version__ as __version__
 
 _HOMES = {
-    "Attachment": ".runtime.attach",
+    "Attachment": ".cache.attach",
     "Block": ".plan",
     "Bundle": ".bundle",
     "Fidelity": ".evaluate.fidelity",
     "FitOptions": ".fit.options",
-    "KVCarCache": ".runtime.cache",
+    "KVCarCache": ".cache.cache",
     "KVCarError": ".errors",
     "Plan": ".plan",
-    "ProfileOptions": ".profiles.options",
+    "ProfileOptions": ".fit.profiles",
     "__version__": ".version",
-    "attach": ".runtime.attach",
-    "detach": ".runtime.attach",
-    "distill": ".train.distill",
+    "attach": ".cache.attach",
+    "detach": ".cache.attach",
     "fit_bundle": ".fit.fit",
-    "fit_profile": ".profiles.fit",
+    "fit_profile": ".fit.profile_fit",
     "load_model": ".models.load",
     "measure_fidelity": ".evaluate.fidelity",
-    "read_context": ".runtime.context",
-    "read_text": ".fit.text",
-    "token_windows": ".fit.text",
+    "read_context": ".context.context",
+    "read_text": ".text",
+    "token_windows": ".text",
 }
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
@@ -66,7 +64,6 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "__version__",
     "attach",
     "detach",
-    "distill",
     "fit_bundle",
     "fit_profile",
     "load_model",

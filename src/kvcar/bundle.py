@@ -30,7 +30,7 @@ from .errors import BundleError, ModelMismatchError, PlanError
 from .models.fingerprint import Fingerprint, fingerprint, mismatch
 from .models.geometry import read_geometry
 from .plan import FORMAT_VERSION, Block, Plan
-from .shapes import StrictModel
+from .geometry import StrictModel
 
 PLAN_FILE, CODECS_FILE, CARD_FILE = "plan.json", "codecs.safetensors", "README.md"
 

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
-from .errors import PlanError
-from .shapes import KINDS, Kind, KVGeometry, PositiveInt, Slot, StrictModel
+from .errors import InputError, PlanError
+from .geometry import KINDS, Kind, KVGeometry, PositiveInt, Slot, StrictModel
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RAW_BITS = 16
 PACKED_BITS = tuple(range(1, 9))
 
 DYNAMIC_SCALE_LATENTS = 2
+MAX_PAGE_TOKENS = 1024
+MAX_SINKS = 64
 
 ExactDtype = Literal["model", "bfloat16", "float16"]
 Scales = Literal["static", "dynamic"]
@@ -114,6 +117,62 @@ class Reuse(StrictModel):
     source: SlotField
 
 
+@dataclass(frozen=True)
+class CacheConfig:
+    """Which tokens of a sequence stay exact, and how many share a page.
+
+    Attributes:
+        window: most recent tokens kept exact, a multiple of ``page_tokens``; 0 codes every past token.
+        sinks: first tokens of a sequence, kept exact for ever.
+        page_tokens: tokens in a page of packed codes, a multiple of 32.
+
+    Raises:
+        InputError: the three do not fit each other.
+    """
+
+    window: int = 64
+    sinks: int = 4
+    page_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("window", "sinks", "page_tokens"):
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise InputError(f"{name} must be a whole number, got {value!r}")
+        if not 32 <= self.page_tokens <= MAX_PAGE_TOKENS or self.page_tokens % 32:
+            raise InputError(
+                f"page_tokens must be a multiple of 32, and at most {MAX_PAGE_TOKENS}; got {self.page_tokens}"
+            )
+        if self.window < 0 or self.window % self.page_tokens:
+            raise InputError(
+                f"window must be 0 or a multiple of the page size, {self.page_tokens} tokens; got {self.window}"
+            )
+        if not 0 <= self.sinks <= min(self.page_tokens, MAX_SINKS):
+            raise InputError(f"sinks must be 0 to {min(self.page_tokens, MAX_SINKS)}, got {self.sinks}")
+
+    def with_window(self, window: int | None) -> CacheConfig:
+        """The same with another window; None keeps this one's."""
+        return self if window is None else replace(self, window=window)
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that read each other exactly where effects are measured and codecs trained: a page, or one without a window."""
+        return self.page_tokens if self.window else 1
+
+
+def _read_cache_config(value: Any) -> CacheConfig:
+    """Accept a config or its JSON form."""
+    if isinstance(value, CacheConfig):
+        return value
+    known = {field.name for field in fields(CacheConfig)}
+    if not isinstance(value, dict) or set(value) != known:
+        raise ValueError(f"a cache config is an object of {', '.join(sorted(known))}, got {value!r}")
+    return CacheConfig(**value)
+
+
+CacheConfigField = Annotated[CacheConfig, PlainValidator(_read_cache_config), PlainSerializer(asdict)]
+
+
 class Plan(StrictModel):
     """How every slot of one model's KV cache is stored.
 
@@ -121,26 +180,36 @@ class Plan(StrictModel):
         geometry: the cache this plan is for.
         blocks: slots coded together; slots in no block and no reuse stay exact.
         reuses: slots that read another slot's reconstruction.
-        sinks: first tokens of a sequence, kept exact for ever.
-        window: most recent tokens kept exact, a multiple of ``page_tokens``; 0 codes every past token.
-        page_tokens: tokens in a page of packed codes, a multiple of 32.
+        cache: sinks, window and pages.
         exact_dtype: dtype of sinks, window and lossless slots; "model" is the dtype the model computes in.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     geometry: KVGeometry
     blocks: tuple[Block, ...] = Field(default=(), strict=False)
     reuses: tuple[Reuse, ...] = Field(default=(), strict=False)
-    sinks: Annotated[int, Field(ge=0, le=64)] = 4
-    window: Annotated[int, Field(ge=0)] = 64
-    page_tokens: Annotated[int, Field(ge=32, le=1024)] = 64
+    cache: CacheConfigField = CacheConfig()
     exact_dtype: ExactDtype = "bfloat16"
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
-        _check_pages(self.page_tokens, self.window, self.sinks)
         _check_slots(self.geometry, self.blocks, self.reuses)
         return self
+
+    @property
+    def window(self) -> int:
+        """Most recent tokens kept exact."""
+        return self.cache.window
+
+    @property
+    def sinks(self) -> int:
+        """First tokens kept exact."""
+        return self.cache.sinks
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page."""
+        return self.cache.page_tokens
 
     @cached_property
     def block_of(self) -> dict[Slot, int]:
@@ -206,24 +275,10 @@ class Plan(StrictModel):
             raise PlanError(_first_problem(error)) from None
 
 
-def step_tokens(page_tokens: int, window: int) -> int:
-    """Tokens that read each other exactly where effects are measured and codecs tuned: a page with a window, one without."""
-    return page_tokens if window else 1
-
-
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"]) or "plan"
     return f"the plan does not fit its schema at {place}: {first['msg']} (of {error.error_count()} problems)"
-
-
-def _check_pages(page_tokens: int, window: int, sinks: int) -> None:
-    if page_tokens % 32:
-        raise ValueError(f"page_tokens must be a multiple of 32, got {page_tokens}")
-    if window % page_tokens:
-        raise ValueError(f"window must be a multiple of the page size {page_tokens}, got {window}")
-    if sinks > page_tokens:
-        raise ValueError(f"sinks ({sinks}) must fit in the first page of {page_tokens} tokens")
 
 
 def _check_slots(geometry: KVGeometry, blocks: Iterable[Block], reuses: Iterable[Reuse]) -> None:

@@ -10,7 +10,7 @@ import torch
 from speed.synthetic import RandomPast, Shape, random_bundle, random_plan
 
 from kvcar.errors import InputError
-from kvcar.kernels.allocation import allocated_pages
+from kvcar.sizes import allocated_pages
 from kvcar.kernels.attend import attend, naive
 
 SHAPE = Shape(8, 4, 16)

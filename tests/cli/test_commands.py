@@ -192,7 +192,7 @@ def test_fit_does_not_touch_what_is_there(bundle, model_folder, text_file, tmp_p
 
 
 def test_an_interrupted_fit_leaves_nothing(model_folder, text_file, tmp_path, monkeypatch):
-    import kvcar.profiles.statistics as fitting
+    import kvcar.fit.statistics as fitting
 
     def interrupted(*args):
         raise KeyboardInterrupt

@@ -8,8 +8,8 @@ from test_commands import bundle, error_of, model_folder, run, text_file, words 
 from tiny import token_ids
 
 import kvcar
-from kvcar.runtime.cache import KVCarCache
-from kvcar.runtime.context import read_context
+from kvcar.cache.cache import KVCarCache
+from kvcar.context.context import read_context
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from tiny import tiny_model, token_ids
 
 from kvcar.codecs import DynamicQuantizer
 from kvcar.plan import BitGroup, Block
-from kvcar.runtime.attach import attach
-from kvcar.runtime.cache import KVCarCache
-from kvcar.shapes import Slot
+from kvcar.cache.attach import attach
+from kvcar.cache.cache import KVCarCache
+from kvcar.geometry import Slot
 
 SLOT = (Slot(0, 0, "key"),)
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from kvcar.cli import app
 from kvcar.cli.texts import evaluation_text
 from kvcar.evaluate.memory import measure_peak_growth
-from kvcar.fit.text import token_windows
+from kvcar.text import token_windows
 from kvcar.models.load import load_model
 
 pytestmark = pytest.mark.demo_model

@@ -13,10 +13,10 @@ from kvcar.errors import InputError
 from kvcar.evaluate.fidelity import measure_fidelity
 from kvcar.evaluate.size import compressed_size, full_size, parse_bytes, what_fits
 from kvcar.evaluate.statistics import mean_of, ratio_of
-from kvcar.kernels.allocation import stored_bytes
+from kvcar.sizes import stored_bytes
 from kvcar.models.geometry import read_geometry
-from kvcar.runtime.cache import KVCarCache
-from kvcar.shapes import Slot
+from kvcar.cache.cache import KVCarCache
+from kvcar.geometry import Slot
 
 
 def test_an_exact_plan_has_no_divergence_at_all():

@@ -7,8 +7,8 @@ from tiny import tiny_model, token_ids
 from transformers import DynamicCache
 
 from kvcar.evaluate.full_cache import Bfloat16Cache, held_bytes, hold_in_bfloat16
-from kvcar.runtime.attach import attach
-from kvcar.shapes import Slot
+from kvcar.cache.attach import attach
+from kvcar.geometry import Slot
 
 
 @torch.no_grad()

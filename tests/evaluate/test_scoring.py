@@ -7,8 +7,8 @@ from tiny import tiny_model
 from transformers import DynamicCache
 
 from kvcar.evaluate.scoring import Scorer, alike_together
-from kvcar.runtime.attach import attach
-from kvcar.runtime.cache import KVCarCache
+from kvcar.cache.attach import attach
+from kvcar.cache.cache import KVCarCache
 
 
 def texts(seed=0):

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import kvcar
 from kvcar.errors import InputError
 from kvcar.evaluate.stored import continuation_figures, measure_continuation, time_context
-from kvcar.runtime.cache import KVCarCache
+from kvcar.cache.cache import KVCarCache
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from bundles import by_hand
 from tiny import VOCABULARY, tiny_model
 
 from kvcar.evaluate.transient import prefill_transient
-from kvcar.shapes import Slot
+from kvcar.geometry import Slot
 
 
 def plan_and_config(**plan):

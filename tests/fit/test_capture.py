@@ -9,9 +9,9 @@ from kvcar.errors import FitError, InputError, UnsupportedModelError
 from kvcar.fit.capture import capture
 from kvcar.fit.fit import fit_bundle, fit_bundles
 from kvcar.fit.options import FitOptions
-from kvcar.fit.text import TextSource
+from kvcar.text import TextSource
 from kvcar.models.geometry import read_geometry
-from kvcar.planner.blocks import regular_blocks
+from kvcar.fit.blocks import regular_blocks
 
 SOURCE = TextSource("none", "none", "0" * 64)
 

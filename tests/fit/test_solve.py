@@ -5,7 +5,7 @@ import torch
 
 from kvcar.codecs import IdentityCodec, StaticQuantizer
 from kvcar.codecs.autoencoder import AutoencoderModule
-from kvcar.fit.autoencoder import train_autoencoder, warm_start
+from kvcar.paper.autoencoder import train_autoencoder, warm_start
 from kvcar.fit.moments import Moments
 from kvcar.fit.quantize import fit_quantizer
 from kvcar.fit.solve import groups_of, linear_codec, principal_basis
@@ -58,7 +58,7 @@ def test_quantiser_is_no_worse_than_the_best_for_a_normal(bits):
     z = torch.randn(20000, 3, generator=torch.Generator().manual_seed(1)) * torch.tensor([0.01, 1.0, 50.0]) + 3
     quantizer = fit_quantizer((BitGroup(bits=bits, count=3),), z)
     error = (quantizer.latents(quantizer.codes(z)) - z).square().mean(0) / z.var(0)
-    from kvcar.planner.bits import DISTORTION
+    from kvcar.fit.bits import DISTORTION
 
     assert (error < 1.1 * DISTORTION[bits]).all()
 

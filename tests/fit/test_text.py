@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcar.errors import InputError
-from kvcar.fit.text import EMBEDDED_NAME, read_text, split_text, token_windows
+from kvcar.text import EMBEDDED_NAME, read_text, split_text, token_windows
 
 
 class LetterTokenizer:

@@ -8,8 +8,8 @@ from structures import STRUCTURES, paged_past, rotary
 
 from kvcar.kernels.attend import ExactPast, naive, tiled
 from kvcar.kernels.attend.tiled import attend
-from kvcar.runtime.coder import PageCoder
-from kvcar.runtime.decoded import DecodedPast
+from kvcar.cache.coder import PageCoder
+from kvcar.cache.decoded import DecodedPast
 
 
 @pytest.fixture(scope="module", params=list(STRUCTURES), ids=str)

@@ -18,7 +18,7 @@ from kvcar.kernels.attend import ExactPast, Held, attend, cpu, naive
 from kvcar.kernels.attend.decode8 import decoder_in_8_bits, latent_bits
 from kvcar.kernels.native import build, find_compiler, native_library
 from kvcar.kernels.rotary import RotaryTable
-from kvcar.runtime.coder import PageCoder
+from kvcar.cache.coder import PageCoder
 
 NOT_SERVED = {"raw latents", "values exact", "one key head exact", "autoencoder", "lossless"}
 

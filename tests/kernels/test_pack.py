@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcar.codecs.quantizer import latent_bits
-from kvcar.kernels.layout import coded_segment
+from kvcar.layout import coded_segment
 from kvcar.kernels.native import find_compiler
 from kvcar.kernels.pack import cpu, naive, pack, torch_planes, unpack
 from kvcar.plan import BitGroup

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvcar.kernels.layout import aligned, coded_segment
+from kvcar.layout import aligned, coded_segment
 from kvcar.kernels.plane_table import highest_codes, segment_fields, spread, word_fields, word_slots
 from kvcar.plan import BitGroup
 

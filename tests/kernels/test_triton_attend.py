@@ -15,11 +15,11 @@ from triton_device import DEVICE, poison_empty
 from kvcar.errors import KernelError
 from kvcar.kernels.attend import ExactPast, PagedPast, Reader, naive, triton_pages, triton_scores, triton_values
 from kvcar.kernels.attend import triton as backend
-from kvcar.kernels.layout import coded_segment
+from kvcar.layout import coded_segment
 from kvcar.kernels.pack import pack
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.plan import BitGroup
-from kvcar.runtime.coder import PageCoder
+from kvcar.cache.coder import PageCoder
 
 REFUSED = {"autoencoder": "not affine"}
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}

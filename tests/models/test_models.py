@@ -14,7 +14,7 @@ from kvcar.models import demo
 from kvcar.models.fingerprint import fingerprint, mismatch
 from kvcar.models.geometry import read_geometry
 from kvcar.models.structure import find_decoder
-from kvcar.shapes import KVGeometry
+from kvcar.geometry import KVGeometry
 
 
 def test_geometries_of_published_models():

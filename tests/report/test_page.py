@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 from bundles import fitted
 from tiny import tiny_model
 
-from kvcar.planner.summary import bits_by_layer
+from kvcar.report.plan_table import bits_by_layer
 from kvcar.report.card import model_card
 from kvcar.report.page import GeneratedText, PageRow, render_page
 from kvcar.report.plots import Point, bits_per_layer, quality_against_size

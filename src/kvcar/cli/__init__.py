@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from ..errors import KVCarError
-from . import compare, demo, evaluate, fit, generate, inspect, pages, reproduce, save, similarity, size, train
+from . import compare, demo, evaluate, fit, generate, inspect, reproduce, save, similarity, size, train
 from .app import app
 from .console import errors
 
@@ -18,7 +18,6 @@ __all__ = [
     "generate",
     "inspect",
     "main",
-    "pages",
     "reproduce",
     "save",
     "similarity",

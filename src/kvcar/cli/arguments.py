@@ -36,21 +36,6 @@ Window = Annotated[
         help="Recent tokens kept exact, a multiple of the page size; 0 codes every past token. Default: the bundle's.",
     ),
 ]
-CudaGraphs = Annotated[
-    bool,
-    typer.Option(
-        "--cuda-graphs", help="Capture a decode step as a CUDA graph and replay it for every token; needs a GPU."
-    ),
-]
-AttendPages = Annotated[
-    str | None,
-    typer.Option(
-        "--attend-pages",
-        metavar="PAGES",
-        help="Decode and attend to this many pages a step, chosen by summaries, instead of all: faster, and approximate. "
-        "One number, or one for each layer with commas between.",
-    ),
-]
 Context = Annotated[int | None, typer.Option(help="Tokens of a window. Default: 2048, or what the model has.")]
 Windows = Annotated[int, typer.Option(help="Windows, spread evenly over the text.")]
 Json = Annotated[

@@ -13,13 +13,13 @@ from ..errors import InputError
 from ..evaluate.contenders import SIDE_BY_SIDE, Contender, bundle_contender, compare, groups, noise_floor
 from ..evaluate.fidelity import Fidelity, fidelity_figures
 from ..evaluate.quantized_caches import QUANTIZED, quantized_contenders
-from ..fit.text import TextSource, token_windows
+from ..text import TextSource, token_windows
 from ..models.geometry import read_geometry
 from ..models.load import load_model
 from ..progress import counter
 from ..record import Record, write_text
 from ..report.plots import Point, frontier
-from ..runtime.attach import attach
+from ..cache.attach import attach
 from .app import app
 from .arguments import Context, Device, Dtype, Json, Model, Text, Window, Windows
 from .console import check_writable, errors, out, progress_bars

@@ -18,17 +18,17 @@ from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
 from ..evaluate.full_cache import bfloat16_bytes
 from ..fit.fit import fit_bundles
 from ..fit.options import FitOptions
-from ..fit.text import TextSource, token_windows
+from ..text import TextSource, token_windows
 from ..models.demo import ALIAS
 from ..models.load import LoadedModel, load_model
-from ..planner.summary import bits_by_layer
+from ..report.plan_table import bits_by_layer
 from ..progress import OnProgress, counter
 from ..record import Record, provenance, write_text
 from ..report.card import model_card
 from ..report.page import GeneratedText, PageRow, render_page
 from ..report.plots import Point, bits_per_layer, quality_against_size
-from ..runtime.attach import attach
-from ..runtime.cache import KVCarCache
+from ..cache.attach import attach
+from ..cache.cache import KVCarCache
 from .app import app
 from .console import out, progress_bars
 from .figures import fidelity_table

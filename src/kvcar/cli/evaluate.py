@@ -7,18 +7,15 @@ from typing import Annotated
 import typer
 
 from ..bundle import Bundle
-from ..errors import InputError
-from ..evaluate.attended import FOLLOWING_TOKENS, attended_figures, measure_attended
 from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
-from ..fit.text import token_windows
+from ..text import token_windows
 from ..models.load import load_model
 from ..progress import counter
 from ..record import Record
-from ..runtime.attach import attach
-from ..runtime.cache import KVCarCache
+from ..cache.attach import attach
+from ..cache.cache import KVCarCache
 from .app import app
-from .arguments import AttendPages, BundlePath, Context, Device, Dtype, Json, Model, Text, Window, Windows
-from .attended import attended_table, page_counts
+from .arguments import BundlePath, Context, Device, Dtype, Json, Model, Text, Window, Windows
 from .console import check_writable, errors, out, progress_bars
 from .figures import fidelity_table
 from .texts import evaluation_context, evaluation_text
@@ -45,10 +42,6 @@ def evaluate(
     context: Context = None,
     windows: Windows = 2,
     window: Window = None,
-    attend_pages: AttendPages = None,
-    following: Annotated[
-        int, typer.Option(min=1, help="Tokens at the end of a window to step one by one, with --attend-pages.")
-    ] = FOLLOWING_TOKENS,
     json: Json = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -58,12 +51,7 @@ def evaluate(
     check_writable(json)
     source = evaluation_text(text)
     context = evaluation_context(context, loaded_bundle.plan.geometry.max_positions)
-    counts = page_counts(attend_pages)
-    KVCarCache(
-        loaded_bundle, window, attend_pages=counts
-    )  # what is wrong with these is told before the model is loaded
-    if counts is not None and context < following + 2:
-        raise InputError(f"a context of {context} tokens is too short to step its last {following}; give --following")
+    KVCarCache(loaded_bundle, window)  # what is wrong with these is told before the model is loaded
     fitted_on_this = source.sha256 == loaded_bundle.fit.text_sha256
     if fitted_on_this:
         errors.print("[yellow]note:[/] the bundle was fitted on this very text, so the figures flatter it")
@@ -76,19 +64,12 @@ def evaluate(
             "fit": loaded_bundle.fit.model_dump(mode="json"),
         }  # fmt: skip
         with attach(loaded.model, loaded_bundle, window):
-            if counts is not None:
-                found = measure_attended(
-                    loaded.model, loaded_bundle, ids, [counts], following, window, on_progress=tell
-                )
-                out.print(attended_table(found))
-                record = Record("attend-pages", attended_figures(found[counts]), config)
-            else:
-                on_chunk = counter(tell, "evaluate", ids.numel())
-                caches = {bundle.name: lambda: KVCarCache(loaded_bundle, window, keep_decoded=True)}
-                result = measure_fidelity(loaded.model, ids, caches, on_chunk)[bundle.name]
-                out.print(fidelity_table({bundle.name or str(bundle): result}))
-                _tell_worst(result)
-                record = Record("fidelity", fidelity_figures(result), config)
+            on_chunk = counter(tell, "evaluate", ids.numel())
+            caches = {bundle.name: lambda: KVCarCache(loaded_bundle, window, keep_decoded=True)}
+            result = measure_fidelity(loaded.model, ids, caches, on_chunk)[bundle.name]
+            out.print(fidelity_table({bundle.name or str(bundle): result}))
+            _tell_worst(result)
+            record = Record("fidelity", fidelity_figures(result), config)
     if json is not None:
         record.write(json)
 

@@ -16,20 +16,20 @@ from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
 from ..evaluate.size import compressed_size
 from ..fit.fit import fit_bundle
 from ..fit.options import FitOptions
-from ..fit.text import TextSource, interleaved, joined, token_windows
+from ..text import TextSource, interleaved, joined, token_windows
 from ..models.load import LoadedModel, load_model
-from ..processes import state
-from ..profiles.fit import ProfileFit, fit_profile
-from ..profiles.options import DEFAULT_PROFILE, PROFILES, ProfileOptions
+from ..fit.processes import state
+from ..fit.profile_fit import ProfileFit, fit_profile
+from ..fit.profiles import DEFAULT_PROFILE, PROFILES, ProfileOptions
 from ..progress import OnProgress, counter
 from ..record import Record
 from ..report.card import model_card
-from ..runtime.attach import attach
-from ..runtime.cache import KVCarCache
-from ..train.effect import latents_by_effect
+from ..cache.attach import attach
+from ..cache.cache import KVCarCache
+from ..paper.effect import latents_by_effect
 from .app import app
 from .arguments import Device, Dtype, Json, Model, Texts
-from .console import check_writable, out, progress_bars, step_teller
+from .console import check_writable, out, progress_bars
 from .figures import fidelity_table
 from .texts import fit_texts, windows_of_all
 
@@ -42,7 +42,7 @@ _EFFECT_WINDOWS, _EFFECT_CONTEXT = 2, 256
 _EXAMPLES = """Fit a compressed cache for MODEL and write it to a folder.
 
 Blocks of layers and bits of latents are found by what errors do to the model's output, within the limits of a profile: fast
-(narrow blocks), balanced (the default) or small (many layers to a block); then decoders are tuned. Options that fix the
+(narrow blocks), balanced (the default) or small (many layers to a block). Options that fix the
 structure (--codec, --bits, --layers-per-block and so on) fit just that instead.
 
 [bold]Examples[/]
@@ -79,9 +79,6 @@ def fit(
     ] = None,
     effect_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens on which the effect of errors is measured. Default: 8192.")
-    ] = None,
-    tune_steps: Annotated[
-        int | None, typer.Option(min=0, help="Steps of tuning decoders on KL divergence; 0 keeps the closed form.")
     ] = None,
     codec: Annotated[
         str | None, typer.Option(help="linear, autoencoder or identity, with a structure of your own.")
@@ -140,7 +137,7 @@ def fit(
     }  # fmt: skip
     structure = {name: value for name, value in structure.items() if value is not None}
     searched: dict[str, Any] = {
-        "profile": profile, "max_kl": max_kl, "effect_tokens": effect_tokens, "tune_steps": tune_steps
+        "profile": profile, "max_kl": max_kl, "effect_tokens": effect_tokens
     }  # fmt: skip
     searched = {name: value for name, value in searched.items() if value is not None}
     common = {"times_smaller": times_smaller, "window": window, "seed": seed}
@@ -163,7 +160,7 @@ def fit(
         windows, source = fit_windows(loaded, sources, tokens, most), joined(sources)
         found = None
         if isinstance(options, ProfileOptions):
-            found = fit_profile(loaded.model, model, windows, source, options, tell, step_teller())
+            found = fit_profile(loaded.model, model, windows, source, options, tell)
             bundle = found.bundle
         else:
             short = windows[:_EFFECT_WINDOWS, :_EFFECT_CONTEXT]
@@ -186,7 +183,7 @@ def fit(
         }
         if found is not None:
             figures |= {
-                "held_back_kl": found.held_kl, "tuned_kl": found.tuned_kl, "tuning": list(found.history),
+                "held_back_kl": found.held_kl,
                 "curve": [[point.times_smaller, point.predicted_kl] for point in found.curve],
             }  # fmt: skip
         Record("fit", figures, config={"model": model, **options.as_dict()}).write(json)
@@ -200,13 +197,11 @@ def _tell_curve(found: ProfileFit) -> None:
     """What other sizes would cost."""
     if found.curve:
         points = ", ".join(f"{p.times_smaller:g}x: {p.predicted_kl:.4f}" for p in found.curve)
-        out.print(f"expected KL divergence by size, before tuning: {points}")
+        out.print(f"expected KL divergence by size: {points}")
     else:
         out.print(
             f"saved with 'kvcar save', contexts take about {found.times_smaller:g} times less than the full cache"
         )
-    if found.history:
-        out.print(f"tuning took it from {found.held_kl:.5f} to {found.tuned_kl:.5f} on held-back windows (two passes)")
 
 
 def fit_windows(

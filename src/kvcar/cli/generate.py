@@ -14,12 +14,11 @@ from ..bundle import Bundle
 from ..errors import InputError
 from ..models.load import LoadedModel, load_model
 from ..record import Record
-from ..runtime.attach import attach
-from ..runtime.cache import KVCarCache
-from ..runtime.context import read_context
+from ..cache.attach import attach
+from ..cache.cache import KVCarCache
+from ..context.context import read_context
 from .app import app
-from .arguments import AttendPages, BundlePath, CudaGraphs, Device, Dtype, Json, Model, Window
-from .attended import page_counts
+from .arguments import BundlePath, Device, Dtype, Json, Model, Window
 from .console import check_writable, errors, progress_bars
 
 _EXAMPLES = """Continue a prompt with MODEL over a compressed cache, printing as it goes.
@@ -54,8 +53,6 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     window: Window = None,
-    attend_pages: AttendPages = None,
-    cuda_graphs: CudaGraphs = False,
     json: Json = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -67,17 +64,16 @@ def generate(
     padding, held_before = (0, 0) if context is None else _context_tokens(context)
     loaded_bundle = Bundle.load(bundle)
     check_writable(json)
-    counts = page_counts(attend_pages)
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
     inputs = _encode(loaded, given, chat, padding, held_before)
     tokens = inputs["input_ids"].shape[1]
     _check_length(held_before + tokens, max_new_tokens, loaded_bundle.plan.geometry.max_positions)
     torch.manual_seed(seed)
-    with attach(loaded.model, loaded_bundle, window, attend_pages=counts, cuda_graphs=cuda_graphs) as attachment:
+    with attach(loaded.model, loaded_bundle, window) as attachment:
         cache = attachment.new_cache()
         if context is not None:
-            cache = KVCarCache.load(context, loaded.model, window=window, attend_pages=counts)
+            cache = KVCarCache.load(context, loaded.model, window=window)
         sampling: dict[str, Any] = (
             {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         )
@@ -103,7 +99,7 @@ def generate(
             "cache_tokens": held, "stored_bytes": stored, "full_bytes": full, "times_smaller": full / stored,
         }  # fmt: skip
         config = {
-            "model": model, "bundle": bundle.name, "prompt": given, "seed": seed, "attend_pages": counts
+            "model": model, "bundle": bundle.name, "prompt": given, "seed": seed
         }  # fmt: skip
         Record("generation", figures, config).write(json)
 

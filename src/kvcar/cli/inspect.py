@@ -12,7 +12,7 @@ from rich.table import Table
 from ..bundle import Bundle
 from ..errors import InputError
 from ..evaluate.size import compressed_size
-from ..planner.summary import bits_by_layer, summarise_blocks
+from ..report.plan_table import bits_by_layer, summarise_blocks
 from ..record import Record, write_text
 from ..report.plots import bits_per_layer
 from .app import app

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..bundle import Bundle, check_target
 from ..errors import InputError
-from ..fit.requantize import requantize
+from ..paper.requantize import requantize
 from ..models.load import load_model
 from ..plan import Scales
 from ..record import Record
@@ -41,8 +41,8 @@ def reproduce(
     tasks: Annotated[bool, typer.Option(help="Run the zero-shot tasks, which take longest.")] = True,
 ) -> None:
     """Run a reproduction; the examples in the help text say the rest."""
-    from ..reproduce.config import read_config
-    from ..reproduce.run import Reproducer
+    from ..paper.config import read_config
+    from ..paper.reproduce import Reproducer
 
     given = read_config(config)
     with progress_bars() as tell:

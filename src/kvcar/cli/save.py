@@ -10,14 +10,14 @@ import typer
 from torch import Tensor
 
 from ..bundle import Bundle
-from ..entropy.library import check_store
+from ..context.library import check_store
 from ..errors import InputError
-from ..fit.text import read_text
+from ..text import read_text
 from ..models.load import LoadedModel, load_model
 from ..record import Record
-from ..runtime.attach import attach
-from ..runtime.cache import KVCarCache
-from ..runtime.prefill import PREFILL_CHUNK_TOKENS, prefill
+from ..cache.attach import attach
+from ..cache.cache import KVCarCache
+from ..cache.prefill import PREFILL_CHUNK_TOKENS, prefill
 from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Window
 from .console import check_writable, errors, progress_bars

@@ -14,14 +14,14 @@ from ..errors import InputError
 from ..evaluate.size import compressed_size
 from ..fit.fit import fit_bundle
 from ..fit.options import FitOptions
-from ..fit.similarity import Similarity, measure_similarity
+from ..paper.similarity import Similarity, measure_similarity
 from ..models.load import load_model
-from ..planner.reuse import MEASURES, Candidate, choose_reuses
+from ..paper.reuse import MEASURES, Candidate, choose_reuses
 from ..record import Record, write_text
 from ..report.card import model_card
 from ..report.plots import head_distances
-from ..shapes import KINDS
-from ..train.harm import measure_harm
+from ..geometry import KINDS
+from ..paper.harm import measure_harm
 from .app import app
 from .arguments import Device, Dtype, Json, Model, Text
 from .console import check_writable, out, progress_bars

@@ -15,8 +15,7 @@ from ..models.geometry import read_geometry
 from ..models.load import load_config
 from ..record import Record
 from .app import app
-from .arguments import AttendPages, Json, Model
-from .attended import page_counts
+from .arguments import Json, Model
 from .console import check_writable, out, progress_bars
 
 _EXAMPLES = """Say how much fits into memory with MODEL's own cache and with a compressed one. Reads no weights.
@@ -38,11 +37,10 @@ def size(
     memory: Annotated[str, typer.Option(help="Memory for the cache alone, weights left out.")] = "24GiB",
     batch: Annotated[int, typer.Option(min=1, help="Sequences, for the longest length.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the largest batch.")] = 4096,
-    attend_pages: AttendPages = None,
     json: Json = None,
 ) -> None:
     """Compute sizes; the examples in the help text say the rest."""
-    budget, counts = parse_bytes(memory), page_counts(attend_pages)
+    budget = parse_bytes(memory)
     check_writable(json)
     loaded = Bundle.load(bundle) if bundle is not None else None
     with progress_bars() as tell:
@@ -55,7 +53,7 @@ def size(
             raise ModelMismatchError(
                 f"this bundle was fitted for {loaded.model.name}, whose cache has another shape than {model}'s"
             )
-        sizes[str(bundle)] = compressed_size(loaded.plan, model_bytes=2, summaries=counts is not None)
+        sizes[str(bundle)] = compressed_size(loaded.plan, model_bytes=2)
     fits = {name: what_fits(of, budget, batch, tokens, geometry.max_positions) for name, of in sizes.items()}
     out.print(_table(sizes, fits, memory, batch, tokens))
     if json is not None:
@@ -67,7 +65,7 @@ def size(
             for name, of, fit in zip(("full", "compressed"), sizes.values(), fits.values(), strict=False)
         }  # fmt: skip
         config = {
-            "model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens, "attend_pages": counts
+            "model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens
         }  # fmt: skip
         Record("size", figures, config).write(json)
 

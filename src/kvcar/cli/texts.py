@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import InputError
-from ..fit.text import TextSource, interleaved, read_text, split_text, token_windows
+from ..text import TextSource, interleaved, read_text, split_text, token_windows
 
 HELD_OUT_FRACTION = 0.1
 _CONTEXT = 2048

@@ -12,14 +12,14 @@ from torch import Tensor
 from ..bundle import Bundle, check_target
 from ..errors import InputError
 from ..evaluate.fidelity import fidelity_figures
-from ..fit.text import TextSource
+from ..text import TextSource
 from ..models.load import LoadedModel, load_model
-from ..processes import state as processes
+from ..fit.processes import state as processes
 from ..record import Record
 from ..report.card import model_card
-from ..train.algorithm import TrainResult, train_bundle
-from ..train.finetune import finetune_weights
-from ..train.options import TrainOptions
+from ..paper.algorithm import TrainResult, train_bundle
+from ..paper.finetune import finetune_weights
+from ..paper.options import TrainOptions
 from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Text
 from .console import check_writable, out, progress_bars, step_teller

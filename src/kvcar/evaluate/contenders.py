@@ -12,8 +12,8 @@ from transformers import Cache, PreTrainedModel
 from ..bundle import Bundle
 from ..fit.fit import fit_bundle
 from ..fit.options import FitOptions
-from ..fit.text import TextSource
-from ..runtime.cache import KVCarCache
+from ..text import TextSource
+from ..cache.cache import KVCarCache
 from .fidelity import Fidelity, measure_fidelity
 
 # Each cache of transformers holds every token in the model's dtype while it is stepped, so memory sets the limit.

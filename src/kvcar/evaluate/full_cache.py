@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..shapes import BFLOAT16_BYTES
+from ..geometry import BFLOAT16_BYTES
 
 # Where layers of transformers keep tokens; masks and sizes that they also keep as tensors are no part of the cache.
 _HELD = ("keys", "values", "_quantized_keys", "_quantized_values")

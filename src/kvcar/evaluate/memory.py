@@ -21,9 +21,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import InputError
 from ..models.load import load_model
-from ..runtime.attach import attach
-from ..runtime.cache import KVCarCache
-from ..runtime.prefill import PREFILL_CHUNK_TOKENS
+from ..cache.attach import attach
+from ..cache.cache import KVCarCache
+from ..cache.prefill import PREFILL_CHUNK_TOKENS
 from .full_cache import Bfloat16Cache, bfloat16_bytes, held_elements, hold_in_bfloat16
 
 _WARM_UP_TOKENS = 700

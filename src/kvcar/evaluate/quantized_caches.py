@@ -21,7 +21,7 @@ from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_
 
 from ..errors import InputError
 from ..registry import Registry
-from ..shapes import KVGeometry
+from ..geometry import KVGeometry
 from .contenders import Contender
 
 RESIDUAL_TOKENS = 128

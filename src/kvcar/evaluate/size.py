@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import InputError
-from ..kernels.allocation import stored_bytes
+from ..sizes import stored_bytes
 from ..plan import Plan
-from ..shapes import KVGeometry
+from ..geometry import KVGeometry
 
 SizeOf = Callable[[int, int], int]
 """(tokens, batch) -> bytes of a cache."""
@@ -21,12 +21,10 @@ def full_size(geometry: KVGeometry) -> SizeOf:
     return lambda tokens, batch: geometry.full_bytes(tokens) * batch
 
 
-def compressed_size(plan: Plan, model_bytes: int, summaries: bool = False) -> SizeOf:
+def compressed_size(plan: Plan, model_bytes: int) -> SizeOf:
     """Bytes of a compressed cache, everything counted, for a model that computes in ``model_bytes`` per element.
-
-    ``summaries``: with those of a cache that chooses the pages it attends to.
     """
-    return lambda tokens, batch: stored_bytes(plan, tokens, model_bytes, batch, summaries)
+    return lambda tokens, batch: stored_bytes(plan, tokens, model_bytes, batch)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import InputError
-from ..runtime.cache import KVCarCache
-from ..runtime.prefill import PREFILL_CHUNK_TOKENS, prefill
+from ..cache.cache import KVCarCache
+from ..cache.prefill import PREFILL_CHUNK_TOKENS, prefill
 from .fidelity import CHUNK_TOKENS, TokenScores, step_logits
 from .full_cache import bfloat16_bytes
 from .statistics import Estimate, estimate_figures, mean_of, ratio_of

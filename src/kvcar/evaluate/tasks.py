@@ -16,8 +16,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..bundle import Bundle
 from ..errors import InputError
-from ..runtime.attach import attach
-from ..runtime.cache import KVCarCache
+from ..cache.attach import attach
+from ..cache.cache import KVCarCache
 from .scoring import Scorer, alike_together
 
 try:

@@ -12,11 +12,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..kernels.attend.tiled import tile_tokens
-from ..kernels.layout import page_layout
+from ..layout import page_layout
 from ..plan import Plan
-from ..runtime.encode import ENCODED_PAGES_AT_ONCE
-from ..runtime.prefill import PREFILL_CHUNK_TOKENS
-from ..shapes import BFLOAT16_BYTES, KINDS, Slot
+from ..cache.encode import ENCODED_PAGES_AT_ONCE
+from ..cache.prefill import PREFILL_CHUNK_TOKENS
+from ..geometry import BFLOAT16_BYTES, KINDS, Slot
 
 _FLOAT32_BYTES = 4
 # Scores are masked and become weights in place.

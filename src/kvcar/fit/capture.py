@@ -18,7 +18,7 @@ from ..errors import FitError
 from ..kernels.rotary import RotaryTable
 from ..models.rotary_probe import RotaryProbe
 from ..models.structure import find_decoder
-from ..shapes import KVGeometry, Slot
+from ..geometry import KVGeometry, Slot
 
 OnBlock = Callable[[int, Tensor], None]
 """(block index, vectors float32 ``[tokens, W]``) -> None, called once per block and window."""

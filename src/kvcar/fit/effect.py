@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from ..models.attention_hook import AttentionHook
 from ..models.frozen import frozen
-from ..processes import own_share, total
+from .processes import own_share, total
 from ..progress import OnProgress, counter, silent
-from ..shapes import Kind, KVGeometry
+from ..geometry import Kind, KVGeometry
 
 DAMPING = 0.3
 

@@ -13,18 +13,18 @@ from transformers import PreTrainedModel
 from ..bundle import Bundle, CodedBlock, FitProvenance, identify
 from ..errors import FitError, InputError
 from ..models.geometry import read_geometry
-from ..plan import BitGroup, Block, Plan, step_tokens
-from ..planner.blocks import regular_blocks, without
-from ..planner.budget import bits_for
+from ..plan import BitGroup, Block, CacheConfig, Plan
+from .blocks import regular_blocks, without
+from .budget import bits_for
 from ..progress import OnProgress, counter, silent
-from ..shapes import Kind, KVGeometry, Slot
+from ..geometry import Kind, KVGeometry, Slot
 from ..version import __version__
 from .capture import capture
 from .effect import EffectProbe, damped, effect_metrics
 from .moments import Moments
 from .options import DEFAULT_TIMES_SMALLER, FitOptions
 from .solvers import SOLVERS, Budget
-from .text import TextSource
+from ..text import TextSource
 
 Allocate = Callable[[Plan, Sequence[Moments], tuple[int, ...]], tuple[int, ...]]
 """(plan whose blocks are to be coded, their moments, an even share of latents for each) -> latents of each."""
@@ -172,7 +172,7 @@ def _attach_metrics(
     count = max(1, round(first.effect_tokens / windows.shape[1]))
     spread = windows[:: max(1, len(windows) // count)][:count]
     probe = EffectProbe(
-        model, geometry, first.sinks, step_tokens(first.page_tokens, first.window), first.window, first.seed
+        model, geometry, first.sinks, CacheConfig(first.window, first.sinks, first.page_tokens).step_tokens, first.window, first.seed
     )
     metrics = effect_metrics(probe, spread, on_progress)
     dim = geometry.head_dim
@@ -202,9 +202,7 @@ def _solve(
         geometry=geometry,
         blocks=tuple(Block(codec=options.codec, slots=block) for block in blocks),
         reuses=options.reuses,
-        sinks=options.sinks,
-        window=options.window,
-        page_tokens=options.page_tokens,
+        cache=CacheConfig(options.window, options.sinks, options.page_tokens),
         # Lossless bundles keep the model's own dtype: they are the noise floor of every measurement.
         exact_dtype="model" if lossless else "bfloat16",
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ..codecs import CODECS
 from ..errors import InputError
-from ..plan import PACKED_BITS, RAW_BITS, Reuse, Scales
+from ..plan import PACKED_BITS, RAW_BITS, CacheConfig, Reuse, Scales
 
 DEFAULT_TIMES_SMALLER = 5.0
 
@@ -67,7 +67,7 @@ class FitOptions:
         self._check_latents()
         if self.latent_bits not in (*PACKED_BITS, RAW_BITS):
             raise InputError(f"latent bits must be 1 to 8, or 16, got {self.latent_bits}")
-        check_pages(self.page_tokens, self.window, self.sinks)
+        CacheConfig(self.window, self.sinks, self.page_tokens)
         if self.scales not in ("static", "dynamic"):
             raise InputError(f"scales must be static or dynamic, got {self.scales!r}")
         if self.metric not in ("std", "effect"):
@@ -101,13 +101,3 @@ class FitOptions:
         plain = asdict(self) | {"reuses": len(self.reuses)}
         plain["layers"] = None if self.layers is None else " ".join(map(str, self.layers))
         return plain
-
-
-def check_pages(page_tokens: int, window: int, sinks: int) -> None:
-    """Raise InputError where pages, window and sinks do not fit each other."""
-    if page_tokens < 32 or page_tokens % 32:
-        raise InputError(f"a page must hold a multiple of 32 tokens, got {page_tokens}")
-    if window < 0 or window % page_tokens:
-        raise InputError(f"window must be 0 or a multiple of the page size, {page_tokens}; got {window}")
-    if not 0 <= sinks <= min(page_tokens, 64):
-        raise InputError(f"sinks must be 0 to {min(page_tokens, 64)}, got {sinks}")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..processes import from_first, joined_rows, total
-from ..shapes import Side
+from .processes import from_first, joined_rows, total
+from ..geometry import Side
 
 
 class SideMoments:

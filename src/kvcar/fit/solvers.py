@@ -10,10 +10,10 @@ import torch
 from ..codecs import Codec, DynamicQuantizer, IdentityCodec, Quantizer
 from ..errors import FitError
 from ..plan import BitGroup, Block
-from ..planner.bits import allocate_bits, share_latents
+from .bits import allocate_bits, share_latents
 from ..registry import Registry
-from ..shapes import Slot
-from .autoencoder import train_autoencoder
+from ..geometry import Slot
+from ..paper.autoencoder import train_autoencoder
 from .moments import Moments
 from .options import FitOptions
 from .quantize import fit_quantizer

@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .layout import SegmentLayout
+from ..layout import SegmentLayout
 
 WIDTHS = (1, 2, 4, 8, 16)
 _ELEMENT = WIDTHS.index(16)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .allocation import FINE_POSITIONS, rotary_table_entries
+from ..sizes import FINE_POSITIONS, rotary_table_entries
 
 RotaryStyle = Literal["half", "interleaved"]
 

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import InputError
 from ..kernels.rotary import RotaryTable
-from ..shapes import KVGeometry
+from ..geometry import KVGeometry
 from .rotary_probe import RotaryProbe
 from .structure import find_decoder
 

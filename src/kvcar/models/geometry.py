@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..errors import UnsupportedModelError
-from ..shapes import KVGeometry
+from ..geometry import KVGeometry
 
 # Their angles change with the length of the sequence, so stored keys could not be rotated back.
 _UNSTABLE_ROPE = ("dynamic", "longrope")

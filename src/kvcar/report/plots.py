@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..planner.reuse import Candidate
-from ..planner.summary import LayerBits
+from ..paper.reuse import Candidate
+from .plan_table import LayerBits
 
 _KEY_COLOUR, _VALUE_COLOUR = "#2f6f9f", "#d08a2e"
 _MARKERS = "os^DvP*X<>"

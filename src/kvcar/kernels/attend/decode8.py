@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import SegmentLayout
+from ...layout import SegmentLayout
 
 FEWEST_FLOAT_BITS = 8
 _LARGEST_SUM = 2**15 - 1

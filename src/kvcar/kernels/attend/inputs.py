@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import SegmentLayout
+from ...layout import SegmentLayout
 from ..pack import unpack
 from ..rotary import RotaryTable
 

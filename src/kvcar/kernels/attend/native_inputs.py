@@ -11,7 +11,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..layout import SegmentLayout
+from ...layout import SegmentLayout
 from ..native import native_library
 from ..native.structs import NativePlane
 from ..rotary import RotaryTable

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..layout import SegmentLayout
+from ...layout import SegmentLayout
 from ..plane_table import (
     PlaneTable,
     block_latents,

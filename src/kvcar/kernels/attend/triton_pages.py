@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..allocation import rotary_table_entries
-from ..layout import SEGMENT_ALIGNMENT_BYTES
+from ...sizes import rotary_table_entries
+from ...layout import SEGMENT_ALIGNMENT_BYTES
 from ..rotary import RotaryTable
 from .inputs import PagedPast
 

@@ -8,7 +8,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..allocation import FINE_POSITIONS
+from ...sizes import FINE_POSITIONS
 from ..rotary import RotaryTable
 from ..triton_words import HALF_SCALE
 from .inputs import PagedPast

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..layout import SegmentLayout
+from ...layout import SegmentLayout
 
 
 class AffineEncoder(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Self
 
-from ..layout import Plane
+from ...layout import Plane
 
 
 class NativePlane(ctypes.Structure):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..layout import Plane, SegmentLayout
+from ...layout import Plane, SegmentLayout
 from ..native import native_library
 from ..native.structs import NativePlane
 from .torch_planes import raw_bytes, raw_values

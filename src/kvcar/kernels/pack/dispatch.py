@@ -7,7 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from ..backend import backend_for
-from ..layout import SegmentLayout
+from ...layout import SegmentLayout
 from . import cpu, torch_planes
 
 

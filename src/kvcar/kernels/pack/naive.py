@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import SegmentLayout
+from ...layout import SegmentLayout
 
 
 def pack(u: Tensor, layout: SegmentLayout) -> Tensor:

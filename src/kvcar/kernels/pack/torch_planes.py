@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import Plane, SegmentLayout
+from ...layout import Plane, SegmentLayout
 
 
 def pack(u: Tensor, layout: SegmentLayout) -> Tensor:

@@ -1,0 +1,182 @@
+"""A bundle made ready for one device and dtype: encodes tokens into pages and tells attention how to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from ..bundle import Bundle, CodedBlock
+from ..codecs import Codec
+from ..kernels.attend import Reader
+from ..kernels.encode import AffineEncoder, Writer, encode_pages
+from ..layout import PageUnit, page_layout
+from ..kernels.pack import pack, unpack
+from ..geometry import Kind, Slot
+from .contents import UnitContents
+
+Restore = Callable[[Tensor], Tensor]
+Fetch = Callable[[Slot, bool], Tensor]
+"""(slot, before RoPE) -> that slot's vectors of the tokens to encode, ``[B, N, D]``."""
+
+
+def exact_dtype(bundle: Bundle, model_dtype: torch.dtype) -> torch.dtype:
+    """Dtype of what the plan keeps exactly."""
+    named = {"model": model_dtype, "bfloat16": torch.bfloat16, "float16": torch.float16}[bundle.plan.exact_dtype]
+    # A 16-bit model's own dtype loses nothing and costs the same.
+    return model_dtype if model_dtype.itemsize == named.itemsize else named
+
+
+@dataclass(frozen=True)
+class UnitCoder:
+    """One unit of a page with its codec on the right device; codec None means lossless."""
+
+    unit: PageUnit
+    coded: CodedBlock
+    exact_dtype: torch.dtype
+
+    def stored(self, fetch: Fetch) -> Tensor:
+        """Stored values ``[B, N, R]``: float32, or the exact dtype when lossless."""
+        x = self._vectors(fetch)
+        if self.coded.codec is None or self.coded.quantizer is None:
+            return x.to(self.exact_dtype)
+        return self.coded.quantizer.codes(self.coded.codec.encode(x.float()))
+
+    def pack(self, stored: Tensor) -> Tensor:
+        """Bytes uint8 ``[B, pages, size]`` of stored values ``[B, pages, page_tokens, R]``."""
+        if self.unit.segment.lossless:
+            return stored.to(self.exact_dtype).contiguous().view(torch.uint8).flatten(2)
+        return pack(stored, self.unit.segment)
+
+    def packed(self, fetch: Fetch) -> Tensor:
+        """Bytes uint8 ``[B, pages, size]`` of tokens that fill whole pages: ``stored`` and ``pack`` as one operation."""
+        return encode_pages(self._vectors(fetch), self.writer)
+
+    @cached_property
+    def writer(self) -> Writer:
+        """How vectors of this unit become its segment, for ``kernels.encode``."""
+        codec, quantizer, segment = self.coded.codec, self.coded.quantizer, self.unit.segment
+        if codec is None or quantizer is None:
+            return Writer(segment, None, None, None, self.exact_dtype)
+        encoder, steps = codec.affine_encoder(), quantizer.steps()
+        affine = AffineEncoder(*encoder, *steps) if encoder and steps else None
+        return Writer(segment, codec.encode, quantizer.codes, affine, self.exact_dtype)
+
+    def contents(self, pages: Tensor) -> UnitContents:
+        """Stored values, unpacked but in no wider dtype, of ``pages`` uint8 ``[B, pages, page_bytes]``."""
+        segment, batch = self.unit.segment, pages.shape[0]
+        data = pages[..., segment.offset : segment.end]
+        if segment.lossless:
+            values = data.contiguous().view(self.exact_dtype).reshape(batch, -1, segment.latents)
+            return UnitContents(values, torch.empty(*values.shape[:2], 0, dtype=torch.uint8, device=pages.device))
+        values = unpack(data, segment).reshape(batch, -1, segment.latents)
+        return UnitContents(values[..., : segment.raw].to(torch.float16), values[..., segment.raw :].to(torch.uint8))
+
+    def stored_of(self, contents: UnitContents) -> Tensor:
+        """Stored values ``[B, N, R]`` that ``pack`` takes, of what ``contents`` gave."""
+        if self.unit.segment.lossless:
+            return contents.raw
+        return torch.cat([contents.raw.float(), contents.codes.float()], dim=-1)
+
+    def reader(self, slots: tuple[Slot, ...], heads: tuple[int, ...], head_dim: int) -> Reader:
+        """Reader that gives ``heads`` of a layer from ``slots`` of this unit."""
+        places = [self.unit.slots.index(slot) for slot in slots]
+        columns = torch.cat([torch.arange(p * head_dim, (p + 1) * head_dim) for p in places])
+        restore, affine, decode = None, None, partial(_select, columns=_as_slice(columns))
+        if self.coded.codec is not None:
+            restore, affine = self._affine_of(_as_slice(columns))
+            decode = partial(_affine, affine) if affine else partial(_decode, self.coded.codec, _as_slice(columns))
+        lossless = self.coded.codec is None
+        return Reader(self.unit.segment, heads, restore, decode, affine, lossless, self.exact_dtype)
+
+    def _vectors(self, fetch: Fetch) -> Tensor:
+        """The unit's slots side by side ``[B, N, W]``, keys before RoPE unless they are stored exactly."""
+        lossless = self.coded.codec is None
+        return torch.cat([fetch(slot, not lossless) for slot in self.unit.slots], dim=-1)
+
+    @cached_property
+    def _restore_and_affine(self) -> tuple[Restore | None, tuple[Tensor, Tensor] | None]:
+        """What turns stored values into decodable ones, and the decoder after it where it is affine.
+
+        A static quantiser folds into an affine decoder, so that nothing is left to restore.
+        """
+        assert self.coded.codec is not None
+        assert self.coded.quantizer is not None
+        affine = self.coded.codec.affine_decoder()
+        folded = self.coded.quantizer.folded(*affine) if affine else None
+        return (None, folded) if folded else (self.coded.quantizer.latents, affine)
+
+    def _affine_of(self, columns: slice | Tensor) -> tuple[Restore | None, tuple[Tensor, Tensor] | None]:
+        restore, affine = self._restore_and_affine
+        return restore, None if affine is None else (affine[0][:, columns], affine[1][columns])
+
+
+class PageCoder:
+    """All units of a bundle's pages.
+
+    Args:
+        bundle: what to run.
+        device: where pages live.
+        dtype: what the model computes in.
+    """
+
+    def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype) -> None:
+        self.plan = bundle.plan
+        self.device = device
+        self.dtype = exact_dtype(bundle, dtype)
+        self.layout = page_layout(self.plan, self.dtype.itemsize)
+        self.units = tuple(self._unit(bundle, unit, device) for unit in self.layout.units)
+        self._readers = {
+            (layer, kind): self._layer_readers(layer, kind)
+            for layer in self.plan.coded_layers
+            for kind in ("key", "value")
+        }
+
+    def readers(self, layer: int, kind: Kind) -> tuple[Reader, ...]:
+        """Readers that together give every KV head of a coded layer once."""
+        return self._readers[layer, kind]
+
+    def _unit(self, bundle: Bundle, unit: PageUnit, device: torch.device) -> UnitCoder:
+        if unit.block is None:
+            return UnitCoder(unit, CodedBlock(None, None), self.dtype)
+        block = self.plan.blocks[unit.block]
+        coded = bundle.blocks[unit.block].on(device, block, self.plan.geometry.head_dim)
+        return UnitCoder(unit, coded, self.dtype)
+
+    def _layer_readers(self, layer: int, kind: Kind) -> tuple[Reader, ...]:
+        owner = {slot: coder for coder in self.units for slot in coder.unit.slots}
+        heads_of: dict[int, list[tuple[Slot, int]]] = {}
+        coders: dict[int, UnitCoder] = {}
+        for head in range(self.plan.geometry.kv_heads):
+            source = self.plan.stored_source[Slot(layer, head, kind)]
+            coder = owner[source]
+            coders[id(coder)] = coder
+            heads_of.setdefault(id(coder), []).append((source, head))
+        readers = []
+        for key, pairs in heads_of.items():
+            slots, heads = zip(*pairs, strict=True)
+            readers.append(coders[key].reader(slots, heads, self.plan.geometry.head_dim))
+        return tuple(readers)
+
+
+def _as_slice(columns: Tensor) -> slice | Tensor:
+    """Neighbouring columns as a slice, which selects without a copy."""
+    first, last = int(columns[0]), int(columns[-1])
+    if torch.equal(columns, torch.arange(first, first + len(columns))):
+        return slice(first, last + 1)
+    return columns
+
+
+def _select(u: Tensor, columns: slice | Tensor) -> Tensor:
+    return u[..., columns]
+
+
+def _affine(affine: tuple[Tensor, Tensor], u: Tensor) -> Tensor:
+    return u @ affine[0] + affine[1]
+
+
+def _decode(codec: Codec, columns: slice | Tensor, z: Tensor) -> Tensor:
+    return codec.decode(z)[..., columns]

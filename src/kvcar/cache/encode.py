@@ -1,0 +1,84 @@
+"""Turning the oldest exactly held tokens into pages, for all layers at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheStateError
+from ..kernels.rotary import RotaryTable
+from ..geometry import KINDS, Slot
+from .coder import PageCoder
+from .layer import CodedLayer
+from .pages import PageStore
+from .sequence import SequenceState
+
+ENCODED_PAGES_AT_ONCE = 4
+
+RotaryOf = Callable[[int], RotaryTable | None]
+
+
+def encode_oldest(
+    layers: Mapping[int, CodedLayer],
+    pages: PageStore,
+    coder: PageCoder,
+    state: SequenceState,
+    rotary_of: RotaryOf,
+    leave: int,
+) -> None:
+    """Append the oldest ``leave`` tokens of all layers to ``pages``, a few pages at a time so that little exists at once.
+
+    Raises:
+        CacheStateError: keys or values are NaN or infinite; nothing was stored then.
+    """
+    _refuse_non_finite(layers, leave)
+    step = ENCODED_PAGES_AT_ONCE * coder.plan.page_tokens
+    for first in range(0, leave, step):
+        count = min(step, leave - first)
+        fetch = _fetcher(layers, state, rotary_of, pages.tokens, first, count)
+        if pages.fits_whole(count):
+            pages.append_packed([unit.packed(fetch) for unit in coder.units])
+        else:
+            pages.append([unit.stored(fetch) for unit in coder.units])
+
+
+def _refuse_non_finite(layers: Mapping[int, CodedLayer], leave: int) -> None:
+    """Codes cannot hold NaN or infinity; looked for before the first page is written."""
+    for layer, coded in layers.items():
+        for kind, side in zip(KINDS, coded.oldest(0, leave), strict=True):
+            if not torch.isfinite(side).all():
+                raise CacheStateError(
+                    f"the {kind}s of layer {layer} hold NaN or infinity, so they cannot be stored as codes; check "
+                    "the model's weights and dtype"
+                )
+
+
+def _fetcher(
+    layers: Mapping[int, CodedLayer],
+    state: SequenceState,
+    rotary_of: RotaryOf,
+    token: int,
+    first: int,
+    count: int,
+) -> Callable[[Slot, bool], Tensor]:
+    """Access to the vectors ``[B, count, D]`` of tokens ``token`` on, keys before or after RoPE.
+
+    They are the ``count`` from the ``first``-oldest on that the layers hold.
+    """
+    index = torch.arange(token, token + count, device=state.offset.device)
+    positions = index - state.offset[:, None]
+    memo: dict[tuple[int, str, bool], Tensor] = {}
+
+    def fetch(slot: Slot, before_rope: bool) -> Tensor:
+        key = (slot.layer, slot.kind, before_rope)
+        if key not in memo:
+            side = layers[slot.layer].oldest(first, count)[KINDS.index(slot.kind)]
+            rotary = rotary_of(slot.layer)
+            if slot.kind == "key" and before_rope and rotary is not None:
+                side = rotary.unrotate(side, positions)
+            memo[key] = side
+        return memo[key][:, slot.head]
+
+    return fetch

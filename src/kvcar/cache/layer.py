@@ -1,0 +1,188 @@
+"""The exact part of one coded layer: sinks, window, and the tokens of the pass under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from ..errors import AttachError, CacheStateError
+from ..sizes import window_capacity
+from ..kernels.attend import ExactPast, Held
+
+
+class CodedLayer(CacheLayerMixin):
+    """One layer of a ``KVCarCache`` whose past lies in pages.
+
+    ``buffers`` holds keys and values ``[B, H, sinks + capacity, D]``: first the sinks, then the window. Tokens of
+    the pass under way stay apart, in the model's dtype, until the whole pass is over and all layers store together.
+
+    Args:
+        sinks: first tokens kept for ever.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, sinks: int) -> None:
+        super().__init__()
+        self.sinks = sinks
+        self.open = False
+        self.paged = 0
+        self.held = 0
+        self.buffers: tuple[Tensor, Tensor] | None = None
+        self.pending: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare: buffers are made when the first pass ends."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Take the keys and values ``[B, H, T, D]`` of this pass; attention reads the past from the cache itself.
+
+        Raises:
+            AttachError: the model that calls is not attached, so that its attention would miss the past.
+            CacheStateError: the layer is updated twice in one pass.
+        """
+        del args, kwargs
+        if not self.open:
+            raise AttachError(
+                "a KVCarCache was given to a model that is not attached to kvcar; call kvcar.attach(model, bundle) first"
+            )
+        if self.pending is not None:
+            raise CacheStateError("a layer stored keys twice in one forward pass; kvcar does not support such models")
+        self.pending = (key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padding included."""
+        return self.paged + self.held + (0 if self.pending is None else self.pending[0].shape[2])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask that transformers would build."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum of its own."""
+        return -1
+
+    def exact(self, mask: Tensor | None) -> ExactPast:
+        """What attention reads as it is: sinks and window, then this pass; ``mask`` covers both.
+
+        Sinks come first only once pages exist; until then the first tokens are in the window.
+        """
+        assert self.pending is not None
+        start, stop = 0 if self.paged else self.sinks, self.sinks + self.held
+        if self.buffers is None or start == stop:
+            return ExactPast(*self.pending, mask)
+        return ExactPast(*self.pending, mask, Held(*self.buffers, start, stop))
+
+    def oldest(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H, count, D]`` of tokens ``first`` on, counted from the oldest outside the pages."""
+        low, high = min(first, self.held), min(first + count, self.held)
+        parts = []
+        for side, new in enumerate(self._arriving()):
+            fresh = new[:, :, max(0, first - self.held) : max(0, first + count - self.held)]
+            if low == high or self.buffers is None:
+                parts.append(fresh)
+                continue
+            window = self.buffers[side][:, :, self.sinks + low : self.sinks + high].to(new.dtype)
+            parts.append(torch.cat([window, fresh], dim=2) if fresh.shape[2] else window)
+        return parts[0], parts[1]
+
+    def store(self, leave: int, sink_source: Tensor | None, dtype: torch.dtype) -> None:
+        """The oldest ``leave`` tokens have become pages, at the end of a pass or between two; the others stay here.
+
+        Args:
+            leave: tokens that leave, counted from the oldest held.
+            sink_source: int64 ``[B, sinks]``, for every sink its place among the leaving tokens, -1 where it is not
+                among them; None when no sink is.
+            dtype: dtype of what is kept exactly.
+        """
+        going = self.oldest(0, leave) if sink_source is not None else None
+        total = self.held + self._arriving()[0].shape[2] - leave
+        if leave == 0 and self.buffers is not None and self._fits(total):
+            self._write_in_place()
+        else:
+            self.buffers = self._rebuilt(leave, total, dtype)
+        if going is not None and sink_source is not None:
+            self._fill_sinks(going, sink_source)
+        self.paged += leave
+        self.held = total
+        self.pending = None
+
+    def crop_window(self, held: int) -> None:
+        """Keep the oldest ``held`` tokens of the window."""
+        self.held = held
+
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H, sinks + held, D]`` of what is held exactly between passes."""
+        assert self.buffers is not None
+        keys, values = self.buffers
+        return keys[:, :, : self.sinks + self.held], values[:, :, : self.sinks + self.held]
+
+    def restore(self, paged: int, keys: Tensor, values: Tensor) -> None:
+        """Hold what ``kept`` gave of a layer of which ``paged`` tokens lay in pages."""
+        self.paged, self.held = paged, keys.shape[2] - self.sinks
+        self.buffers = (keys, values)
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace the buffers by ``change(buffer)``, which works on the batch axis (0)."""
+        if self.buffers is not None:
+            self.buffers = (change(self.buffers[0]), change(self.buffers[1]))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.paged = self.held = 0
+        self.buffers = self.pending = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of sinks and window."""
+        return 0 if self.buffers is None else sum(buffer.nbytes for buffer in self.buffers)
+
+    def _arriving(self) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, H, T, D]`` of the pass under way; no tokens at all between passes."""
+        if self.pending is not None:
+            return self.pending
+        assert self.buffers is not None
+        return self.buffers[0][:, :, :0], self.buffers[1][:, :, :0]
+
+    def _fits(self, total: int) -> bool:
+        assert self.buffers is not None
+        return self.sinks + total <= self.buffers[0].shape[2]
+
+    def _write_in_place(self) -> None:
+        assert self.buffers is not None
+        for buffer, new in zip(self.buffers, self._arriving(), strict=True):
+            start = self.sinks + self.held
+            buffer[:, :, start : start + new.shape[2]] = new
+
+    def _rebuilt(self, leave: int, total: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        rebuilt = []
+        for side, new in enumerate(self._arriving()):
+            batch, heads, _, dim = new.shape
+            size = self.sinks + window_capacity(total)
+            buffer = torch.zeros(batch, heads, size, dim, dtype=dtype, device=new.device)
+            stays = max(0, self.held - leave)
+            if self.buffers is not None:
+                old, end = self.buffers[side], self.sinks + self.held
+                buffer[:, :, : self.sinks] = old[:, :, : self.sinks]
+                buffer[:, :, self.sinks : self.sinks + stays] = old[:, :, end - stays : end]
+            buffer[:, :, self.sinks + stays : self.sinks + total] = new[:, :, new.shape[2] - (total - stays) :]
+            rebuilt.append(buffer)
+        return rebuilt[0], rebuilt[1]
+
+    def _fill_sinks(self, going: tuple[Tensor, Tensor], source: Tensor) -> None:
+        assert self.buffers is not None
+        found = (source >= 0)[:, None, :, None]
+        for buffer, tokens in zip(self.buffers, going, strict=True):
+            index = source.clamp_min(0)[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3])
+            picked = tokens.gather(2, index).to(buffer.dtype)
+            sinks = buffer[:, :, : self.sinks]
+            buffer[:, :, : self.sinks] = torch.where(found, picked, sinks)

@@ -1,0 +1,165 @@
+"""The store of packed pages: grows by allocating further arenas, never by copying what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..sizes import next_arena_pages
+from .coder import UnitCoder
+from .contents import UnitContents
+
+_PAGES_AT_ONCE = 8
+
+
+class PageStore:
+    """Pages of all sequences of a batch, uint8 ``[B, pages, page_bytes]`` in a list of arenas.
+
+    Args:
+        units: what a page consists of.
+        page_bytes: bytes of a page.
+        page_tokens: tokens of a page.
+    """
+
+    def __init__(self, units: Sequence[UnitCoder], page_bytes: int, page_tokens: int) -> None:
+        self._units = units
+        self._page_bytes, self._page_tokens = page_bytes, page_tokens
+        self.arenas: list[Tensor] = []
+        self.tokens = 0
+
+    @property
+    def allocated_pages(self) -> int:
+        """Pages that exist, filled or not."""
+        return sum(arena.shape[1] for arena in self.arenas)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arenas."""
+        return sum(arena.nbytes for arena in self.arenas)
+
+    def append(self, stored: Sequence[Tensor]) -> None:
+        """Add tokens: stored values ``[B, N, R]`` of every unit, in the units' order.
+
+        A page that the last call left partly filled is completed by writing it anew, its old codes unchanged.
+        """
+        page, filled = divmod(self.tokens, self._page_tokens)
+        count = stored[0].shape[1]
+        if filled:
+            tail = self._page(page)
+            stored = [
+                torch.cat([self._unpack(unit, tail)[:, :filled].to(new.dtype), new], dim=1)
+                for unit, new in zip(self._units, stored, strict=True)
+            ]
+        self._write(page, self._pack(stored))
+        self.tokens += count
+
+    def fits_whole(self, tokens: int) -> bool:
+        """Whether ``tokens`` more begin and end where pages do."""
+        return self.tokens % self._page_tokens == 0 and tokens % self._page_tokens == 0
+
+    def append_packed(self, packed: Sequence[Tensor]) -> None:
+        """Add whole pages: bytes uint8 ``[B, pages, size]`` of every unit, in the units' order."""
+        pages = self._joined_units(packed)
+        self._write(self.tokens // self._page_tokens, pages)
+        self.tokens += pages.shape[1] * self._page_tokens
+
+    def contents(self) -> tuple[UnitContents, ...]:
+        """Stored values of all tokens, for every unit, in dtypes as narrow as what they hold."""
+        runs: list[Tensor] = []
+        for arena, used in self._used():
+            runs += arena[:, :used].split(_PAGES_AT_ONCE, dim=1) if used else []
+        return tuple(self._joined([unit.contents(run) for run in runs]) for unit in self._units) if runs else ()
+
+    def fill(self, contents: Sequence[UnitContents], device: torch.device) -> None:
+        """Take in what ``contents`` of another store of the same layout gave; this one must be empty."""
+        step = _PAGES_AT_ONCE * self._page_tokens
+        for start in range(0, contents[0].raw.shape[1] if contents else 0, step):
+            parts = [UnitContents(c.raw[:, start : start + step], c.codes[:, start : start + step]) for c in contents]
+            self.append(
+                [unit.stored_of(part).to(device) for unit, part in zip(self._units, parts, strict=True)],
+            )
+
+    def fork(self) -> PageStore:
+        """A store with the same tokens that can be appended to without changing this one."""
+        fork = PageStore(self._units, self._page_bytes, self._page_tokens)
+        # Only the last arena is ever written to again.
+        fork.arenas = [*self.arenas[:-1], *(arena.clone() for arena in self.arenas[-1:])]
+        fork.tokens = self.tokens
+        return fork
+
+    def crop(self, tokens: int) -> None:
+        """Forget all but the first ``tokens`` tokens; arenas that hold none of them are freed."""
+        self.tokens = tokens
+        self.arenas = [arena for arena, used in self._used() if used]
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every arena by ``change`` of it, which works on the batch axis (0)."""
+        self.arenas = [_changed(arena, change, used) for arena, used in self._used()]
+
+    def _used(self) -> Iterator[tuple[Tensor, int]]:
+        """Every arena and how many of its pages hold tokens."""
+        left = -(-self.tokens // self._page_tokens)
+        for arena in self.arenas:
+            used = min(left, arena.shape[1])
+            yield arena, used
+            left -= used
+
+    def _joined(self, parts: Sequence[UnitContents]) -> UnitContents:
+        """Consecutive runs as one, without what lies beyond the last token."""
+        raw, codes = torch.cat([p.raw for p in parts], dim=1), torch.cat([p.codes for p in parts], dim=1)
+        return UnitContents(raw[:, : self.tokens], codes[:, : self.tokens])
+
+    def _pack(self, stored: Sequence[Tensor]) -> Tensor:
+        count = stored[0].shape[1]
+        pages = -(-count // self._page_tokens)
+        missing, shape = pages * self._page_tokens - count, (pages, self._page_tokens)
+        padded = (torch.nn.functional.pad(u, (0, 0, 0, missing)) if missing else u for u in stored)
+        return self._joined_units(
+            [unit.pack(u.unflatten(1, shape)) for unit, u in zip(self._units, padded, strict=True)]
+        )
+
+    def _joined_units(self, packed: Sequence[Tensor]) -> Tensor:
+        """Pages uint8 ``[B, pages, page_bytes]`` of their units' bytes."""
+        shape = (*packed[0].shape[:2], self._page_bytes)
+        out = torch.zeros(shape, dtype=torch.uint8, device=packed[0].device)
+        for unit, own in zip(self._units, packed, strict=True):
+            segment = unit.unit.segment
+            out[..., segment.offset : segment.end] = own
+        return out
+
+    def _unpack(self, unit: UnitCoder, pages: Tensor) -> Tensor:
+        slots = unit.unit.slots
+        return unit.reader(slots[:1], (0,), 1).stored(pages)
+
+    def _page(self, index: int) -> Tensor:
+        for arena in self.arenas:
+            if index < arena.shape[1]:
+                return arena[:, index : index + 1]
+            index -= arena.shape[1]
+        raise IndexError(index)
+
+    def _write(self, start: int, pages: Tensor) -> None:
+        """Put ``pages`` at page ``start`` on, allocating what is missing."""
+        while self.allocated_pages < start + pages.shape[1]:
+            size = next_arena_pages(self.allocated_pages)
+            shape = (pages.shape[0], size, self._page_bytes)
+            self.arenas.append(torch.zeros(shape, dtype=torch.uint8, device=pages.device))
+        first = 0
+        for arena in self.arenas:
+            low, high = max(start, first), min(start + pages.shape[1], first + arena.shape[1])
+            if low < high:
+                arena[:, low - first : high - first] = pages[:, low - start : high - start]
+            first += arena.shape[1]
+
+
+def _changed(arena: Tensor, change: Callable[[Tensor], Tensor], used: int) -> Tensor:
+    """``change(arena)``, of which only the first ``used`` pages hold anything."""
+    if used == arena.shape[1]:
+        return change(arena)
+    changed = change(arena[:, :used])
+    # Not ``new_zeros``, which writes all of the room; this leaves it to the system to do so when it is used.
+    room = torch.zeros(changed.shape[0], *arena.shape[1:], dtype=arena.dtype, device=arena.device)
+    room[:, :used] = changed
+    return room

@@ -1,0 +1,96 @@
+"""Taking out everything that a cache holds, and making a cache that holds it."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ..bundle import Bundle
+from ..errors import CacheStateError
+from .cache import KVCarCache
+from .coder import PageCoder
+from .contents import CacheContents, KeysValues
+from .pages import PageStore
+from .sequence import SequenceState
+
+
+@torch.no_grad()
+def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
+    """What ``cache`` holds; it stays as it is. See ``KVCarCache.save`` for ``keep_window`` and the errors."""
+    cache._refuse_if_broken()
+    cache._drop_unfinished_pass()
+    if cache._state is None or cache._pages is None or cache._seen == 0:
+        raise CacheStateError("the cache holds no tokens yet, so there is nothing to save; run the model over some")
+    plain = {index: _plain_kept(layer) for index, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer)}
+    held = cache if keep_window else _flushed(cache)
+    assert held._pages is not None
+    return CacheContents(
+        tokens=cache._seen,
+        paged=held._pages.tokens,
+        padding=cache._state.padding,
+        offset=cache._state.offset,
+        units=held._pages.contents(),
+        exact={index: layer.kept() for index, layer in held._coded.items()},
+        plain=plain,
+    )
+
+
+def cache_of(
+    contents: CacheContents, bundle: Bundle, coder: PageCoder, window: int | None
+) -> KVCarCache:
+    """A cache that holds ``contents``, on the device of ``coder``; raises InputError as ``KVCarCache`` does."""
+    cache, device = KVCarCache(bundle, window), coder.device
+    cache._state = SequenceState(0, device)
+    cache._state.padding, cache._state.offset = contents.padding.to(device), contents.offset.to(device)
+    cache._state.padding_most = int(contents.padding.max())
+    cache._seen = contents.tokens
+    cache._pages = PageStore(coder.units, coder.layout.page_bytes, cache.plan.page_tokens)
+    cache._pages.fill(contents.units, device)
+    for index, (keys, values) in contents.exact.items():
+        cache._coded[index].restore(contents.paged, keys.to(device), values.to(device))
+    for index, (keys, values) in contents.plain.items():
+        layer = cache.layers[index]
+        assert isinstance(layer, DynamicLayer)
+        layer.lazy_initialization(keys.to(device), values.to(device))
+        layer.keys, layer.values = keys.to(device), values.to(device)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            layer.cumulative_length = contents.tokens
+    return cache
+
+
+def fork_of(cache: KVCarCache) -> KVCarCache:
+    """A cache of the same tokens, to be added to without changing ``cache``; codes of full arenas are shared.
+
+    Args:
+        cache: between two passes, and holding tokens.
+    """
+    fork = KVCarCache(cache.bundle, cache.plan.window)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicLayer):
+            # Its tensors are replaced, never written to.
+            fork.layers[index] = copy(layer)
+    assert cache._pages is not None
+    fork._state, fork._seen, fork._host, fork._pages = cache._state, cache._seen, cache._host, cache._pages.fork()
+    for index, layer in cache._coded.items():
+        fork._coded[index].restore(layer.paged, *(side.clone() for side in layer.kept()))
+    return fork
+
+
+def _flushed(cache: KVCarCache) -> KVCarCache:
+    """A cache of the same tokens, all of them coded."""
+    fork = fork_of(cache)
+    fork.flush_window()
+    return fork
+
+
+def _plain_kept(layer: DynamicLayer) -> KeysValues:
+    """Keys and values that the next pass needs; a layer that records its past for assisted decoding holds more."""
+    keys, values = layer.keys, layer.values
+    assert keys is not None
+    assert values is not None
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        most = layer.sliding_window - 1
+        return keys[:, :, -most:], values[:, :, -most:]
+    return keys, values

@@ -1,0 +1,154 @@
+"""Where the bits of a page lie. ``docs/format.md`` describes the same thing in words.
+
+A page holds ``page_tokens`` tokens of everything a cache stores packed. It is a row of segments, one per unit (a
+block, or the exact slots of a mixed layer), each starting at a multiple of 16 bytes. A segment is a row of planes. A
+plane holds ``bits`` bits of a range of latents: byte ``[row, latent]`` packs the tokens ``row``, ``row + rows``, ...
+with the first in the lowest bits, ``rows = page_tokens * bits / 8``. Packing along tokens needs no padding of latents
+and unpacks with a shift and a mask, without a gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .plan import RAW_BITS, BitGroup, Block, Plan
+from .geometry import Slot
+
+SEGMENT_ALIGNMENT_BYTES = 16
+_PLANE_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
+
+
+class Plane(NamedTuple):
+    """Bits ``shift`` to ``shift + bits`` of latents ``start`` to ``stop``, at ``offset`` bytes into the segment."""
+
+    bits: int
+    shift: int
+    start: int
+    stop: int
+    offset: int
+    rows: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the plane in one page."""
+        return self.rows * (self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """One unit's part of a page.
+
+    Attributes:
+        offset: bytes from the start of the page.
+        size: bytes, padding to the next segment not counted.
+        page_tokens: tokens of a page.
+        latents: values stored per token: ``R`` and any dynamic scales, or the width ``W`` of a lossless segment.
+        raw: leading latents stored as float16, token by token.
+        planes: planes of the packed latents.
+        lossless: whether the segment holds ``[page_tokens, W]`` elements of the exact dtype instead.
+    """
+
+    offset: int
+    size: int
+    page_tokens: int
+    latents: int
+    raw: int = 0
+    planes: tuple[Plane, ...] = ()
+    lossless: bool = False
+
+    @property
+    def end(self) -> int:
+        """First byte after the segment."""
+        return self.offset + self.size
+
+
+def coded_segment(groups: Sequence[BitGroup], page_tokens: int, offset: int, scale_latents: int = 0) -> SegmentLayout:
+    """Layout of a block with packed or raw latents; dynamic scales come first, as raw latents."""
+    raw = scale_latents + sum(group.count for group in groups if group.bits == RAW_BITS)
+    size = raw * page_tokens * 2
+    planes: list[Plane] = []
+    for bits, shift, start, stop in _merge_ranges(groups, raw):
+        plane = Plane(bits, shift, start, stop, size, page_tokens * bits // 8)
+        planes.append(plane)
+        size += plane.size
+    latents = scale_latents + sum(group.count for group in groups)
+    return SegmentLayout(offset, size, page_tokens, latents, raw, tuple(planes))
+
+
+def lossless_segment(width: int, element_bytes: int, page_tokens: int, offset: int) -> SegmentLayout:
+    """Layout of slots kept as they are."""
+    size = page_tokens * width * element_bytes
+    return SegmentLayout(offset, size, page_tokens, width, lossless=True)
+
+
+def aligned(offset: int) -> int:
+    """The next multiple of the segment alignment."""
+    return -(-offset // SEGMENT_ALIGNMENT_BYTES) * SEGMENT_ALIGNMENT_BYTES
+
+
+def _merge_ranges(groups: Sequence[BitGroup], first: int) -> list[tuple[int, int, int, int]]:
+    """(bits, shift, start, stop) of all planes; neighbouring groups that share a plane width share the plane."""
+    ranges: list[tuple[int, int, int, int]] = []
+    start = first
+    for group in groups:
+        if group.bits == RAW_BITS:
+            continue
+        stop, shift = start + group.count, 0
+        for bits in _PLANE_WIDTHS[group.bits]:
+            last = next((i for i, r in enumerate(ranges) if r[:2] == (bits, shift) and r[3] == start), None)
+            if last is None:
+                ranges.append((bits, shift, start, stop))
+            else:
+                ranges[last] = (bits, shift, ranges[last][2], stop)
+            shift += bits
+        start = stop
+    return ranges
+
+
+@dataclass(frozen=True)
+class PageUnit:
+    """What one segment of a page holds: a block of the plan, or the exact slots of a layer that is partly coded.
+
+    Attributes:
+        slots: slots side by side, ``W = len(slots) * head_dim``.
+        segment: where they lie.
+        block: index of the plan's block, or None for exact slots.
+    """
+
+    slots: tuple[Slot, ...]
+    segment: SegmentLayout
+    block: int | None
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """All units of a page, in order, and its size."""
+
+    units: tuple[PageUnit, ...]
+    page_bytes: int
+
+
+def page_layout(plan: Plan, exact_bytes: int) -> PageLayout:
+    """Layout of the pages of ``plan`` when an exact element takes ``exact_bytes`` bytes."""
+    units: list[PageUnit] = []
+    end = 0
+    for index, block in enumerate(plan.blocks):
+        units.append(PageUnit(block.slots, _block_segment(plan, block, exact_bytes, aligned(end)), index))
+        end = units[-1].segment.end
+    for layer in plan.coded_layers:
+        slots = tuple(slot for slot in plan.exact_slots if slot.layer == layer)
+        if slots:
+            width = len(slots) * plan.geometry.head_dim
+            segment = lossless_segment(width, exact_bytes, plan.page_tokens, aligned(end))
+            units.append(PageUnit(slots, segment, None))
+            end = segment.end
+    return PageLayout(tuple(units), aligned(end))
+
+
+def _block_segment(plan: Plan, block: Block, exact_bytes: int, offset: int) -> SegmentLayout:
+    if block.lossless:
+        width = len(block.slots) * plan.geometry.head_dim
+        return lossless_segment(width, exact_bytes, plan.page_tokens, offset)
+    return coded_segment(block.groups, plan.page_tokens, offset, block.scale_latents)

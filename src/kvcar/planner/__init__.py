@@ -1,1 +1,0 @@
-"""Deciding what is coded together and with how many bits. Reads numbers, never a model."""

@@ -1,0 +1,159 @@
+"""Text to fit and evaluate on: the embedded default, ``.txt`` and ``.jsonl`` files, and windows of tokens from them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import InputError
+
+EMBEDDED_NAME = "pydoc_data.topics"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """A text and where it comes from.
+
+    Attributes:
+        name: file name, or the name of the embedded text.
+        text: all of it.
+        sha256: of the text in UTF-8, in hex.
+    """
+
+    name: str
+    text: str
+    sha256: str
+
+
+def read_text(path: Path | str | None) -> TextSource:
+    """Read a ``.txt`` file, a ``.jsonl`` file with a field ``text`` per line, or (None) the embedded text.
+
+    ``file.jsonl[:500]`` takes the first 500 documents, ``file.jsonl[500:]`` those after them.
+
+    Raises:
+        InputError: the file is missing, empty, not UTF-8, of another kind, or a line is not what it should be.
+    """
+    if path is None:
+        return _source(EMBEDDED_NAME, _embedded())
+    path, chosen = _split_slice(str(path))
+    if chosen is not None and path.suffix != ".jsonl":
+        raise InputError(f"only .jsonl files have documents to choose from, not {path.name}")
+    name = path.name if chosen is None else f"{path.name}[{_number(chosen.start)}:{_number(chosen.stop)}]"
+    readers: dict[str, Callable[[Path, str], str]] = {
+        ".txt": lambda _, text: text,
+        ".jsonl": lambda path, text: _join_documents(path, text, chosen),
+    }
+    if path.suffix not in readers:
+        raise InputError(f"{path} is no text kvcar can read; give a .txt file, or a .jsonl file with a field 'text'")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the text {path}: {error.strerror}") from None
+    try:
+        text = readers[path.suffix](path, raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
+    if not text.strip():
+        raise InputError(f"{path} is empty; give it some text")
+    return _source(name, text)
+
+
+def joined(sources: Sequence[TextSource]) -> TextSource:
+    """Several texts as one."""
+    if len(sources) == 1:
+        return sources[0]
+    return _source(" + ".join(source.name for source in sources), "\n\n".join(source.text for source in sources))
+
+
+def interleaved(parts: Sequence[Tensor]) -> Tensor:
+    """Windows int64 ``[N, context]`` of several texts, taking turns so that any end of them has its share of each."""
+    places = torch.cat([torch.arange(len(p)) / len(p) for p in parts])
+    return torch.cat(list(parts))[torch.argsort(places, stable=True)]
+
+
+def split_text(source: TextSource, held_out_fraction: float) -> tuple[TextSource, TextSource]:
+    """Cut a text in two at a paragraph: what to fit on, and its last part, held out."""
+    if not 0 < held_out_fraction < 1:
+        raise InputError(f"the held-out fraction must lie between 0 and 1, got {held_out_fraction:g}")
+    cut = int(len(source.text) * (1 - held_out_fraction))
+    paragraph = source.text.rfind("\n\n", 0, cut)
+    cut = paragraph + 2 if paragraph > 0 else cut
+    kept, held = source.text[:cut], source.text[cut:]
+    return _source(f"{source.name} (first part)", kept), _source(f"{source.name} (last part)", held)
+
+
+def token_windows(tokenizer: Any, text: str, context: int, windows: int) -> Tensor:
+    """Token ids int64 ``[windows, context]``: windows that do not overlap, spread evenly over the text.
+
+    A window starts with the BOS token, counted in ``context``, where the tokenizer adds one by default.
+
+    Raises:
+        InputError: numbers that are not positive, or a text with fewer tokens than the windows need.
+    """
+    if context < 2 or windows < 1:
+        raise InputError(f"needed: a context of at least 2 tokens and at least 1 window; got {context} and {windows}")
+    bos = _default_bos(tokenizer)
+    taken = context - len(bos)
+    # verbose=False: the whole text is longer than any model's limit, and is cut below.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < taken * windows:
+        most = len(ids) // taken
+        raise InputError(
+            f"the text has {len(ids)} tokens, but {windows} windows of {context} need {taken * windows}; give more text, "
+            + (f"or ask for at most {most} windows" if most else f"or a context of at most {len(ids) + len(bos)}")
+        )
+    gap = (len(ids) - taken * windows) // max(windows - 1, 1)
+    starts = [index * (taken + gap) for index in range(windows)]
+    return torch.tensor([bos + ids[start : start + taken] for start in starts], dtype=torch.int64)
+
+
+def _default_bos(tokenizer: Any) -> list[int]:
+    ids = tokenizer("a")["input_ids"]
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and ids and ids[0] == bos else []
+
+
+def _embedded() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def _split_slice(path: str) -> tuple[Path, slice | None]:
+    """``file[a:b]`` as the file and the slice; a file whose name really ends so is taken as it is."""
+    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", path)
+    if found is None or Path(path).exists():
+        return Path(path), None
+    start, stop = (int(part) if part else None for part in found.groups()[1:])
+    return Path(found[1]), slice(start, stop)
+
+
+def _number(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+def _join_documents(path: Path, text: str, chosen: slice | None) -> str:
+    documents = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number} is not JSON: {error.msg}") from None
+        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+            raise InputError(f"{path}, line {number} has no string field 'text'")
+        documents.append(document["text"].strip())
+    return "\n\n".join(documents if chosen is None else documents[chosen])
+
+
+def _source(name: str, text: str) -> TextSource:
+    return TextSource(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
