@@ -12,24 +12,31 @@ from typing import Annotated, Any
 
 import typer
 from baselines import BASELINES, BaselineCache, Calibration, Method
+from contenders import (
+    QUANTIZED,
+    SIDE_BY_SIDE,
+    Contender,
+    bundle_contender,
+    compare,
+    groups,
+    named_bundles,
+    noise_floor,
+    quantized_contenders,
+)
 
 from kvcar.bundle import Bundle
-from kvcar.cli.compare import named_bundles
+from kvcar.cache.attach import attach
 from kvcar.cli.console import errors, out, progress_bars
 from kvcar.cli.figures import fidelity_table
 from kvcar.cli.fit import fit_windows
 from kvcar.errors import InputError, KVCarError
-from kvcar.evaluate.contenders import Contender, bundle_contender, compare, groups, noise_floor
 from kvcar.evaluate.fidelity import fidelity_figures
-from kvcar.evaluate.quantized_caches import QUANTIZED, quantized_contenders
-from kvcar.text import TextSource, joined, read_text, token_windows
 from kvcar.models.load import load_model
 from kvcar.progress import counter
 from kvcar.record import Record
-from kvcar.cache.attach import attach
+from kvcar.text import TextSource, joined, read_text, token_windows
 
 RESULTS = Path(__file__).parent / "results"
-_SIDE_BY_SIDE = 6
 
 
 def main(
@@ -42,7 +49,7 @@ def main(
     context: int = 4096,
     windows: int = 4,
     again: Annotated[bool, typer.Option("--again", help="Also rows whose records are there.")] = False,
-    side_by_side: Annotated[int, typer.Option(min=1, help="Caches stepped at once.")] = _SIDE_BY_SIDE,
+    side_by_side: Annotated[int, typer.Option(min=1, help="Caches stepped at once.")] = SIDE_BY_SIDE,
     results: Annotated[Path, typer.Option(help="Folder of records.")] = RESULTS,
 ) -> None:
     """Step all rows; a record for each, ``compare-TEXT-ROW.json``, is written as soon as it is known."""

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from contenders import quantized_contenders
 from speed.contenders import FULL, STATIC, Runner, bundle_runners, full_runner, read_bundles, twin
 from speed.device import device_config, use_threads
 from speed.race import Pace, Timings, check_contexts, grow, time_steps
@@ -19,17 +20,15 @@ from speed.summary import decode_figures, prefill_figures
 from transformers import PreTrainedModel
 
 from kvcar.bundle import Bundle
+from kvcar.cache.attach import attach
+from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
 from kvcar.errors import InputError, KVCarError
-from kvcar.evaluate.quantized_caches import quantized_contenders
-from kvcar.evaluate.size import compressed_size, full_size, parse_bytes, what_fits
-from kvcar.text import read_text, token_windows
+from kvcar.geometry import BFLOAT16_BYTES
 from kvcar.models.geometry import read_geometry
 from kvcar.models.load import load_model
 from kvcar.record import Record
-from kvcar.cache.attach import attach
-from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
-from kvcar.cache.summaries import PageCounts
-from kvcar.geometry import BFLOAT16_BYTES
+from kvcar.sizes import compressed_size, full_size, parse_bytes, what_fits
+from kvcar.text import read_text, token_windows
 
 RESULTS = Path(__file__).parent / "results"
 _UNLIMITED_TOKENS = 2**40
@@ -43,7 +42,7 @@ def main(
         typer.Option(
             "--bundle",
             "-b",
-            help="[NAME=]FOLDER, or NAME=FOLDER:PAGES to attend to (a number, or one a layer with commas).",
+            help="[NAME=]FOLDER; repeatable.",
         ),
     ] = None,
     model: str = "demo",
@@ -61,15 +60,12 @@ def main(
     device: str = "cpu",
     threads: Annotated[int | None, typer.Option(help="Default: torch's choice.")] = None,
     compiled: Annotated[bool, typer.Option(help="Models under torch.compile; take --transformers none.")] = False,
-    cuda_graphs: Annotated[bool, typer.Option(help="Steps of compressed caches are captured and replayed.")] = False,
     seed: int = 0,
     memory: Annotated[str, typer.Option(help="For the largest batch, by arithmetic.")] = "1GiB",
     memory_tokens: int = 4096,
     output: Annotated[Path, typer.Option(help="Folder of the record.")] = RESULTS,
 ) -> None:
     """Grow every cache through the contexts in turn, timing prefill and, at each context, decode steps; one record."""
-    if compiled and cuda_graphs:
-        raise InputError("--compiled and --cuda-graphs are two ways to the same end; take one of them")
     use_threads(threads)
     bundles, pace = read_bundles(bundle or []), Pace(rounds, steps, prefill_chunk, seed)
     lengths, budget = _lengths(contexts), parse_bytes(memory)
@@ -79,7 +75,7 @@ def main(
     ids = token_windows(loaded.tokenizer, source.text, lengths[-1] + pace.tokens, batch).to(loaded.model.device)
     unattached = twin(loaded.model)
     plain = [full_runner(unattached), *_quantized(unattached, transformers)]
-    with _attached(loaded.model, bundles, cuda_graphs):
+    with _attached(loaded.model, bundles):
         runners = [*plain, *bundle_runners(loaded.model, bundles)]
         if compiled:
             _compile(runners, ids, prefill_chunk)
@@ -93,7 +89,6 @@ def main(
     config = {
         "model": model, "name": name, "text": source.name, "text_sha256": source.sha256, "contexts": lengths,
         "rounds": rounds, "steps": steps, "batch": batch, "prefill_chunk": prefill_chunk, "dtype": dtype, "seed": seed, "compiled": compiled,
-        "cuda_graphs": cuda_graphs,
         "contenders": {r.name: {"family": r.family, **r.config} for r in runners}, **device_config(ids.device),
     }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
@@ -117,11 +112,9 @@ def _quantized(model: PreTrainedModel, chosen: str) -> list[Runner]:
     return [Runner(each.name, "transformers", model, each.make, dict(each.config)) for each in found]
 
 
-def _attached(
-    model: PreTrainedModel, bundles: Mapping[str, tuple[Bundle, PageCounts | None]], cuda_graphs: bool
-) -> Any:
-    """One attachment serves all bundles of a model."""
-    return attach(model, next(iter(bundles.values()))[0], cuda_graphs=cuda_graphs) if bundles else nullcontext()
+def _attached(model: PreTrainedModel, bundles: Mapping[str, Bundle]) -> Any:
+    """Attach the model once, for all of its bundles."""
+    return attach(model, next(iter(bundles.values()))) if bundles else nullcontext()
 
 
 def _compile(runners: Sequence[Runner], ids: Any, chunk: int) -> None:
@@ -143,11 +136,9 @@ def _race(
     return chunks, timings
 
 
-def _largest_batch(
-    bundles: Mapping[str, tuple[Bundle, PageCounts | None]], full: Any, memory_bytes: int, tokens: int
-) -> dict[str, Any]:
-    """Sequences that fit beside the weights, by the arithmetic that the runtime's tensors obey, in bfloat16."""
-    sizes = {FULL: full} | {name: compressed_size(each.plan, BFLOAT16_BYTES) for name, (each, _) in bundles.items()}
+def _largest_batch(bundles: Mapping[str, Bundle], full: Any, memory_bytes: int, tokens: int) -> dict[str, Any]:
+    """Count sequences that fit beside the weights, by the arithmetic that the runtime's tensors obey, in bfloat16."""
+    sizes = {FULL: full} | {name: compressed_size(each.plan, BFLOAT16_BYTES) for name, each in bundles.items()}
     largest = {
         n: what_fits(size, memory_bytes, 1, tokens, _UNLIMITED_TOKENS).largest_batch for n, size in sizes.items()
     }

@@ -13,16 +13,16 @@ from typing import Annotated
 import typer
 
 from kvcar.bundle import Bundle
-from kvcar.cli.texts import windows_of_all
-from kvcar.evaluate.fidelity import fidelity_figures, measure_fidelity
-from kvcar.text import TextSource, joined, read_text, token_windows
-from kvcar.models.load import LoadedModel, load_model
-from kvcar.fit.profile_fit import fit_profiles
-from kvcar.fit.profiles import PROFILES, ProfileOptions
-from kvcar.record import Record
-from kvcar.report.card import model_card
 from kvcar.cache.attach import attach
 from kvcar.cache.cache import KVCarCache
+from kvcar.cli.texts import windows_of_all
+from kvcar.evaluate.fidelity import fidelity_figures, measure_fidelity
+from kvcar.fit.profile_fit import fit_profiles
+from kvcar.fit.profiles import PROFILES, ProfileOptions
+from kvcar.models.load import LoadedModel, load_model
+from kvcar.record import Record
+from kvcar.report.card import model_card
+from kvcar.text import TextSource, joined, read_text, token_windows
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = {

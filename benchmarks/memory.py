@@ -13,13 +13,13 @@ from statistics import median
 from typing import Annotated, Any
 
 import typer
+from peak_memory import MemoryRun, measure_chunk_transient, measure_peak_growth
+from transient import prefill_transient
 
 from kvcar.bundle import Bundle
-from kvcar.evaluate.memory import MemoryRun, measure_chunk_transient, measure_peak_growth
-from kvcar.evaluate.transient import prefill_transient
+from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
 from kvcar.models.load import load_config
 from kvcar.record import Record
-from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
 
 RESULTS = Path(__file__).parent / "results"
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -18,7 +18,7 @@ chunks of a prefill have tensors of quite the same sizes, some of that is never 
 `MALLOC_MMAP_THRESHOLD_=65536` in the environment, which gives tensors back to the system when they are freed; a
 program that is short of memory can be run so."""
 _TRANSIENT = """A prefill needs, besides the cache, what one chunk of it takes while it passes through the model. Derived
-(`kvcar.evaluate.transient`), that is what is held from the pass's start to its end, and the largest of what exists in one of its
+(`benchmarks/transient.py`), that is what is held from the pass's start to its end, and the largest of what exists in one of its
 phases only:
 
 - held: hidden states; the mask over past and chunk; the chunk's keys and values of all layers, which stay apart until the pass ends

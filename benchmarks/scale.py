@@ -73,11 +73,11 @@ def _fit(layers: int, profile: str, tokens: int) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from kvcar.evaluate.memory import forget_peak, status_bytes
-    from kvcar.text import TextSource
     from kvcar.fit.budget import times_smaller
-    from kvcar.fit.search import bands
     from kvcar.fit.profile_fit import fit_profile
     from kvcar.fit.profiles import PROFILES, ProfileOptions
+    from kvcar.fit.search import bands
+    from kvcar.text import TextSource
 
     torch.manual_seed(0)
     config = LlamaConfig(

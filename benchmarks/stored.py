@@ -13,13 +13,13 @@ from typing import Annotated
 import typer
 
 from kvcar.bundle import Bundle
-from kvcar.context.library import check_store
-from kvcar.evaluate.stored import continuation_figures, measure_continuation, time_context
-from kvcar.text import read_text, token_windows
-from kvcar.models.load import load_model
-from kvcar.record import Record
 from kvcar.cache.attach import attach
 from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
+from kvcar.context.library import check_store
+from kvcar.evaluate.stored import continuation_figures, measure_continuation, time_context
+from kvcar.models.load import load_model
+from kvcar.record import Record
+from kvcar.text import read_text, token_windows
 
 RESULTS = Path(__file__).parent / "results"
 

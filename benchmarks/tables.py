@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from attend_pages_tables import attend_pages_page
 from compare_tables import compare_pages
 from decode_tables import decode_pages
 from frontier_tables import frontier_page
@@ -61,7 +60,6 @@ PAGES = {
     "memory.md": memory_page,
     "paper.md": paper_page,
     "frontier.md": frontier_page,
-    "attend-pages.md": attend_pages_page,
     "gpu-instructions.md": gpu_instructions_page,
 }
 

@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
 
 from kvcar.kernels.attend import cpu  # what it imports reads the variables above
 
+pytest_plugins = ["commands"]  # its fixtures: a tiny model in a folder, a text, a bundle
+
 
 @pytest.fixture(autouse=True)
 def one_thread_for_tiny_models(request):

@@ -15,9 +15,9 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcar.errors import InputError
-from kvcar.evaluate.full_cache import held_bytes
-from kvcar.kernels.rotary import RotaryTable
+from kvcar.evaluate.memory import held_bytes
 from kvcar.geometry import BFLOAT16_BYTES, KINDS, Kind, KVGeometry
+from kvcar.kernels.rotary import RotaryTable
 
 from .base import Method
 

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from kvcar.fit.capture import capture
 from kvcar.fit.moments import Moments
+from kvcar.geometry import Slot
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.models.geometry import read_geometry
 from kvcar.models.rotary_probe import RotaryProbe
 from kvcar.models.structure import find_decoder
 from kvcar.progress import OnProgress, counter, silent
-from kvcar.geometry import Slot
 
 SINKS = 4
 _SAMPLE_TOKENS = 512

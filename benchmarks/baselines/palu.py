@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcar.fit.moments import Moments
 from kvcar.fit.blocks import regular_blocks
+from kvcar.fit.moments import Moments
 from kvcar.geometry import Kind, KVGeometry
 
 from .base import Method

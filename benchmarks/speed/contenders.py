@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from contenders import named_bundles
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from kvcar.bundle import Bundle
-from kvcar.cli.attended import page_counts
-from kvcar.cli.compare import named_bundles
-from kvcar.errors import InputError
-from kvcar.evaluate.full_cache import held_bytes
 from kvcar.cache.cache import KVCarCache
-from kvcar.cache.summaries import PageCounts
+from kvcar.errors import InputError
+from kvcar.evaluate.memory import held_bytes
 
 from .device import now
 
@@ -112,35 +109,19 @@ def full_runner(model: PreTrainedModel) -> Runner:
     return Runner(FULL, "full", model, lambda: DynamicCache(config=model.config))
 
 
-def bundle_runners(model: PreTrainedModel, bundles: dict[str, tuple[Bundle, PageCounts | None]]) -> list[Runner]:
+def bundle_runners(model: PreTrainedModel, bundles: Mapping[str, Bundle]) -> list[Runner]:
     """Compressed caches; ``model`` is attached."""
-    return [_bundle_runner(model, name, bundle, pages) for name, (bundle, pages) in bundles.items()]
+    return [_bundle_runner(model, name, bundle) for name, bundle in bundles.items()]
 
 
-def _bundle_runner(model: PreTrainedModel, name: str, bundle: Bundle, pages: PageCounts | None) -> Runner:
-    options: dict[str, Any] = {} if pages is None else {"attend_pages": pages}
-    config = {"window": bundle.plan.window, "bundle_sha256": bundle.digest, **options}
-    return Runner(name, "kvcar", model, lambda: KVCarCache(bundle, **options), config)
+def _bundle_runner(model: PreTrainedModel, name: str, bundle: Bundle) -> Runner:
+    config = {"window": bundle.plan.window, "bundle_sha256": bundle.digest}
+    return Runner(name, "kvcar", model, lambda: KVCarCache(bundle), config)
 
 
-def read_bundles(given: Sequence[str]) -> dict[str, tuple[Bundle, PageCounts | None]]:
-    """Bundles of ``NAME=FOLDER`` or ``NAME=FOLDER:PAGES``, each with the pages that attention is to read (one number, or one a layer).
-
-    Raises:
-        InputError: two of one name.
-        BundleError: a folder that holds no bundle.
-    """
-    found: dict[str, tuple[Bundle, PageCounts | None]] = {}
-    for each in given:
-        folder, pages = split_pages(each)
-        ((name, bundle),) = named_bundles([folder]).items()
-        if name in found or name in (FULL, STATIC):
-            raise InputError(f"two contenders would be called {name!r}; write NAME=FOLDER with names of their own")
-        found[name] = (bundle, pages)
-    return found
-
-
-def split_pages(given: str) -> tuple[str, PageCounts | None]:
-    """``FOLDER:8`` as the folder and 8, ``FOLDER:8,12`` as the folder and (8, 12), ``FOLDER`` as the folder and None."""
-    match = re.fullmatch(r"(.+):(\d+(?:,\d+)*)", given)
-    return (match[1], page_counts(match[2])) if match else (given, None)
+def read_bundles(given: Sequence[str]) -> dict[str, Bundle]:
+    """Load bundles of ``NAME=FOLDER`` or ``FOLDER``, by name; raises as ``named_bundles`` does."""
+    bundles = named_bundles(given)
+    for name in {FULL, STATIC} & bundles.keys():
+        raise InputError(f"two contenders would be called {name!r}; write NAME=FOLDER with names of their own")
+    return bundles

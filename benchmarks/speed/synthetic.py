@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from kvcar.bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity
+from kvcar.cache.coder import PageCoder
+from kvcar.cache.pages import PageStore
 from kvcar.codecs.linear import LinearCodec
 from kvcar.codecs.quantizer import StaticQuantizer
 from kvcar.errors import InputError
-from kvcar.sizes import next_arena_pages
+from kvcar.geometry import KINDS, Kind, KVGeometry, Slot
 from kvcar.kernels.attend import ExactPast, PagedPast
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.models.fingerprint import Fingerprint
 from kvcar.plan import BitGroup, Block, Plan
-from kvcar.cache.coder import PageCoder
-from kvcar.cache.pages import PageStore
-from kvcar.geometry import KINDS, Kind, KVGeometry, Slot
+from kvcar.sizes import next_arena_pages
 
 _ROPE_BASE = 500_000.0
 _SEED = 0

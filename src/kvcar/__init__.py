@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .bundle import Bundle as Bundle
     from .errors import KVCarError as KVCarError
     from .evaluate.fidelity import Fidelity as Fidelity
+    from .evaluate.fidelity import evaluate as evaluate
     from .evaluate.fidelity import measure_fidelity as measure_fidelity
     from .fit.fit import fit_bundle as fit_bundle
     from .fit.options import FitOptions as FitOptions
@@ -64,6 +65,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "__version__",
     "attach",
     "detach",
+    "evaluate",
     "fit_bundle",
     "fit_profile",
     "load_model",
@@ -74,7 +76,13 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
 ]
 
 
+# Packages that can be called as the function of their name: bound as packages, however they are imported first.
+_CALLABLE = ("evaluate",)
+
+
 def __getattr__(name: str) -> Any:
+    if name in _CALLABLE:
+        return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'kvcar' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name], __name__), name)

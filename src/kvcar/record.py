@@ -6,18 +6,46 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
 from .version import __version__
 
+# What measurements themselves write: the first record of a run must not make the tree of the next one look changed.
+_GENERATED = ("benchmarks/results", "docs/results", "README.md")
+
+
+@cache
+def source_state(package: Path = Path(__file__).parent) -> tuple[str | None, bool | None]:
+    """Name the commit that ``package`` was checked out from, and whether its tree was clean; (None, None) outside of one.
+
+    Generated files may differ. A checkout counts only where the package is its ``src/kvcar``: an environment that lies in
+    the checkout of another project says nothing.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        root = Path(git("rev-parse", "--show-toplevel"))
+        if (root / "src" / "kvcar").resolve() != package.resolve():
+            return None, None
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", ":(top)", *(f":(top,exclude){path}" for path in _GENERATED))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+    return commit, not changed
+
 
 def provenance(command: list[str] | None = None) -> dict[str, Any]:
-    """Versions, machine and command of this process, as JSON-ready values.
+    """Collect versions, commit, machine and command of this process, as JSON-ready values.
 
     Args:
         command: the command line to record; the process' own by default, program name without its folder.
@@ -25,11 +53,14 @@ def provenance(command: list[str] | None = None) -> dict[str, Any]:
     import torch
     import transformers
 
+    commit, tree_clean = source_state()
     own = ["kvcar" if not sys.argv[0] else Path(sys.argv[0]).name, *sys.argv[1:]]
     return {
         "command": " ".join(command or own),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "kvcar": __version__,
+        "commit": commit,
+        "tree_clean": tree_clean,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

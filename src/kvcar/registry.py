@@ -1,9 +1,16 @@
-"""A registry is the list: tests, docs and the command line enumerate it; adding an entry is one decorator."""
+"""A registry is the list: tests, docs and the command line enumerate it; adding an entry is one decorator.
+
+And packages that can be called, where a function and the package that holds it share a name.
+"""
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar, cast
+from importlib import import_module
+from types import ModuleType
+from typing import Any, Generic, TypeVar, cast
 
 from .errors import InputError
 
@@ -41,3 +48,29 @@ class Registry(Generic[T]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
+
+
+def callable_package(package: str, home: str) -> None:
+    """Let a package be called as the function of its own name, which its module ``home`` has.
+
+    ``kvcar.evaluate(...)`` and ``from kvcar.evaluate.fidelity import ...`` both work then, whichever comes first: importing
+    a package binds its name in its parent, and what is bound there can be called. The module is loaded by the first call.
+
+    Args:
+        package: its full name; call this from its ``__init__``, with ``__name__``.
+        home: the module inside it.
+    """
+    name = package.rpartition(".")[2]
+
+    def function() -> Callable[..., Any]:
+        return getattr(import_module(f"{package}.{home}"), name)
+
+    class CallablePackage(ModuleType):
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            return function()(*args, **options)
+
+        @property
+        def __signature__(self) -> inspect.Signature:
+            return inspect.signature(function())
+
+    sys.modules[package].__class__ = CallablePackage

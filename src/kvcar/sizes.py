@@ -1,15 +1,30 @@
-"""How much memory pages and windows take: the same arithmetic for the runtime, for budgets and for ``kvcar size``."""
+"""Bytes of everything: pages, windows and tables of a cache, codecs beside them, and what fits into memory.
+
+The runtime, budgets of a fit, ``kvcar size`` and every figure that a user is shown share this arithmetic.
+"""
 
 from __future__ import annotations
 
-from .plan import Plan
-from .geometry import BFLOAT16_BYTES
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import InputError
+from .geometry import BFLOAT16_BYTES, KVGeometry
 from .layout import page_layout
+from .plan import Plan
 
 WINDOW_STEP_TOKENS = 16
 FINE_POSITIONS = 64
 _FEWEST_PAGES = 8
 _GROWTH_DIVISOR = 8
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+REFERENCE_TOKENS = 4096
+"""Context length at which ``times_smaller`` is promised."""
+
+SizeOf = Callable[[int, int], int]
+"""(tokens, batch) -> bytes of a cache."""
 
 
 def next_arena_pages(pages: int) -> int:
@@ -75,3 +90,100 @@ def stored_bytes(plan: Plan, tokens: int, model_bytes: int, batch: int = 1) -> i
             kept += seen * geometry.layer_elements_per_token * model_bytes
     tables = table_bytes(plan, tokens, batch) if plan.coded_layers else 2 * 8 * batch
     return batch * (pages + exact * len(plan.coded_layers) + kept) + tables
+
+
+def times_smaller(plan: Plan, model_bytes: int, tokens: int = REFERENCE_TOKENS) -> float:
+    """Divide the bytes of the model's own cache in bfloat16 by those of the compressed one; codecs are beside both."""
+    return plan.geometry.full_bytes(tokens) / stored_bytes(plan, tokens, model_bytes)
+
+
+def pays_from_tokens(plan: Plan, codec_bytes: int, model_bytes: int = BFLOAT16_BYTES) -> int | None:
+    """Count the tokens from which compressed cache and codecs together are smaller than the model's own cache.
+
+    Codecs are like weights: they exist once, for all sequences. The tokens are those of all sequences together, each of
+    them of ``REFERENCE_TOKENS`` tokens, or of as many as the model has positions.
+
+    Returns:
+        The tokens; None where the cache alone saves nothing.
+    """
+    length = min(REFERENCE_TOKENS, plan.geometry.max_positions)
+    return break_even_tokens(
+        plan.geometry.full_bytes(length), stored_bytes(plan, length, model_bytes), length, codec_bytes
+    )
+
+
+def break_even_tokens(full_bytes: float, cache_bytes: float, tokens: int, codec_bytes: int) -> int | None:
+    """Count the tokens at which codecs are paid for, by caches of ``tokens`` tokens; None where nothing is saved."""
+    saved = full_bytes - cache_bytes
+    return math.floor(codec_bytes / saved * tokens) + 1 if saved > 0 else None
+
+
+def codecs_in_words(plan: Plan, codec_bytes: int) -> str:
+    """Say what codecs take beside the cache, and from how many tokens the two are smaller than the full cache."""
+    pays = pays_from_tokens(plan, codec_bytes)
+    since = "never pay" if pays is None else f"pay from {pays:,} tokens, all sequences together"
+    return f"codecs take {codec_bytes:,} bytes once, and {since}"
+
+
+def full_size(geometry: KVGeometry) -> SizeOf:
+    """Bytes of the model's own cache in bfloat16."""
+    return lambda tokens, batch: geometry.full_bytes(tokens) * batch
+
+
+def compressed_size(plan: Plan, model_bytes: int) -> SizeOf:
+    """Bytes of a compressed cache, everything counted, for a model that computes in ``model_bytes`` per element."""
+    return lambda tokens, batch: stored_bytes(plan, tokens, model_bytes, batch)
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What fits into a budget.
+
+    Attributes:
+        longest_tokens: longest sequence at the given batch, at most the model's positions.
+        largest_batch: largest batch at the given length.
+        cut_by_positions: whether the model's positions, not memory, limit the length.
+    """
+
+    longest_tokens: int
+    largest_batch: int
+    cut_by_positions: bool
+
+
+def what_fits(size_of: SizeOf, memory_bytes: int, batch: int, tokens: int, max_positions: int) -> Fits:
+    """Longest sequence for ``batch`` and largest batch for ``tokens`` in ``memory_bytes``, weights left out."""
+    longest = _largest(lambda n: size_of(n, batch), memory_bytes, max_positions)
+    room = memory_bytes // max(1, size_of(tokens, 1))
+    batches = _largest(lambda n: size_of(tokens, n), memory_bytes, 2 * room + 1)
+    return Fits(longest, batches, cut_by_positions=longest == max_positions)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of ``24GiB``, ``512 MiB``, ``80GB`` or a plain number; raises InputError."""
+    stripped = text.strip()
+    digits = stripped.rstrip("KMGTiB ")
+    unit = stripped[len(digits) :].strip()
+    try:
+        value = float(digits)
+    except ValueError:
+        value = -1.0
+    if unit not in _UNITS or not 0 < value < float("inf"):
+        raise InputError(f"{text!r} is no amount of memory; write for example 24GiB, 512MiB or 80GB")
+    return int(value * _UNITS[unit])
+
+
+def _largest(size: Callable[[int], int], budget: int, limit: int) -> int:
+    """Largest ``n`` of 0 to ``limit`` whose size is within the budget; sizes never fall as ``n`` grows by much.
+
+    Allocation in steps makes sizes wobble a little, so the result of bisection is checked downwards.
+    """
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if size(middle) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    while low and size(low) > budget:
+        low -= 1
+    return low

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import InputError
 
 EMBEDDED_NAME = "pydoc_data.topics"
+HELD_OUT_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,35 @@ def read_text(path: Path | str | None) -> TextSource:
     return _source(name, text)
 
 
+Texts = str | Path | Sequence[str | Path] | None
+"""What the Python path takes: a text or the path of a file, several of them, or None for the embedded text."""
+
+
+def given_texts(texts: Texts) -> list[TextSource]:
+    """Read what was given from Python: a text itself, a path, or a list of these; None is the embedded text.
+
+    A string is the path of a file where it is one line that ends in ``.txt`` or ``.jsonl`` (or a slice of one), as
+    ``read_text`` takes it, and a text otherwise.
+
+    Raises:
+        InputError: as ``read_text``; an empty list or an empty text.
+    """
+    if texts is None:
+        return [read_text(None)]
+    several = [texts] if isinstance(texts, str | Path) else list(texts)
+    if not several:
+        raise InputError("an empty list of texts was given; give a text, the path of a file, or leave it out")
+    return [_given(each) for each in several]
+
+
+def _given(text: str | Path) -> TextSource:
+    if isinstance(text, Path) or re.fullmatch(r".+\.(txt|jsonl)(\[\d*:\d*\])?", text):
+        return read_text(text)
+    if not text.strip():
+        raise InputError("an empty text was given; give some text, or the path of a file")
+    return _source("given text", text)
+
+
 def joined(sources: Sequence[TextSource]) -> TextSource:
     """Several texts as one."""
     if len(sources) == 1:
@@ -88,6 +118,11 @@ def split_text(source: TextSource, held_out_fraction: float) -> tuple[TextSource
     cut = paragraph + 2 if paragraph > 0 else cut
     kept, held = source.text[:cut], source.text[cut:]
     return _source(f"{source.name} (first part)", kept), _source(f"{source.name} (last part)", held)
+
+
+def evaluation_texts(texts: Texts) -> list[TextSource]:
+    """Texts to evaluate on: those given, or the part of the embedded text that no fit reads by default."""
+    return [split_text(read_text(None), HELD_OUT_FRACTION)[1]] if texts is None else given_texts(texts)
 
 
 def token_windows(tokenizer: Any, text: str, context: int, windows: int) -> Tensor:

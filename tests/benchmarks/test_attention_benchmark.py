@@ -10,8 +10,8 @@ import torch
 from speed.synthetic import RandomPast, Shape, random_bundle, random_plan
 
 from kvcar.errors import InputError
-from kvcar.sizes import allocated_pages
 from kvcar.kernels.attend import attend, naive
+from kvcar.sizes import allocated_pages
 
 SHAPE = Shape(8, 4, 16)
 

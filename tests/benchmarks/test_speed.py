@@ -8,7 +8,7 @@ import pages
 import pytest
 import torch
 from bundles import fitted
-from speed.contenders import FULL, STATIC, full_runner, read_bundles, split_pages, static_copy, twin
+from speed.contenders import FULL, STATIC, full_runner, read_bundles, static_copy, twin
 from speed.figures import Line, break_even, fit_line, ratios, spread
 from speed.race import Pace, check_contexts
 from speed.rounds import in_rounds, round_orders
@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kvcar.errors import InputError
-from kvcar.evaluate.size import full_size
 from kvcar.models.geometry import read_geometry
+from kvcar.sizes import full_size
 
 
 def test_a_spread_is_robust_and_counts():
@@ -99,12 +99,9 @@ def test_warming_up_leaves_no_trace():
     assert (runner.fed, runner.cache.get_seq_length(), runner.chunk_seconds) == (0, 0, [])
 
 
-def test_bundles_are_named_and_may_have_a_number_of_pages(tmp_path):
-    assert split_pages("x=/a/b:12") == ("x=/a/b", 12)
-    assert split_pages("x=/a/b:12,3") == ("x=/a/b", (12, 3))
-    assert split_pages("x=/a/b") == ("x=/a/b", None)
+def test_bundles_are_named_unlike_the_caches_beside_them(tmp_path):
     fitted(tiny_model("llama"), bits=4).save(tmp_path / "b", "card")
-    assert {name: pages for name, (_, pages) in read_bundles([f"x={tmp_path / 'b'}:4"]).items()} == {"x": 4}
+    assert list(read_bundles([f"x={tmp_path / 'b'}"])) == ["x"]
     with pytest.raises(InputError, match="two contenders"):
         read_bundles([f"{STATIC}={tmp_path / 'b'}"])
 

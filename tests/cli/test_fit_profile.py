@@ -2,12 +2,12 @@
 
 import json
 
-from test_commands import error_of, model_folder, run, text_file, words  # noqa: F401
+from commands import error_of, run, words
 
 from kvcar.bundle import Bundle
 
 
-def test_a_fit_without_structure_is_by_profile_and_tells_its_curve(model_folder, text_file, tmp_path):  # noqa: F811
+def test_a_fit_without_structure_is_by_profile_and_tells_its_curve(model_folder, text_file, tmp_path):
     path, record = tmp_path / "b", tmp_path / "fit.json"
     printed = run(
         "fit", model_folder, "-o", path, "--text", text_file, "--times-smaller", 4, "--tune-steps", 2, "--effect-tokens", 512,
@@ -25,7 +25,7 @@ def test_a_fit_without_structure_is_by_profile_and_tells_its_curve(model_folder,
     assert [size for size, _ in data["curve"]][:2] == [3.0, 4.0]
 
 
-def test_several_texts_take_turns(model_folder, text_file, tmp_path):  # noqa: F811
+def test_several_texts_take_turns(model_folder, text_file, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": words(120, seed)}) + "\n" for seed in range(100, 160)))
     run(
@@ -36,7 +36,7 @@ def test_several_texts_take_turns(model_folder, text_file, tmp_path):  # noqa: F
     assert fit.text == "words.txt + other.jsonl[:40]"
 
 
-def test_a_divergence_instead_of_a_size(model_folder, text_file, tmp_path):  # noqa: F811
+def test_a_divergence_instead_of_a_size(model_folder, text_file, tmp_path):
     run(
         "fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--max-kl", 0.05, "--tune-steps", 0,
         "--effect-tokens", 512, "--no-check",
@@ -44,7 +44,7 @@ def test_a_divergence_instead_of_a_size(model_folder, text_file, tmp_path):  # n
     assert Bundle.load(tmp_path / "b").fit.options["max_kl"] == 0.05
 
 
-def test_structure_and_search_exclude_each_other(model_folder, tmp_path):  # noqa: F811
+def test_structure_and_search_exclude_each_other(model_folder, tmp_path):
     message = error_of("fit", model_folder, "-o", tmp_path / "b", "--profile", "small", "--bits", 3)
     assert "--profile" in message
     assert "--bits" in message

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_commands import bundle, error_of, model_folder, run, text_file, words  # noqa: F401
+from commands import error_of, run, words
 from tiny import token_ids
 
 import kvcar
@@ -13,7 +13,7 @@ from kvcar.context.context import read_context
 
 
 @pytest.fixture
-def stored(bundle, model_folder, tmp_path):  # noqa: F811
+def stored(bundle, model_folder, tmp_path):
     text, path, figures = tmp_path / "manual.txt", tmp_path / "manual.ctx", tmp_path / "saved.json"
     text.write_text(words(300, seed=9))
     output = run("save", model_folder, "-b", bundle, "--text", text, "-o", path, "--tokens", 200, "--json", figures)
@@ -21,7 +21,7 @@ def stored(bundle, model_folder, tmp_path):  # noqa: F811
     return path, json.loads(figures.read_text())
 
 
-def test_a_text_is_stored_and_continued(stored, bundle, model_folder, tmp_path):  # noqa: F811
+def test_a_text_is_stored_and_continued(stored, bundle, model_folder, tmp_path):
     path, saved = stored
     assert saved["file_bytes"] == path.stat().st_size
     assert saved["times_smaller"] == pytest.approx(200 * 512 / saved["file_bytes"])
@@ -46,7 +46,7 @@ def test_a_text_is_stored_and_continued(stored, bundle, model_folder, tmp_path):
     assert data["text"] == loaded.tokenizer.decode(whole[0, 220:], skip_special_tokens=True)
 
 
-def test_options_of_what_is_stored(bundle, model_folder, tmp_path):  # noqa: F811
+def test_options_of_what_is_stored(bundle, model_folder, tmp_path):
     text, sizes = tmp_path / "t.txt", []
     text.write_text(words(100))
     for options in (["--keep-window"], ["--no-token-ids"]):
@@ -57,7 +57,7 @@ def test_options_of_what_is_stored(bundle, model_folder, tmp_path):  # noqa: F81
     assert sizes[0] > sizes[1]
 
 
-def test_what_does_not_fit_is_told(stored, bundle, model_folder, tmp_path):  # noqa: F811
+def test_what_does_not_fit_is_told(stored, bundle, model_folder, tmp_path):
     path, _ = stored
     text, short = tmp_path / "long.txt", tmp_path / "short.txt"
     text.write_text(words(600))
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_told(stored, bundle, model_folder, tmp_path):  # n
     assert "truncated" in error_of(*go_on, path, "--prompt", "w1")
 
 
-def test_several_sequences_cannot_be_continued_by_one_prompt(bundle, model_folder, tmp_path):  # noqa: F811
+def test_several_sequences_cannot_be_continued_by_one_prompt(bundle, model_folder, tmp_path):
     model = kvcar.load_model(str(model_folder)).model
     with kvcar.attach(model, bundle):
         cache = KVCarCache(bundle)

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_commands import error_of, model_folder, run, text_file, words  # noqa: F401 (fixtures)
+from commands import error_of, run, words
 
 from kvcar.bundle import Bundle
 
@@ -11,7 +11,7 @@ QUICK = ("--context", 64, "--tokens", 2048, "--validate-every", 2, "--windows-pe
 
 
 @pytest.fixture(scope="module")
-def start(model_folder, text_file, tmp_path_factory):  # noqa: F811
+def start(model_folder, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("start") / "start"
     run(
         "fit", model_folder, "-o", folder, "--text", text_file, "--codec", "autoencoder", "--key-latents", 20, "--value-latents",
@@ -26,7 +26,7 @@ def test_fit_with_latents_on_some_layers(start):
     assert {(b.kind, b.latents, b.groups[0].bits) for b in plan.blocks} == {("key", 20, 16), ("value", 24, 16)}
 
 
-def test_train_writes_a_bundle_and_its_history(start, model_folder, text_file, tmp_path):  # noqa: F811
+def test_train_writes_a_bundle_and_its_history(start, model_folder, text_file, tmp_path):
     record = tmp_path / "record.json"
     output = run(
         "train", model_folder, "-b", start, "-o", tmp_path / "trained", "--text", text_file, "--joint-steps", 4,
@@ -54,7 +54,7 @@ def test_train_writes_a_bundle_and_its_history(start, model_folder, text_file, t
     assert "no readable checkpoint" in message
 
 
-def test_the_paper_s_recipe(start, model_folder, text_file, tmp_path):  # noqa: F811
+def test_the_paper_s_recipe(start, model_folder, text_file, tmp_path):
     run(
         "train", model_folder, "-b", start, "-o", tmp_path / "paper", "--text", text_file, "--paper", "--layer-steps", 1,
         "--joint-steps", 1, *QUICK, "--no-check",
@@ -64,7 +64,7 @@ def test_the_paper_s_recipe(start, model_folder, text_file, tmp_path):  # noqa: 
 
 
 @pytest.mark.parametrize("measure", ["l1", "kl"])
-def test_similarity_shares_slots_and_fit_builds_on_them(measure, model_folder, text_file, tmp_path):  # noqa: F811
+def test_similarity_shares_slots_and_fit_builds_on_them(measure, model_folder, text_file, tmp_path):
     shared, plot, record = tmp_path / "shared", tmp_path / "heads.svg", tmp_path / "r.json"
     output = run(
         "similarity", model_folder, "--text", text_file, "--tokens", 512, "--measure", measure, "--count", 3, "-o", shared,
@@ -87,13 +87,13 @@ def test_similarity_shares_slots_and_fit_builds_on_them(measure, model_folder, t
     assert {block.scales for block in plan.blocks} == {"dynamic"}
 
 
-def test_similarity_says_what_is_missing(model_folder, tmp_path):  # noqa: F811
+def test_similarity_says_what_is_missing(model_folder, tmp_path):
     assert "--count or --threshold" in error_of("similarity", model_folder, "-o", tmp_path / "x")
     assert "one of them" in error_of("similarity", model_folder, "--count", 1, "--threshold", 0.5)
     assert "unknown measure" in error_of("similarity", model_folder, "--measure", "l3")
 
 
-def test_finetune_writes_a_model_that_its_bundle_fits(model_folder, text_file, tmp_path):  # noqa: F811
+def test_finetune_writes_a_model_that_its_bundle_fits(model_folder, text_file, tmp_path):
     shared, tuned, output = tmp_path / "shared", tmp_path / "tuned-model", tmp_path / "tuned"
     run("similarity", model_folder, "--text", text_file, "--tokens", 512, "--count", 6, "--dissimilar", "-o", shared)
     run(
@@ -109,13 +109,13 @@ def test_finetune_writes_a_model_that_its_bundle_fits(model_folder, text_file, t
 
 
 @pytest.mark.parametrize("scales", ["static", "dynamic"])
-def test_quantize(start, model_folder, text_file, tmp_path, scales):  # noqa: F811
+def test_quantize(start, model_folder, text_file, tmp_path, scales):
     run("quantize", model_folder, "-b", start, "-o", tmp_path / "int8", "--scales", scales, "--text", text_file)
     blocks = Bundle.load(tmp_path / "int8").plan.blocks
     assert {(block.groups[0].bits, block.scales) for block in blocks} == {(8, scales)}
 
 
-def test_tasks_through_the_cache(start, model_folder, tmp_path):  # noqa: F811
+def test_tasks_through_the_cache(start, model_folder, tmp_path):
     path, record = tmp_path / "choices.jsonl", tmp_path / "r.json"
     lines = [
         {"query": words(20, i) + "\n", "choices": [words(4, 50 + i), words(6, 90 + i)], "gold": i % 2} for i in range(4)

@@ -3,11 +3,11 @@
 import json
 
 import pytest
+from peak_memory import measure_peak_growth
 from typer.testing import CliRunner
 
 from kvcar.cli import app
 from kvcar.cli.texts import evaluation_text
-from kvcar.evaluate.memory import measure_peak_growth
 from kvcar.text import token_windows
 from kvcar.models.load import load_model
 

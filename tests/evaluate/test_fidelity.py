@@ -9,14 +9,12 @@ from tiny import FAMILIES, tiny_model, token_ids
 from transformers import DynamicCache
 
 import kvcar
-from kvcar.errors import InputError
-from kvcar.evaluate.fidelity import measure_fidelity
-from kvcar.evaluate.size import compressed_size, full_size, parse_bytes, what_fits
-from kvcar.evaluate.statistics import mean_of, ratio_of
-from kvcar.sizes import stored_bytes
-from kvcar.models.geometry import read_geometry
 from kvcar.cache.cache import KVCarCache
+from kvcar.errors import InputError
+from kvcar.evaluate.fidelity import mean_of, measure_fidelity, ratio_of
 from kvcar.geometry import Slot
+from kvcar.models.geometry import read_geometry
+from kvcar.sizes import compressed_size, full_size, parse_bytes, stored_bytes, what_fits
 
 
 def test_an_exact_plan_has_no_divergence_at_all():

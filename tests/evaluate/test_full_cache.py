@@ -6,8 +6,8 @@ from bundles import by_hand
 from tiny import tiny_model, token_ids
 from transformers import DynamicCache
 
-from kvcar.evaluate.full_cache import Bfloat16Cache, held_bytes, hold_in_bfloat16
 from kvcar.cache.attach import attach
+from kvcar.evaluate.memory import Bfloat16Cache, held_bytes, hold_in_bfloat16
 from kvcar.geometry import Slot
 
 

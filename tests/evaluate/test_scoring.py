@@ -6,9 +6,9 @@ from bundles import fitted
 from tiny import tiny_model
 from transformers import DynamicCache
 
-from kvcar.evaluate.scoring import Scorer, alike_together
 from kvcar.cache.attach import attach
 from kvcar.cache.cache import KVCarCache
+from kvcar.evaluate.scoring import Scorer, alike_together
 
 
 def texts(seed=0):

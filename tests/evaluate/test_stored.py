@@ -7,9 +7,9 @@ from tiny import tiny_model, token_ids
 from transformers import DynamicCache
 
 import kvcar
+from kvcar.cache.cache import KVCarCache
 from kvcar.errors import InputError
 from kvcar.evaluate.stored import continuation_figures, measure_continuation, time_context
-from kvcar.cache.cache import KVCarCache
 
 
 @torch.no_grad()

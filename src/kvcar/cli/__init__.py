@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 
 from ..errors import KVCarError
-from . import compare, demo, evaluate, fit, generate, inspect, reproduce, save, similarity, size, train
+from . import demo, evaluate, fit, generate, inspect, reproduce, save, similarity, size, train
 from .app import app
 from .console import errors
 
 __all__ = [
     "app",
-    "compare",
     "demo",
     "evaluate",
     "fit",

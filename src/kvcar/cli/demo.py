@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache
 from ..bundle import Bundle
 from ..errors import InputError
 from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
-from ..evaluate.full_cache import bfloat16_bytes
+from ..evaluate.memory import bfloat16_bytes
 from ..fit.fit import fit_bundles
 from ..fit.options import FitOptions
 from ..text import TextSource, token_windows

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..bundle import Bundle, check_target
 from ..errors import InputError
 from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
-from ..evaluate.size import compressed_size
+from ..sizes import compressed_size
 from ..fit.fit import fit_bundle
 from ..fit.options import FitOptions
 from ..text import TextSource, interleaved, joined, token_windows

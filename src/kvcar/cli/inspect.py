@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..bundle import Bundle
 from ..errors import InputError
-from ..evaluate.size import compressed_size
+from ..sizes import compressed_size
 from ..report.plan_table import bits_by_layer, summarise_blocks
 from ..record import Record, write_text
 from ..report.plots import bits_per_layer

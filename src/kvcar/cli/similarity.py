@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..bundle import check_target
 from ..errors import InputError
-from ..evaluate.size import compressed_size
+from ..sizes import compressed_size
 from ..fit.fit import fit_bundle
 from ..fit.options import FitOptions
 from ..paper.similarity import Similarity, measure_similarity

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..bundle import Bundle
 from ..errors import InputError, ModelMismatchError
-from ..evaluate.size import Fits, SizeOf, compressed_size, full_size, parse_bytes, what_fits
+from ..sizes import Fits, SizeOf, compressed_size, full_size, parse_bytes, what_fits
 from ..models.geometry import read_geometry
 from ..models.load import load_config
 from ..record import Record

@@ -6,19 +6,61 @@ each chunk attends over what the cache made of the chunks before. Both caches se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from ..bundle import Bundle
+from ..cache.attach import attach, attachment_of
+from ..cache.cache import KVCarCache
 from ..errors import InputError
-from .full_cache import bfloat16_bytes, held_bytes
-from .statistics import Estimate, estimate_figures, mean_of, ratio_of
+from ..progress import OnProgress, counter, silent
+from ..text import Texts, evaluation_texts, token_windows
+from .memory import bfloat16_bytes, held_bytes
 
 CHUNK_TOKENS = 64
+_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its standard error."""
+
+    value: float
+    stderr: float
+
+    def exponential(self) -> Estimate:
+        """Of the figure's exponential, by the delta method (a mean log-likelihood becomes a perplexity)."""
+        value = math.exp(self.value)
+        return Estimate(value, value * self.stderr)
+
+
+def estimate_figures(x: object, names: Sequence[str]) -> dict[str, float]:
+    """``name`` and ``name_stderr`` of attributes of ``x`` that are estimates, in this order."""
+    figures: dict[str, float] = {}
+    for name in names:
+        estimate: Estimate = getattr(x, name)
+        figures |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
+    return figures
+
+
+def mean_of(x: Tensor) -> Estimate:
+    """Mean of ``x`` ``[N]``; the standard error of a single token is not known and said to be NaN."""
+    if len(x) < 2:
+        return Estimate(float(x.mean()), math.nan)
+    return Estimate(float(x.mean()), float(x.std() / math.sqrt(len(x))))
+
+
+def ratio_of(nll: Tensor, nll_reference: Tensor) -> Estimate:
+    """Ratio of two perplexities on the same tokens; pairing the tokens makes its error far smaller than theirs."""
+    return mean_of(nll - nll_reference).exponential()
 
 
 @runtime_checkable
@@ -75,6 +117,7 @@ class Fidelity:
         window_kl_divergences: mean of every window, in the order of the text.
         stored_bytes: bytes of the cache's tensors at the end of a window, the mean over windows.
         full_bytes: bytes of the model's own cache in bfloat16 at the same length.
+        codec_bytes: bytes of the codecs beside the cache, once for all sequences; 0 for caches without.
         tokens: tokens scored; context: tokens of a window; windows: how many.
     """
 
@@ -87,6 +130,7 @@ class Fidelity:
     window_kl_divergences: tuple[float, ...]
     stored_bytes: float
     full_bytes: float
+    codec_bytes: int
     tokens: int
     context: int
     windows: int
@@ -103,8 +147,66 @@ class Fidelity:
 
     @property
     def times_smaller(self) -> float:
-        """Bytes of the model's own cache over bytes of this one."""
+        """Bytes of the model's own cache over bytes of this one; codecs are in neither."""
         return self.full_bytes / self.stored_bytes
+
+
+def evaluate(
+    model: PreTrainedModel,
+    bundle: Bundle | str | Path,
+    tokenizer: Any = None,
+    text: Texts = None,
+    *,
+    token_ids: Tensor | None = None,
+    context: int | None = None,
+    windows: int = 2,
+    window: int | None = None,
+    on_progress: OnProgress = silent,
+) -> Fidelity:
+    """Measure a bundle against the model's own full cache, stepped through both.
+
+    Args:
+        model: a causal language model, attached or not.
+        bundle: a bundle fitted for it, or its folder.
+        tokenizer: the model's.
+        text: a text, the path of a ``.txt`` or ``.jsonl`` file, or a list of these; by default the part of the embedded
+            English text that no fit reads by default.
+        token_ids: int64 ``[N, T]`` in place of tokenizer and text.
+        context: tokens of a window of text; 2,048 by default, or as many as the model has positions.
+        windows: how many, spread evenly over each text.
+        window: recent tokens kept exact; the bundle's by default.
+        on_progress: called with (what is being done, tokens done, tokens in all).
+
+    Raises:
+        InputError: neither or both of text and token ids, or a text that is too short.
+        ModelMismatchError: the bundle was fitted for another model.
+    """
+    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    KVCarCache(loaded, window)  # a window that cannot be is refused before the work
+    if token_ids is None:
+        context = evaluation_context(context, loaded.plan.geometry.max_positions)
+        token_ids = _windows(tokenizer, text, context, windows)
+    elif not (tokenizer is None and text is None and context is None):
+        raise InputError("token_ids stand in place of tokenizer, text and context; give one or the other")
+    attached = nullcontext() if attachment_of(model) else attach(model, loaded, window)
+    with attached:
+        on_chunk = counter(on_progress, "evaluate", token_ids.numel())
+        caches = {"bundle": lambda: KVCarCache(loaded, window, keep_decoded=True)}
+        return measure_fidelity(model, token_ids, caches, on_chunk)["bundle"]
+
+
+def evaluation_context(asked: int | None, positions: int) -> int:
+    """Choose the tokens of a window: as asked, or 2,048 or what the model has; raises InputError above that."""
+    context = min(_CONTEXT, positions) if asked is None else asked
+    if context > positions:
+        raise InputError(f"a context of {context} tokens is longer than the model's {positions} positions")
+    return context
+
+
+def _windows(tokenizer: Any, text: Texts, context: int, windows: int) -> Tensor:
+    if tokenizer is None:
+        raise InputError("evaluation needs a tokenizer for its text, or token_ids in place of both")
+    return torch.cat([token_windows(tokenizer, each.text, context, windows) for each in evaluation_texts(text)])
 
 
 @torch.no_grad()
@@ -121,7 +223,7 @@ def measure_fidelity(
         model: the model; attached, if a ``KVCarCache`` is among the caches.
         windows: token ids int64 ``[N, context]``.
         caches: makes an empty cache of any kind, by name; see ``stored_bytes`` for how it is counted.
-        on_chunk: told after every chunk how many tokens it had.
+        on_chunk: called after every chunk with the tokens it had.
         chunk: tokens fed at once.
 
     Raises:
@@ -133,7 +235,7 @@ def measure_fidelity(
         )
     scores = {name: TokenScores() for name in caches}
     stored = dict.fromkeys(caches, 0.0)
-    full_bytes = 0.0
+    full_bytes, codec_bytes = 0.0, dict.fromkeys(caches, 0)
     for window in windows:
         full = DynamicCache(config=model.config)
         stepped = {name: make() for name, make in caches.items()}
@@ -148,7 +250,8 @@ def measure_fidelity(
         full_bytes += bfloat16_bytes(full) / len(windows)
         for name, cache in stepped.items():
             stored[name] += stored_bytes(cache) / len(windows)
-    return {name: _summarise(scores[name], windows, stored[name], full_bytes) for name in caches}
+            codec_bytes[name] = cache.bundle.codec_bytes if isinstance(cache, KVCarCache) else 0
+    return {name: _summarise(scores[name], windows, stored[name], full_bytes, codec_bytes[name]) for name in caches}
 
 
 def _chunks(window: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -162,7 +265,9 @@ def step_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     return model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
 
 
-def _summarise(scores: TokenScores, windows: Tensor, stored_bytes: float, full_bytes: float) -> Fidelity:
+def _summarise(
+    scores: TokenScores, windows: Tensor, stored_bytes: float, full_bytes: float, codec_bytes: int
+) -> Fidelity:
     nll, nll_full = torch.cat(scores.nll), torch.cat(scores.nll_full)
     divergence, same_top = torch.cat(scores.divergence), torch.cat(scores.same_top)
     count, context = windows.shape
@@ -176,6 +281,7 @@ def _summarise(scores: TokenScores, windows: Tensor, stored_bytes: float, full_b
         window_kl_divergences=tuple(divergence.view(count, context - 1).mean(1).tolist()),
         stored_bytes=stored_bytes,
         full_bytes=full_bytes,
+        codec_bytes=codec_bytes,
         tokens=len(nll),
         context=context,
         windows=count,
@@ -190,6 +296,7 @@ def fidelity_figures(f: Fidelity) -> dict[str, Any]:
         "window_kl_divergences": list(f.window_kl_divergences),
         "stored_bytes": f.stored_bytes,
         "full_bytes": f.full_bytes,
+        "codec_bytes": f.codec_bytes,
         "stored_bytes_per_token": f.stored_bytes_per_token,
         "full_bytes_per_token": f.full_bytes_per_token,
         "times_smaller": f.times_smaller,

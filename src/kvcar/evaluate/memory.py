@@ -1,94 +1,150 @@
-"""Peak memory of a long run, measured in a process of its own.
-
-``measure_peak_growth`` starts a fresh interpreter that loads the model, runs a short warm-up so that libraries have
-taken their working memory, notes its resident size, then prefills and decodes, and reports how far the peak rose.
-"""
+"""Bytes that caches take: counted from their tensors, and measured by filling memory in a process of its own."""
 
 from __future__ import annotations
 
 import ctypes
 import json
 import os
-import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..errors import InputError
-from ..models.load import load_model
 from ..cache.attach import attach
 from ..cache.cache import KVCarCache
-from ..cache.prefill import PREFILL_CHUNK_TOKENS
-from .full_cache import Bfloat16Cache, bfloat16_bytes, held_elements, hold_in_bfloat16
+from ..errors import InputError
+from ..geometry import BFLOAT16_BYTES
+from ..models.load import load_model
 
-_WARM_UP_TOKENS = 700
-_IN_USE_ONLY = {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
-"""glibc then maps what is larger on its own and gives it back when it is freed."""
+# Where layers of transformers keep tokens; masks and sizes that they also keep as tensors are no part of the cache.
+_HELD = ("keys", "values", "_quantized_keys", "_quantized_values")
+# Little, because room that is not filled yet counts against the full cache that it is measured for.
+_ROOM_STEP_TOKENS = 64
+_FILL_CHUNK_TOKENS = 64
 
 
-@dataclass(frozen=True)
-class MemoryRun:
-    """Figures of one run.
+def held_elements(cache: Cache) -> int:
+    """Elements of all keys and values that a cache of transformers holds."""
+    sides = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return sum(side.numel() for side in sides if side is not None)
 
-    Attributes:
-        tokens: tokens in the cache at the end.
-        peak_growth_bytes: peak resident size less the resident size before the run.
-        cache_bytes: bytes of the cache's tensors at the end.
+
+def bfloat16_bytes(cache: Cache) -> int:
+    """Bytes that they take in bfloat16, whatever dtype the model runs in."""
+    return held_elements(cache) * BFLOAT16_BYTES
+
+
+def held_bytes(cache: Cache) -> int:
+    """Bytes of every tensor in which a cache of transformers holds tokens, quantised or not.
+
+    Packed codes count as they are. Whatever is floating point (keys, values, the residual, scales, zero points) counts
+    as in a model that runs in bfloat16, as the full cache does.
+    """
+    return sum(_tensor_bytes(getattr(layer, name, None)) for layer in cache.layers for name in _HELD)
+
+
+def _tensor_bytes(held: object) -> int:
+    """Of a tensor, of the tensors inside a tensor subclass, or of all in a container."""
+    if isinstance(held, Mapping):
+        return sum(map(_tensor_bytes, held.values()))
+    if isinstance(held, list | tuple):
+        return sum(map(_tensor_bytes, held))
+    if not isinstance(held, Tensor):
+        return 0
+    flatten = getattr(held, "__tensor_flatten__", None)
+    if flatten is not None:
+        return sum(_tensor_bytes(getattr(held, name)) for name in flatten()[0])
+    if held.is_floating_point():
+        return held.numel() * min(held.itemsize, BFLOAT16_BYTES)
+    return held.nbytes
+
+
+class Bfloat16Layer(DynamicLayer):
+    """A full layer held in bfloat16, whatever dtype the model computes in.
+
+    Attention gets a copy in the model's dtype, which is gone when the layer is done. ``keys`` and ``values`` are views
+    ``[B, H, N, D]`` of buffers that grow in steps.
     """
 
-    tokens: int
-    peak_growth_bytes: int
-    cache_bytes: int
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._buffers: dict[str, Tensor] = {}
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """As its base does, in bfloat16."""
+        super().lazy_initialization(key_states, value_states)
+        self.keys, self.values = _narrow(self.keys), _narrow(self.values)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens ``[B, H, T, D]``; gives all of them in the dtype of these."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._appended("keys", self.keys, key_states)
+        self.values = self._appended("values", self.values, value_states)
+        return self.keys.to(key_states.dtype), self.values.to(value_states.dtype)
+
+    def reset(self) -> None:
+        """Forget all tokens, and give their memory back."""
+        super().reset()
+        self._buffers.clear()
+
+    def _appended(self, side: str, held: Tensor | None, new: Tensor) -> Tensor:
+        seen = 0 if held is None or held.numel() == 0 else held.shape[2]
+        total = seen + new.shape[2]
+        buffer = self._buffers.get(side)
+        if buffer is None or not _begins(held, buffer) or buffer.shape[2] < total:
+            room = -(-total // _ROOM_STEP_TOKENS) * _ROOM_STEP_TOKENS
+            buffer = torch.empty(*new.shape[:2], room, new.shape[3], dtype=torch.bfloat16, device=new.device)
+            if held is not None and seen:
+                buffer[:, :, :seen] = held
+            self._buffers[side] = buffer
+        buffer[:, :, seen:total] = new
+        return buffer[:, :, :total]
 
 
-def measure_peak_growth(
-    model: str,
-    bundle: Path | None,
-    tokens: int,
-    decode_tokens: int = 16,
-    dtype: str = "auto",
-    in_use_only: bool = False,
-) -> MemoryRun:
-    """Run ``tokens`` tokens through a cache in a child process; ``bundle`` None uses the model's own full cache.
+class Bfloat16SlidingLayer(DynamicSlidingWindowLayer):
+    """A sliding layer that holds its window in bfloat16."""
 
-    What a warm-up has freed is given back first, so that all of the run's own transient memory counts as growth.
-
-    With ``in_use_only`` tensors that are freed go back to the system at once: the peak is then that of memory in use, the same
-    to a few percent from run to run. Without, it also holds what the allocator keeps between tensors of different sizes,
-    as a user sees it: tens of MB, of which it is chance how many.
-
-    Raises:
-        InputError: the child failed, its last lines are in the message; or ``in_use_only`` without glibc.
-    """
-    if in_use_only and platform.libc_ver()[0] != "glibc":
-        raise InputError(
-            "memory in use can only be told from what the allocator keeps with glibc; measure without in_use_only"
-        )
-    given = {
-        "model": model,
-        "bundle": str(bundle) if bundle else None,
-        "tokens": tokens,
-        "decode": decode_tokens,
-        "dtype": dtype,
-    }
-    return MemoryRun(**_in_child(given, _IN_USE_ONLY if in_use_only else {}))
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As its base does; what is kept is narrowed afterwards."""
+        # Joining the kept window with wider tokens widens it for this pass alone.
+        given = super().update(key_states, value_states, *args, **kwargs)
+        self.keys, self.values = _narrow(self.keys), _narrow(self.values)
+        return given
 
 
-def measure_chunk_transient(
-    model: str, dtype: str = "auto", chunk: int = PREFILL_CHUNK_TOKENS, in_use_only: bool = False
-) -> int:
-    """Bytes that the model needs for a prompt of one chunk besides weights and full cache, in a child process.
+class Bfloat16Cache(DynamicCache):
+    """Transformers' full cache, held in bfloat16 while a model computes in float32."""
 
-    Raises:
-        InputError: as ``measure_peak_growth``.
-    """
-    run = measure_peak_growth(model, None, chunk, decode_tokens=0, dtype=dtype, in_use_only=in_use_only)
-    return run.peak_growth_bytes - run.cache_bytes
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        hold_in_bfloat16(self)
+
+
+def hold_in_bfloat16(cache: Cache) -> None:
+    """Let the full layers of an empty cache hold bfloat16; layers of other kinds stay as they are."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = Bfloat16Layer()
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = Bfloat16SlidingLayer(sliding_window=layer.sliding_window)
+
+
+def _begins(held: Tensor | None, buffer: Tensor) -> bool:
+    """Whether ``held`` is still a view of the buffer; picking sequences makes a tensor of its own of it."""
+    return held is not None and held.data_ptr() == buffer.data_ptr() and len(held) == len(buffer)
+
+
+def _narrow(held: Tensor | None) -> Tensor | None:
+    # A copy, also of a narrow view: the wider tensor that it is a part of must not stay.
+    return None if held is None else held.to(torch.bfloat16).contiguous()
 
 
 def fill_memory(
@@ -118,28 +174,30 @@ def fill_memory(
         "window": window,
         "dtype": dtype,
     }
-    return _in_child(given, {})
+    return run_child(["-m", "kvcar.evaluate.memory"], given)
 
 
-def _in_child(given: dict[str, Any], environment: dict[str, str]) -> dict[str, int]:
-    command = [sys.executable, "-m", "kvcar.evaluate.memory", json.dumps(given)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+def run_child(
+    program: list[str], given: dict[str, Any], environment: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """Run a Python program with ``given`` as JSON and read the figures of its last line.
+
+    Args:
+        program: what follows the interpreter's name.
+        given: its last argument.
+        environment: what to add to this process' own.
+
+    Raises:
+        InputError: the child failed; its last lines are in the message.
+    """
+    command = [sys.executable, *program, json.dumps(given)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+    )
     if result.returncode:
         last = "\n".join(result.stderr.strip().splitlines()[-3:])
         raise InputError(f"the memory measurement failed:\n{last}")
     return json.loads(result.stdout.strip().splitlines()[-1])
-
-
-@torch.no_grad()
-def _run(model: PreTrainedModel, cache: Cache, tokens: int, decode_tokens: int) -> None:
-    """Prefill in chunks, then decode, on token ids that repeat no short pattern."""
-    ids = (torch.arange(tokens)[None] * 7919 + 13) % model.config.get_text_config().vocab_size
-    prefill = tokens - decode_tokens
-    for start in range(0, prefill, PREFILL_CHUNK_TOKENS):
-        stop = min(start + PREFILL_CHUNK_TOKENS, prefill)
-        model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for index in range(prefill, tokens):
-        model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def status_bytes(field: str) -> int:
@@ -169,9 +227,6 @@ def resident_bytes() -> int:
     """Resident size of this process without what was freed."""
     trim_heap()
     return status_bytes("VmRSS")
-
-
-_FILL_CHUNK_TOKENS = 64
 
 
 @torch.no_grad()
@@ -213,24 +268,5 @@ def _fill_child(given: dict[str, Any]) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _child(given: dict[str, Any]) -> MemoryRun:
-    loaded = load_model(str(given["model"]), dtype=str(given["dtype"]), device="cpu")
-    attachment = attach(loaded.model, str(given["bundle"])) if given["bundle"] else None
-
-    def new_cache() -> Cache:
-        return attachment.new_cache() if attachment else DynamicCache(config=loaded.model.config)
-
-    tokens, decode = int(given["tokens"] or 0), int(given["decode"] or 0)
-    _run(loaded.model, new_cache(), min(_WARM_UP_TOKENS, tokens), min(2, decode))
-    before = resident_bytes()
-    forget_peak()
-    cache = new_cache()
-    _run(loaded.model, cache, tokens, decode)
-    peak = status_bytes("VmHWM")
-    held = cache.stored_bytes() if isinstance(cache, KVCarCache) else held_elements(cache) * loaded.model.dtype.itemsize
-    return MemoryRun(tokens, peak - before, held)
-
-
 if __name__ == "__main__":
-    told = json.loads(sys.argv[1])
-    print(json.dumps(_fill_child(told) if "memory" in told else asdict(_child(told))))
+    print(json.dumps(_fill_child(json.loads(sys.argv[1]))))

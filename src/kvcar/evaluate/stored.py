@@ -17,12 +17,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..errors import InputError
 from ..cache.cache import KVCarCache
 from ..cache.prefill import PREFILL_CHUNK_TOKENS, prefill
-from .fidelity import CHUNK_TOKENS, TokenScores, step_logits
-from .full_cache import bfloat16_bytes
-from .statistics import Estimate, estimate_figures, mean_of, ratio_of
+from ..errors import InputError
+from .fidelity import CHUNK_TOKENS, Estimate, TokenScores, estimate_figures, mean_of, ratio_of, step_logits
+from .memory import bfloat16_bytes
 
 
 @dataclass(frozen=True)

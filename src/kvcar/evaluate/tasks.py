@@ -15,9 +15,9 @@ from tqdm import tqdm
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..bundle import Bundle
-from ..errors import InputError
 from ..cache.attach import attach
 from ..cache.cache import KVCarCache
+from ..errors import InputError
 from .scoring import Scorer, alike_together
 
 try:

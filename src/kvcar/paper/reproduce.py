@@ -12,7 +12,7 @@ import torch
 from ..bundle import Bundle
 from ..errors import InputError
 from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
-from ..evaluate.size import compressed_size, full_size, parse_bytes, what_fits
+from ..sizes import compressed_size, full_size, parse_bytes, what_fits
 from ..text import read_text, token_windows
 from ..models.load import load_model
 from ..progress import OnProgress, counter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..bundle import Bundle
 from ..evaluate.fidelity import Fidelity
-from ..evaluate.size import compressed_size, full_size
+from ..sizes import compressed_size, full_size
 from .plan_table import summarise_blocks
 
 _LENGTHS = (512, 1024, 4096, 16384, 65536)

@@ -2,8 +2,8 @@
 
 from bundles import by_hand
 from tiny import VOCABULARY, tiny_model
+from transient import prefill_transient
 
-from kvcar.evaluate.transient import prefill_transient
 from kvcar.geometry import Slot
 
 

@@ -1,18 +1,17 @@
 """Contenders of any kind: bytes of transformers' quantised caches, what is left out and why, groups that share a pass."""
 
+import contenders
 import pytest
 import torch
 from bundles import fitted
+from contenders import QUANTIZED, Contender, bundle_contender, compare, groups, noise_floor, quantized_contenders
 from tiny import tiny_model, token_ids
 from transformers import DynamicCache, QuantizedCache
 
 import kvcar
-import kvcar.evaluate.quantized_caches as quantized
 from kvcar.errors import InputError
-from kvcar.evaluate.contenders import Contender, bundle_contender, compare, groups, noise_floor
 from kvcar.evaluate.fidelity import measure_fidelity, stored_bytes
-from kvcar.evaluate.full_cache import bfloat16_bytes, held_bytes
-from kvcar.evaluate.quantized_caches import QUANTIZED, quantized_contenders
+from kvcar.evaluate.memory import bfloat16_bytes, held_bytes
 from kvcar.models.geometry import read_geometry
 
 LAYERS, HEADS, DIM = 4, 2, 16
@@ -68,12 +67,12 @@ def test_the_quantised_part_is_read():
 
 def test_what_is_not_installed_is_left_out_with_a_reason(monkeypatch):
     model = tiny_model("llama")
-    monkeypatch.setattr(quantized, "is_optimum_quanto_available", lambda: False)
+    monkeypatch.setattr(contenders, "is_optimum_quanto_available", lambda: False)
     names = [name for name in QUANTIZED if "quanto" in name] + HQQ
     found, missing = quantized_contenders(model.config, read_geometry(model.config), names)
     assert [c.name for c in found] == HQQ
     assert set(missing) == set(names) - set(HQQ)
-    assert "optimum-quanto is not installed (pip install 'kvcar[compare]')" in missing["quanto-4bit"]
+    assert "optimum-quanto is not installed (pip install optimum-quanto)" in missing["quanto-4bit"]
     sliding = tiny_model("gemma3")
     found, missing = quantized_contenders(sliding.config, read_geometry(sliding.config), HQQ)
     assert not found

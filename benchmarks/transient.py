@@ -11,12 +11,12 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from ..kernels.attend.tiled import tile_tokens
-from ..layout import page_layout
-from ..plan import Plan
-from ..cache.encode import ENCODED_PAGES_AT_ONCE
-from ..cache.prefill import PREFILL_CHUNK_TOKENS
-from ..geometry import BFLOAT16_BYTES, KINDS, Slot
+from kvcar.cache.encode import ENCODED_PAGES_AT_ONCE
+from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
+from kvcar.geometry import BFLOAT16_BYTES, KINDS, Slot
+from kvcar.kernels.attend.tiled import tile_tokens
+from kvcar.layout import page_layout
+from kvcar.plan import Plan
 
 _FLOAT32_BYTES = 4
 # Scores are masked and become weights in place.
@@ -43,7 +43,7 @@ class Transient:
 
     @property
     def nbytes(self) -> int:
-        """The most that exists at one time."""
+        """The maximum that exists at one time."""
         return sum(self.held.values()) + max(self.phases.values())
 
     def as_dict(self) -> dict[str, Any]:
