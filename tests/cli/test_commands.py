@@ -203,10 +203,7 @@ def test_figures_that_cannot_be_written_are_told_before_the_work(bundle, model_f
         write_text(where, "text")
 
 
-COMMANDS = [
-    "demo", "eval", "finetune", "fit", "generate", "inspect", "quantize", "reproduce", "save", "similarity", "size", "tasks",
-    "train",
-]  # fmt: skip
+COMMANDS = ["demo", "eval", "fit", "generate", "inspect", "save", "size", "tasks"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

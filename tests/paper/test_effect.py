@@ -7,11 +7,10 @@ from tiny import tiny_model, token_ids
 
 from kvcar.errors import InputError
 from kvcar.fit.fit import fit_bundle
+from kvcar.fit.losses import kl_divergence
 from kvcar.fit.options import FitOptions
 from kvcar.paper.effect import latents_by_effect, share_latents
-from kvcar.fit.losses import kl_divergence
-from kvcar.paper.simulate import Simulator
-from kvcar.paper.units import units_of
+from kvcar.paper.simulate import Simulator, units_of
 
 WINDOWS = token_ids(128, batch=16, seed=21)
 

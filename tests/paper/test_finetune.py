@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from bundles import SOURCE, by_hand
-from test_train import MANY, QUICK, WINDOWS
+from test_algorithm1 import MANY, QUICK, WINDOWS
 from tiny import tiny_model, token_ids
 
-from kvcar.errors import InputError, ModelMismatchError
-from kvcar.plan import Reuse
 from kvcar.cache.attach import attach
 from kvcar.cache.cache import KVCarCache
+from kvcar.errors import InputError, ModelMismatchError
 from kvcar.geometry import Slot
 from kvcar.paper.finetune import finetune_weights
-from kvcar.paper.options import TrainOptions
+from kvcar.paper.trainer import TrainOptions
+from kvcar.plan import Reuse
 
 REUSES = (
     Reuse(slot=Slot(2, 0, "value"), source=Slot(1, 0, "value")),

@@ -3,19 +3,12 @@
 import json
 
 import pytest
-import torch
-from tiny import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
+from commands import run, words
 
 from kvcar.bundle import Bundle
-from kvcar.cli import app
 from kvcar.errors import InputError
 from kvcar.paper.config import read_config
 from kvcar.paper.reproduce import Reproducer
-
-WORDS = ["<pad>", "<bos>", "<eos>", *(f"w{i}" for i in range(125))]
 
 CONFIG = """
 name: tiny
@@ -54,17 +47,10 @@ system: {{memory: 1MiB, batches: [1, 4], lengths: [64, 128], settings: [both-int
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("reproduction")
-    tiny_model("llama").save_pretrained(folder / "model")
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<pad>", eos_token="<eos>"
-    ).save_pretrained(folder / "model")
-    generator = torch.Generator().manual_seed(0)
-    numbers = torch.randint(0, 125, (4000,), generator=generator).tolist()
-    (folder / "words.txt").write_text(" ".join(f"w{i}" for i in numbers))
+    (folder / "model").symlink_to(model_folder)
+    (folder / "words.txt").write_text(words(4000))
     item = {"query": "w1 w2 w3 w4 w5 w6\n", "choices": ["w7 w8", "w9"], "gold": 1}
     (folder / "task.jsonl").write_text((json.dumps(item) + "\n") * 6)
     return folder
@@ -82,13 +68,12 @@ def write(folder, scales="dynamic", **changes):
 @pytest.mark.parametrize("scales", ["dynamic", "static"])
 def test_everything_is_made_once_and_recorded(folder, tmp_path, scales):
     path = write(folder, scales)
-    arguments = ["reproduce", str(path), "--folder", str(tmp_path / "work"), "--records", str(tmp_path / "records")]
-    result = CliRunner().invoke(app, [*arguments, "--only", "all-a"], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    arguments = ["paper", "reproduce", path, "--folder", tmp_path / "work", "--records", tmp_path / "records"]
+    run(*arguments, "--only", "all-a")
     first = tmp_path / "work" / "tiny" / "all-a" / "plan.json"
     made = first.stat().st_mtime_ns
     assert not (tmp_path / "work" / "tiny" / "shared").exists()
-    assert CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code == 0
+    run(*arguments)
     assert first.stat().st_mtime_ns == made
 
     records = {p.stem: json.loads(p.read_text()) for p in (tmp_path / "records").glob("*.json")}
@@ -114,6 +99,8 @@ def test_everything_is_made_once_and_recorded(folder, tmp_path, scales):
     bundle = Bundle.load(tmp_path / "work" / "tiny" / "both-int8")
     assert {block.scales for block in bundle.plan.blocks} == {scales}
     assert "training-tiny-two-layers" in records
+    # Settings that share by the same measure read the record of the first.
+    assert len(records["similarity-tiny-kl"]["candidates"]) == 12
 
 
 def test_bad_configurations_say_what_is_wrong(folder, tmp_path):

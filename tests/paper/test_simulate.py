@@ -5,13 +5,11 @@ import torch
 from bundles import by_hand, fitted
 from tiny import tiny_model, token_ids
 
-from kvcar.plan import Reuse
 from kvcar.cache.attach import attach
 from kvcar.cache.cache import KVCarCache
 from kvcar.geometry import Slot
-from kvcar.paper.layers import LayerStack
-from kvcar.paper.simulate import Simulator
-from kvcar.paper.units import units_of
+from kvcar.paper.simulate import LayerStack, Simulator, units_of
+from kvcar.plan import Reuse
 
 
 def stepped(model, bundle, ids, step):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from ..errors import KVCarError
-from . import demo, evaluate, fit, generate, inspect, reproduce, save, similarity, size, train
+from . import demo, evaluate, fit, generate, inspect, paper, paper_train, save, size, tasks
 from .app import app
 from .console import errors
 
@@ -17,11 +17,11 @@ __all__ = [
     "generate",
     "inspect",
     "main",
-    "reproduce",
+    "paper",
+    "paper_train",
     "save",
-    "similarity",
     "size",
-    "train",
+    "tasks",
 ]
 
 

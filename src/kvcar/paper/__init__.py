@@ -1,1 +1,1 @@
-"""Training codecs inside the model they serve: the paper's Algorithm 1, and what works better."""
+"""KV-CAR (arXiv 2512.06727) as published: Algorithm 1, Algorithm 2, int8 on the latents, its evaluation; and what works better."""

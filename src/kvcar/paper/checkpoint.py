@@ -1,11 +1,10 @@
-"""What a killed run needs to go on to the same result: tensors as safetensors, the rest as JSON. Nothing is unpickled."""
+"""Checkpoints: a killed run goes on to the same result. Tensors are safetensors, the rest JSON; nothing is unpickled."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,8 @@ class TrainState:
         stage, step: the next step to take, by the stage's place in the run.
         best: best validation loss of the stage so far; None before the first validation.
         stale: validations since.
-        history: what was reported so far, one entry per step or validation.
-        best_tensors: units as they were then.
+        history: one entry per step or validation so far.
+        best_tensors: the trained module as it was at its best.
     """
 
     stage: int = 0
@@ -47,9 +46,9 @@ def save_checkpoint(
 
     Args:
         folder: where to.
-        run: what identifies the run; a resumed one must have the same.
+        run: identity of the run; a resumed one must have the same.
         state: see ``TrainState``.
-        units: what is trained.
+        units: the module in training.
         optimizer: of the stage under way, None between stages.
     """
     tensors = {f"units.{name}": t for name, t in units.state_dict().items()}
@@ -57,11 +56,11 @@ def save_checkpoint(
     if optimizer is not None:
         for index, entry in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(t) for name, t in entry.items()}
-    told = {
+    standing = {
         "run": run, "stage": state.stage, "step": state.step, "best": state.best, "stale": state.stale,
         "history": state.history, "optimizing": optimizer is not None,
     }  # fmt: skip
-    data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, {"state": json.dumps(told)})
+    data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, {"state": json.dumps(standing)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".kvcar-", delete=False) as out:
@@ -80,11 +79,11 @@ def load_checkpoint(folder: Path, run: dict[str, Any], units: nn.Module) -> tupl
     path = folder / _FILE
     try:
         with safe_open(str(path), framework="pt") as file:
-            told = json.loads((file.metadata() or {})["state"])
+            standing = json.loads((file.metadata() or {})["state"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(f"{path} is no readable checkpoint ({error}); start without --resume") from None
-    differing = sorted(k for k in run.keys() | told["run"].keys() if run.get(k) != told["run"].get(k))
+    differing = sorted(k for k in run.keys() | standing["run"].keys() if run.get(k) != standing["run"].get(k))
     if differing:
         raise InputError(
             f"the checkpoint in {folder} belongs to another run: {', '.join(differing)} differ; give the same options, or "
@@ -92,9 +91,14 @@ def load_checkpoint(folder: Path, run: dict[str, Any], units: nn.Module) -> tupl
         )
     units.load_state_dict(_below(tensors, "units."))
     state = TrainState(
-        told["stage"], told["step"], told["best"], told["stale"], told["history"], _below(tensors, "best.")
+        standing["stage"],
+        standing["step"],
+        standing["best"],
+        standing["stale"],
+        standing["history"],
+        _below(tensors, "best."),
     )
-    return state, _below(tensors, "optimizer.") if told["optimizing"] else None
+    return state, _below(tensors, "optimizer.") if standing["optimizing"] else None
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -107,7 +111,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 
 
 def copy_of(units: nn.Module) -> dict[str, Tensor]:
-    """The units' tensors as they are now."""
+    """Copy a module's tensors as they are now."""
     return {name: t.detach().cpu().clone() for name, t in units.state_dict().items()}
 
 
@@ -115,9 +119,8 @@ def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def remove_checkpoint(folder: Path, also: Iterable[str] = ()) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Delete the checkpoint of a finished run, and its folder if nothing else is in it."""
-    for name in (_FILE, *also):
-        (folder / name).unlink(missing_ok=True)
+    (folder / _FILE).unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

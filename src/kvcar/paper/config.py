@@ -1,4 +1,4 @@
-"""What ``kvcar reproduce`` reads: a YAML file of settings, strictly validated."""
+"""What ``kvcar paper reproduce`` reads: a YAML file of settings, strictly validated."""
 
 from __future__ import annotations
 
@@ -32,11 +32,10 @@ class EvaluationText(TextPart):
 
 
 class ReuseChoice(_Strict):
-    """Which slots a setting shares: the ``count`` nearest by a measure, or farthest."""
+    """Which slots a setting shares: the ``count`` that cost least by a measure of Algorithm 2."""
 
-    measure: str = "kl"
+    measure: Literal["l1", "kl"] = "kl"
     count: Positive
-    dissimilar: bool = False
     any_head: bool = False
 
 
@@ -54,7 +53,6 @@ class Setting(_Strict):
         name: of the bundle and its records.
         table: which table it belongs to.
         fit: options of ``FitOptions``.
-        allocate: how the latents that ``fit`` fixes are shared among blocks.
         reuse: slots to share; with ``fit``, its blocks leave them out.
         base: name of an earlier setting whose bundle this one starts from.
         keep_layers: of the base's coded layers, those that stay coded.
@@ -69,7 +67,6 @@ class Setting(_Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     table: str
     fit: dict[str, Any] | None = None
-    allocate: Literal["even", "effect"] = "even"
     reuse: ReuseChoice | None = None
     base: str | None = None
     keep_layers: tuple[int, ...] | None = None
@@ -100,16 +97,12 @@ class Tasks(_Strict):
 
 
 class System(_Strict):
-    """How much fits into ``memory`` bytes: longest sequence by batch size, largest batch by length; and, to confirm, runs
-    of ``confirm_batches`` in child processes, computing in ``dtype`` over caches that hold bfloat16.
-    """
+    """How much fits into ``memory`` bytes, by arithmetic: longest sequence by batch size, largest batch by length."""
 
     memory: str
     batches: tuple[int, ...]
     lengths: tuple[int, ...]
     settings: tuple[str, ...]
-    confirm_batches: tuple[int, ...] = ()
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
 
 class Reproduction(_Strict):
@@ -120,7 +113,7 @@ class Reproduction(_Strict):
         model: 'demo', a folder or a hub id.
         fit_texts: what closed forms are fitted on, heads compared on and steps of quantisers chosen on.
         fit_context: tokens of a window to fit or train on.
-        train_texts: what is trained on, the last windows held back; ``fit_texts`` by default.
+        train_texts: what is trained on, the last windows held out; ``fit_texts`` by default.
         train_dtype: dtype of the model while codecs are trained.
         texts: what is evaluated on, by name.
         settings: rows of the tables.

@@ -13,14 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..codecs import LinearCodec
+from ..fit.bits import share_latents
+from ..fit.losses import kl_divergence
 from ..fit.moments import Moments
 from ..fit.solve import Basis, principal_basis
 from ..plan import RAW_BITS, BitGroup, Plan
-from ..fit.bits import share_latents
 from ..progress import OnProgress, silent
-from .layers import LayerStack
-from ..fit.losses import kl_divergence
-from .simulate import Simulator
+from .simulate import LayerStack, Simulator
 
 
 def latents_by_effect(

@@ -6,7 +6,6 @@ attention weights change, so that the full-cache model before tuning stays the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -17,15 +16,12 @@ from transformers import PreTrainedModel
 
 from ..bundle import Bundle
 from ..errors import InputError
-from ..text import TextSource
 from ..models.fingerprint import fingerprint
 from ..models.structure import find_decoder
 from ..progress import OnProgress, silent
-from .algorithm import TrainResult, provenance_with
-from .options import TrainOptions
-from .run import OnStep, Run, check_windows, told_nobody
-from .trainer import Stage
-from .units import units_of
+from ..text import TextSource
+from .simulate import units_of
+from .trainer import OnStep, Run, TrainOptions, TrainResult, check_training, ignore, provenance_with
 
 Tuned = Literal["kv", "attention"]
 
@@ -43,14 +39,14 @@ def finetune_weights(
     checkpoint: Path | None = None,
     resume: bool = False,
     on_progress: OnProgress = silent,
-    on_step: OnStep = told_nobody,
+    on_step: OnStep = ignore,
 ) -> TrainResult:
     """Tune weights of ``model`` in place; the bundle that comes back is tied to the tuned weights.
 
     Args:
         model: the model that the bundle was fitted for, in float32, with sdpa attention.
         bundle: what is compressed; its codecs do not change.
-        windows: token ids int64 ``[N, context]``; the last ones are held back for validation.
+        windows: token ids int64 ``[N, context]``; the last ones are held out for validation.
         source: where they come from, for provenance.
         options: see ``TrainOptions``; ``joint_steps`` is the number of steps, there are no others.
         tuned: "kv" (key and value projections of compressed layers) or "attention" (all their attention weights).
@@ -61,18 +57,17 @@ def finetune_weights(
         FitError: training diverged; the weights are the best seen before.
     """
     options = options or TrainOptions()
-    bundle.check_model(model)
-    check_windows(windows, options)
+    check_training(model, bundle, windows, options)
     if model.dtype != torch.float32:
         raise InputError(f"fine-tuning needs the model in float32, got {model.dtype}; load it with dtype='float32'")
     coded = any(block.codec is not None for block in bundle.blocks)
     units = units_of(bundle, model.device).requires_grad_(False) if coded else {}
     weights = _Weights(_chosen(model, bundle, tuned))
     run = Run(model, bundle, windows, options, units, weights, on_progress, on_step)
-    run.go([lambda: _stage(run, weights)], checkpoint, resume)
+    run.go([lambda: run.whole_stage("weights", list(weights.parameters()))], checkpoint, resume)
     print_ = fingerprint(model)
     identity = bundle.model.model_copy(update={"fingerprint": print_.digest, "dtype": print_.dtype})
-    fit = provenance_with(bundle, source, windows, options, {"finetuned": tuned})
+    fit = provenance_with(bundle, source, windows, options, finetuned=tuned)
     return TrainResult(replace(bundle, fingerprint=print_, model=identity, fit=fit), run.state.history)
 
 
@@ -97,13 +92,3 @@ def _chosen(model: PreTrainedModel, bundle: Bundle, tuned: Tuned) -> dict[str, n
             f"{type(model).__name__} names its key and value projections unusually; tune 'attention' instead"
         )
     return chosen
-
-
-def _stage(run: Run, weights: nn.Module) -> Stage:
-    def loss(windows: Sequence[int]) -> float:
-        return run.accumulate(windows, lambda some: run.compressed(run.train[list(some)]))
-
-    validate: Callable[[], float] = lambda: run.validation([run.compressed(w[None]) for w in run.held])  # noqa: E731
-    o = run.options
-    parameters = list(weights.parameters())
-    return Stage("weights", o.joint_steps, o.learning_rate, parameters, loss, validate, o.validate_every, o.patience)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..paper.reuse import Candidate
+from ..geometry import Slot
 from .plan_table import LayerBits
 
 _KEY_COLOUR, _VALUE_COLOUR = "#2f6f9f", "#d08a2e"
@@ -119,20 +119,20 @@ def _svg(figure: Any) -> str:
     return text[text.index("<svg") :]
 
 
-def head_distances(candidates: Sequence[Candidate], measure: str) -> str:
+def reuse_costs(costs: Mapping[Slot, float], measure: str) -> str:
     """Heat map of what each slot's reuse of the layer below costs: a row for each layer, keys left, values right."""
-    figure, _ = _figure(6.4, 0.16 * len({c.slot.layer for c in candidates}) + 1.4)
+    figure, _ = _figure(6.4, 0.16 * len({slot.layer for slot in costs}) + 1.4)
     figure.clear()
     panels = figure.subplots(1, 2, sharey=True)
-    highest = max((c.cost for c in candidates), default=1.0)
+    highest = max(costs.values(), default=1.0)
     image = None
     for axes, kind in zip(panels, ("key", "value"), strict=True):
-        own = [c for c in candidates if c.slot.kind == kind]
-        layers = sorted({c.slot.layer for c in own})
-        heads = sorted({c.slot.head for c in own})
+        own = [slot for slot in costs if slot.kind == kind]
+        layers = sorted({slot.layer for slot in own})
+        heads = sorted({slot.head for slot in own})
         grid = [[float("nan")] * len(heads) for _ in layers]
-        for c in own:
-            grid[layers.index(c.slot.layer)][heads.index(c.slot.head)] = c.cost
+        for slot in own:
+            grid[layers.index(slot.layer)][heads.index(slot.head)] = costs[slot]
         image = axes.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=highest, cmap="viridis")
         axes.set_xticks(range(len(heads)), [str(head) for head in heads])
         every = max(1, len(layers) // 12)

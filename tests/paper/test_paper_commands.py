@@ -1,4 +1,4 @@
-"""similarity, train, finetune, quantize and tasks from end to end on a tiny model in a folder."""
+"""``kvcar paper`` and ``kvcar tasks`` from end to end on a tiny model in a folder."""
 
 import json
 
@@ -6,8 +6,18 @@ import pytest
 from commands import error_of, run, words
 
 from kvcar.bundle import Bundle
+from kvcar.cli.paper import paper
 
 QUICK = ("--context", 64, "--tokens", 2048, "--validate-every", 2, "--windows-per-step", 2)
+
+
+def test_every_command_has_help_with_examples():
+    names = [command.name or command.callback.__name__ for command in paper.registered_commands]
+    assert {"similarity", "train", "quantize", "finetune", "reproduce"} <= set(names)
+    for name in names:
+        output = run("paper", name, "--help")
+        assert "Examples" in output
+        assert f"kvcar paper {name}" in output
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +39,7 @@ def test_fit_with_latents_on_some_layers(start):
 def test_train_writes_a_bundle_and_its_history(start, model_folder, text_file, tmp_path):
     record = tmp_path / "record.json"
     output = run(
-        "train", model_folder, "-b", start, "-o", tmp_path / "trained", "--text", text_file, "--joint-steps", 4,
+        "paper", "train", model_folder, "-b", start, "-o", tmp_path / "trained", "--text", text_file, "--joint-steps", 4,
         "--layer-steps", 1, *QUICK, "--json", record,
     )  # fmt: skip
     assert "validation loss" in output
@@ -44,19 +54,19 @@ def test_train_writes_a_bundle_and_its_history(start, model_folder, text_file, t
     trained = Bundle.load(tmp_path / "trained")
     assert trained.fit.options["train_joint_steps"] == 4
     assert not (tmp_path / "trained.training").exists()
-    message = error_of("train", model_folder, "-b", start, "-o", tmp_path / "trained", "--text", text_file)
+    message = error_of("paper", "train", model_folder, "-b", start, "-o", tmp_path / "trained", "--text", text_file)
     assert "already holds a bundle" in message
-    message = error_of("train", model_folder, "-b", start, "-o", tmp_path / "x", "--objective", "l2")
+    message = error_of("paper", "train", model_folder, "-b", start, "-o", tmp_path / "x", "--objective", "l2")
     assert "objective must be one of kl, ce" in message
     message = error_of(
-        "train", model_folder, "-b", start, "-o", tmp_path / "x", "--resume", "--text", text_file, *QUICK
+        "paper", "train", model_folder, "-b", start, "-o", tmp_path / "x", "--resume", "--text", text_file, *QUICK
     )
     assert "no readable checkpoint" in message
 
 
 def test_the_paper_s_recipe(start, model_folder, text_file, tmp_path):
     run(
-        "train", model_folder, "-b", start, "-o", tmp_path / "paper", "--text", text_file, "--paper", "--layer-steps", 1,
+        "paper", "train", model_folder, "-b", start, "-o", tmp_path / "paper", "--text", text_file, "--paper", "--layer-steps", 1,
         "--joint-steps", 1, *QUICK, "--no-check",
     )  # fmt: skip
     told = Bundle.load(tmp_path / "paper").fit.options
@@ -67,7 +77,7 @@ def test_the_paper_s_recipe(start, model_folder, text_file, tmp_path):
 def test_similarity_shares_slots_and_fit_builds_on_them(measure, model_folder, text_file, tmp_path):
     shared, plot, record = tmp_path / "shared", tmp_path / "heads.svg", tmp_path / "r.json"
     output = run(
-        "similarity", model_folder, "--text", text_file, "--tokens", 512, "--measure", measure, "--count", 3, "-o", shared,
+        "paper", "similarity", model_folder, "--text", text_file, "--tokens", 512, "--measure", measure, "--count", 3, "-o", shared,
         "--plot", plot, "--json", record,
     )  # fmt: skip
     assert "3 of 12 slots chosen" in output
@@ -88,29 +98,31 @@ def test_similarity_shares_slots_and_fit_builds_on_them(measure, model_folder, t
 
 
 def test_similarity_says_what_is_missing(model_folder, tmp_path):
-    assert "--count or --threshold" in error_of("similarity", model_folder, "-o", tmp_path / "x")
-    assert "one of them" in error_of("similarity", model_folder, "--count", 1, "--threshold", 0.5)
-    assert "unknown measure" in error_of("similarity", model_folder, "--measure", "l3")
+    assert "--count or --threshold" in error_of("paper", "similarity", model_folder, "-o", tmp_path / "x")
+    assert "one of them" in error_of("paper", "similarity", model_folder, "--count", 1, "--threshold", 0.5)
+    assert "unknown measure" in error_of("paper", "similarity", model_folder, "--measure", "l3")
 
 
 def test_finetune_writes_a_model_that_its_bundle_fits(model_folder, text_file, tmp_path):
     shared, tuned, output = tmp_path / "shared", tmp_path / "tuned-model", tmp_path / "tuned"
-    run("similarity", model_folder, "--text", text_file, "--tokens", 512, "--count", 6, "--dissimilar", "-o", shared)
+    run("paper", "similarity", model_folder, "--text", text_file, "--tokens", 512, "--count", 6, "-o", shared)
     run(
-        "finetune", model_folder, "-b", shared, "-o", output, "--model-output", tuned, "--text", text_file, "--joint-steps", 16,
+        "paper", "finetune", model_folder, "-b", shared, "-o", output, "--model-output", tuned, "--text", text_file, "--joint-steps", 16,
         "--learning-rate", 1e-3, *QUICK,
     )  # fmt: skip
     assert "ratio to full" in run("eval", tuned, "-b", output, "--text", text_file, "--context", 96, "--windows", 1)
     assert "sampled weights differ" in error_of(
         "eval", model_folder, "-b", output, "--text", text_file, "--context", 96
     )
-    message = error_of("finetune", model_folder, "-b", shared, "-o", tmp_path / "y", "--model-output", tuned)
+    message = error_of("paper", "finetune", model_folder, "-b", shared, "-o", tmp_path / "y", "--model-output", tuned)
     assert "exists" in message
 
 
 @pytest.mark.parametrize("scales", ["static", "dynamic"])
 def test_quantize(start, model_folder, text_file, tmp_path, scales):
-    run("quantize", model_folder, "-b", start, "-o", tmp_path / "int8", "--scales", scales, "--text", text_file)
+    run(
+        "paper", "quantize", model_folder, "-b", start, "-o", tmp_path / "int8", "--scales", scales, "--text", text_file
+    )
     blocks = Bundle.load(tmp_path / "int8").plan.blocks
     assert {(block.groups[0].bits, block.scales) for block in blocks} == {(8, scales)}
 

@@ -10,12 +10,12 @@ import torch
 from bundles import SOURCE, fitted
 from tiny import tiny_model, token_ids
 
-from kvcar.errors import InputError
-from kvcar.evaluate.fidelity import measure_fidelity
 from kvcar.cache.attach import attach
 from kvcar.cache.cache import KVCarCache
-from kvcar.paper.algorithm import train_bundle
-from kvcar.paper.options import TrainOptions
+from kvcar.errors import InputError
+from kvcar.evaluate.fidelity import measure_fidelity
+from kvcar.paper.algorithm1 import train_bundle
+from kvcar.paper.trainer import TrainOptions
 
 WINDOWS = token_ids(64, batch=10, seed=3)
 # A random model is chaotic: what helps it is small, and needs a good many windows.
@@ -144,7 +144,7 @@ def test_accumulation_gives_the_same_gradients():
 _SCRIPT = """
 import json, sys, torch
 sys.path.insert(0, {tests!r})
-from test_train import QUICK, SOURCE, WINDOWS, start, tiny_model, train_bundle
+from test_algorithm1 import QUICK, SOURCE, WINDOWS, start, tiny_model, train_bundle
 from dataclasses import replace
 from kvcar.fit.processes import state
 torch.set_num_threads(1)
