@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pages import model_in_words
+
 from kvcar.errors import InputError
 from kvcar.report.plots import Point, frontier
 
@@ -61,7 +63,7 @@ def _check_alike(text: str, rows: Sequence[dict[str, Any]]) -> None:
 def _section(text: str, rows: Sequence[dict[str, Any]], plot: str) -> list[str]:
     first = rows[0]
     head = (
-        f"Model `{first['config']['model']}` in {first['config']['dtype']}, context {first['context']:,}, {first['windows']} "
+        f"Model: {model_in_words(first['config']['model'])}, in {first['config']['dtype']}, context {first['context']:,}, {first['windows']} "
         f"windows; rivals that need it are fitted on {first['config']['fit_text']}. Full cache: "
         f"{first['full_bytes'] / first['context']:,.0f} bytes per token, perplexity {first['perplexity_full']:.3f} ± "
         f"{first['perplexity_full_stderr']:.3f}. Records: `compare-{text}-*`."

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attention_tables import attention_sections
-from pages import load, markdown
+from pages import load, markdown, model_in_words
 from rounding_tables import rounding_sections
 from speed.contenders import FULL
 
@@ -27,15 +27,28 @@ of transformers attends exactly to its first chunk and quantises everything anew
 
 def decode_pages() -> dict[str, str]:
     """File name below ``docs/results`` -> content; nothing where there are no records."""
-    steps = [part for record in load("decode-*.json", "decode") for part in _decode(record)]
+    steps = [part for record in decode_records() for part in _decode(record)]
     sections = steps + attention_sections() + rounding_sections()
     return {"decode.md": "\n\n".join([_HEAD, *sections]) + "\n"} if sections else {}
+
+
+def decode_records(pattern: str = "decode-*.json") -> list[dict[str, Any]]:
+    """Records of decode steps, without contenders that read some pages only: an option that was removed since."""
+    records = load(pattern, "decode")
+    for r in records:
+        gone = {name for name, given in r["config"]["contenders"].items() if "attend_pages" in given}
+        parts = [at["contenders"] for at in r["decode"]] + [r["prefill"]["contenders"], r["largest_batch"]["sequences"]]
+        parts += [part[centre] for part in (r["lines"], r["break_even"]) for centre in part]
+        for part in parts:
+            for name in gone & part.keys():
+                del part[name]
+    return records
 
 
 def _decode(r: dict[str, Any]) -> list[str]:
     c = r["config"]
     about = (
-        f"{c['model']}, {c['dtype']}, batch {c['batch']}; {c['device']}, {c['usable_cores']} usable cores, {c['threads']} threads; "
+        f"{model_in_words(c['model'])}, {c['dtype']}, batch {c['batch']}; {c['device']}, {c['usable_cores']} usable cores, {c['threads']} threads; "
         f"{c['rounds']} rounds of {c['steps']} steps at each context; text {c['text']}"
         f"{'; models under `torch.compile`' if c.get('compiled') else ''}. Record: `{r['record']}`"
     )

@@ -31,7 +31,7 @@ errors = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_COLUM
 
 @contextmanager
 def progress_bars() -> Iterator[OnProgress]:
-    """Bars on stderr, one for each thing that is told of; without a terminal, a line for each as it ends."""
+    """Show bars on stderr, one for each kind of work; without a terminal, a line for each as it ends."""
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),

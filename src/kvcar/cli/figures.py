@@ -8,6 +8,16 @@ from rich.table import Table
 
 from ..evaluate.fidelity import Fidelity
 
+_HEADINGS = (
+    "times smaller",
+    "bytes/token",
+    "codecs (bytes)",
+    "perplexity",
+    "ratio to full",
+    "KL divergence",
+    "same top-1",
+)
+
 
 def fidelity_table(results: Mapping[str, Fidelity]) -> Table:
     """A row for each cache."""
@@ -16,13 +26,14 @@ def fidelity_table(results: Mapping[str, Fidelity]) -> Table:
         title=f"stepped through the cache, {first.windows} windows of {first.context:,} tokens", title_justify="left"
     )
     table.add_column("cache", overflow="fold")
-    for heading in ("times smaller", "bytes/token", "perplexity", "ratio to full", "KL divergence", "same top-1"):
+    for heading in _HEADINGS:
         table.add_column(heading, justify="right")
     full = first.perplexity_full
     table.add_row(
         "full (bfloat16 bytes)",
         "1.00",
         f"{first.full_bytes_per_token:,.0f}",
+        "",
         f"{full.value:.3f} ± {full.stderr:.3f}",
         "1",
         "0",
@@ -33,6 +44,7 @@ def fidelity_table(results: Mapping[str, Fidelity]) -> Table:
             name,
             f"{f.times_smaller:.2f}",
             f"{f.stored_bytes_per_token:,.0f}",
+            f"{f.codec_bytes:,}" if f.codec_bytes else "",
             f"{f.perplexity.value:.3f}",
             f"{f.perplexity_ratio.value:.4f} ± {f.perplexity_ratio.stderr:.4f}",
             f"{f.kl_divergence.value:.5f} ± {f.kl_divergence.stderr:.5f}",

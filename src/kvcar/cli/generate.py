@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from transformers import TextStreamer
 
-from ..bundle import Bundle
 from ..errors import InputError
-from ..models.load import LoadedModel, load_model
-from ..record import Record
-from ..cache.attach import attach
-from ..cache.cache import KVCarCache
-from ..context.context import read_context
 from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Window
 from .console import check_writable, errors, progress_bars
+
+if TYPE_CHECKING:
+    from ..models.load import LoadedModel
 
 _EXAMPLES = """Continue a prompt with MODEL over a compressed cache, printing as it goes.
 
@@ -32,8 +27,6 @@ _EXAMPLES = """Continue a prompt with MODEL over a compressed cache, printing as
   kvcar generate demo --bundle demo-5x --prompt-file book.txt --temperature 0.7 --seed 1
 
   kvcar generate demo --bundle demo-5x --context manual.ctx --prompt "In short, the manual says"
-
-  kvcar generate demo --bundle demo-5x --prompt-file book.txt --attend-pages 32
 """
 
 
@@ -48,7 +41,7 @@ def generate(
     context: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Go on from a context that 'kvcar save' stored.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at the utmost.")] = 128,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
@@ -58,6 +51,15 @@ def generate(
     device: Device = "auto",
 ) -> None:
     """Generate; the examples in the help text say the rest."""
+    import torch
+    from transformers import TextStreamer
+
+    from ..bundle import Bundle
+    from ..cache.attach import attach
+    from ..cache.cache import KVCarCache
+    from ..models.load import load_model
+    from ..record import Record
+
     given = _prompt(prompt, prompt_file)
     if context is not None and chat:
         raise InputError("a chat template begins a text, so it cannot follow a stored context; leave out --chat")
@@ -89,7 +91,7 @@ def generate(
     before = f"{held_before} stored + " if held_before else ""
     errors.print(
         f"{before}{tokens} prompt + {new} new tokens in {seconds:.1f} s; cache of {held} tokens: {stored:,} bytes, "
-        f"{full / stored:.2f} times smaller than full (bfloat16)",
+        f"{full / stored:.2f} times smaller than full (bfloat16); codecs {loaded_bundle.codec_bytes:,} bytes, once",
         highlight=False,
     )
     if json is not None:
@@ -97,10 +99,9 @@ def generate(
         figures = {
             "text": text, "context_tokens": held_before, "prompt_tokens": tokens, "new_tokens": new, "seconds": seconds,
             "cache_tokens": held, "stored_bytes": stored, "full_bytes": full, "times_smaller": full / stored,
+            "codec_bytes": loaded_bundle.codec_bytes,
         }  # fmt: skip
-        config = {
-            "model": model, "bundle": bundle.name, "prompt": given, "seed": seed
-        }  # fmt: skip
+        config = {"model": model, "bundle": bundle.name, "prompt": given, "seed": seed}
         Record("generation", figures, config).write(json)
 
 
@@ -119,7 +120,9 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def _context_tokens(context: Path) -> tuple[int, int]:
-    """Padding and tokens of a stored context; refuses, before the model is loaded, one that a single prompt cannot go on from."""
+    """Read padding and tokens of a stored context; refuse, before the model is loaded, one that no single prompt can continue."""
+    from ..context.context import read_context
+
     header = read_context(context).header
     if len(header.padding) != 1:
         raise InputError(f"{context} holds {len(header.padding)} sequences; only a single one can be continued here")
@@ -142,6 +145,8 @@ def _encode(loaded: LoadedModel, prompt: str, chat: bool, padding: int, held: in
     if not inputs["input_ids"].shape[1]:
         raise InputError("the prompt has no tokens to continue; give some text")
     if held:
+        import torch
+
         inputs["attention_mask"] = (torch.arange(held + inputs["input_ids"].shape[1]) >= padding).long()[None]
     return inputs.to(loaded.model.device)
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from ..bundle import Bundle
 from ..errors import InputError
-from ..sizes import compressed_size
-from ..report.plan_table import bits_by_layer, summarise_blocks
-from ..record import Record, write_text
-from ..report.plots import bits_per_layer
 from .app import app
 from .arguments import Json
 from .console import check_writable, out
-from .fit import bundle_element_bytes
+
+if TYPE_CHECKING:
+    from ..bundle import Bundle
+    from ..report.plan_table import LayerBits
 
 _BAR = 32
 _EXAMPLES = """Show what a bundle stores: its plan as a table and its bits by layer.
@@ -40,15 +37,21 @@ def inspect(
     json: Json = None,
 ) -> None:
     """Show a bundle; the examples in the help text say the rest."""
+    from ..bundle import Bundle
+    from ..record import Record, write_text
+    from ..report.plan_table import bits_by_layer, summarise_blocks
+    from ..report.plots import bits_per_layer
+    from ..sizes import pays_from_tokens
+
     if plot is not None and plot.suffix != ".svg":
         raise InputError(f"--plot writes SVG; name the file something.svg, not {plot.name}")
     check_writable(plot)
     check_writable(json)
     loaded = Bundle.load(bundle)
+    layers = bits_by_layer(loaded.plan)
     _print_head(loaded)
     _print_plan(loaded)
-    _print_bits(loaded)
-    layers = bits_by_layer(loaded.plan)
+    _print_bits(layers)
     if plot is not None:
         write_text(plot, bits_per_layer(layers, f"{loaded.model.name}: {bundle.name}"))
     if json is not None:
@@ -56,14 +59,16 @@ def inspect(
             "blocks": [asdict(block) for block in summarise_blocks(loaded.plan)],
             "bits_by_layer": [asdict(layer) for layer in layers],
             "codec_bytes": loaded.codec_bytes,
+            "pays_from_tokens": pays_from_tokens(loaded.plan, loaded.codec_bytes),
         }
         Record("plan", figures, {"bundle": bundle.name}).write(json)
 
 
 def _print_head(bundle: Bundle) -> None:
+    from ..sizes import REFERENCE_TOKENS, codecs_in_words, times_smaller
+
     plan, fit = bundle.plan, bundle.fit
-    tokens = min(4096, plan.geometry.max_positions)
-    stored = compressed_size(plan, bundle_element_bytes(bundle))(tokens, 1)
+    tokens = min(REFERENCE_TOKENS, plan.geometry.max_positions)
     out.print(
         f"[bold]{bundle.model.name}[/] ({bundle.model.architecture}, weights {bundle.model.fingerprint[:12]}, {bundle.model.dtype})"
     )
@@ -71,8 +76,8 @@ def _print_head(bundle: Bundle) -> None:
         f"fitted {fit.date} on {fit.tokens:,} tokens of {fit.text} with kvcar {fit.kvcar_version}", highlight=False
     )
     out.print(
-        f"{plan.geometry.full_bytes(tokens) / stored:.2f} times smaller at {tokens:,} tokens; sinks {plan.sinks}, window {plan.window}, "
-        f"pages of {plan.page_tokens} tokens; codecs {bundle.codec_bytes:,} bytes",
+        f"{times_smaller(plan, 2, tokens):.2f} times smaller at {tokens:,} tokens; sinks {plan.sinks}, window {plan.window}, "
+        f"pages of {plan.page_tokens} tokens; {codecs_in_words(plan, bundle.codec_bytes)}",
         highlight=False,
     )
     if plan.geometry.sliding_layers:
@@ -80,6 +85,10 @@ def _print_head(bundle: Bundle) -> None:
 
 
 def _print_plan(bundle: Bundle) -> None:
+    from rich.table import Table
+
+    from ..report.plan_table import summarise_blocks
+
     table = Table(title="plan", title_justify="left")
     for heading in ("block", "codec", "kind", "layers", "heads", "width", "latents", "bits/element", "latents x bits"):
         table.add_column(heading, justify="left" if heading in ("codec", "kind", "latents x bits") else "right")
@@ -93,11 +102,10 @@ def _print_plan(bundle: Bundle) -> None:
         out.print(f"slot {reuse.slot} reuses {reuse.source}")
 
 
-def _print_bits(bundle: Bundle) -> None:
-    layers = bits_by_layer(bundle.plan)
-    most = max(max(layer.key, layer.value) for layer in layers)
+def _print_bits(layers: list[LayerBits]) -> None:
+    highest = max(max(layer.key, layer.value) for layer in layers)
     out.print("bits per element by layer (keys, values)")
     for layer in layers:
         for label, bits, colour in ((f"{layer.layer:>4} K", layer.key, "blue"), ("     V", layer.value, "yellow")):
-            bar = "█" * max(1, round(_BAR * bits / most)) if bits else ""
+            bar = "█" * max(1, round(_BAR * bits / highest)) if bits else ""
             out.print(f"{label} [{colour}]{bar}[/] {bits:.2f}", highlight=False)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from ..bundle import Bundle
 from ..errors import InputError, ModelMismatchError
-from ..sizes import Fits, SizeOf, compressed_size, full_size, parse_bytes, what_fits
-from ..models.geometry import read_geometry
-from ..models.load import load_config
-from ..record import Record
 from .app import app
 from .arguments import Json, Model
 from .console import check_writable, out, progress_bars
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from ..sizes import Fits, SizeOf
 
 _EXAMPLES = """Say how much fits into memory with MODEL's own cache and with a compressed one. Reads no weights.
 
@@ -34,12 +33,18 @@ def size(
     bundle: Annotated[
         Path | None, typer.Option("--bundle", "-b", metavar="BUNDLE", help="Folder that 'kvcar fit' wrote.")
     ] = None,
-    memory: Annotated[str, typer.Option(help="Memory for the cache alone, weights left out.")] = "24GiB",
+    memory: Annotated[str, typer.Option(help="Memory for cache and codecs, weights left out.")] = "24GiB",
     batch: Annotated[int, typer.Option(min=1, help="Sequences, for the longest length.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a sequence, for the largest batch.")] = 4096,
     json: Json = None,
 ) -> None:
     """Compute sizes; the examples in the help text say the rest."""
+    from ..bundle import Bundle
+    from ..models.geometry import read_geometry
+    from ..models.load import load_config
+    from ..record import Record
+    from ..sizes import codecs_in_words, compressed_size, full_size, parse_bytes, pays_from_tokens, what_fits
+
     budget = parse_bytes(memory)
     check_writable(json)
     loaded = Bundle.load(bundle) if bundle is not None else None
@@ -54,23 +59,33 @@ def size(
                 f"this bundle was fitted for {loaded.model.name}, whose cache has another shape than {model}'s"
             )
         sizes[str(bundle)] = compressed_size(loaded.plan, model_bytes=2)
-    fits = {name: what_fits(of, budget, batch, tokens, geometry.max_positions) for name, of in sizes.items()}
+    # Codecs are loaded once, and leave the rest to the cache.
+    budgets = [budget] if loaded is None else [budget, budget - loaded.codec_bytes]
+    fits = {
+        name: what_fits(of, max(0, left), batch, tokens, geometry.max_positions)
+        for (name, of), left in zip(sizes.items(), budgets, strict=True)
+    }
     out.print(_table(sizes, fits, memory, batch, tokens))
+    if loaded is not None:
+        out.print(codecs_in_words(loaded.plan, loaded.codec_bytes) + "; what fits is beside them", highlight=False)
     if json is not None:
-        figures = {
+        figures: dict[str, object] = {
             name: {
                 "bytes": of(tokens, batch), "bytes_per_token": of(tokens, 1) / tokens,
                 "longest_tokens": fit.longest_tokens, "largest_batch": fit.largest_batch,
             }
             for name, of, fit in zip(("full", "compressed"), sizes.values(), fits.values(), strict=False)
         }  # fmt: skip
-        config = {
-            "model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens
-        }  # fmt: skip
+        if loaded is not None:
+            figures["codec_bytes"] = loaded.codec_bytes
+            figures["pays_from_tokens"] = pays_from_tokens(loaded.plan, loaded.codec_bytes)
+        config = {"model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens}
         Record("size", figures, config).write(json)
 
 
 def _table(sizes: dict[str, SizeOf], fits: dict[str, Fits], memory: str, batch: int, tokens: int) -> Table:
+    from rich.table import Table
+
     table = Table(title=f"in {memory}, weights left out", title_justify="left")
     table.add_column("cache")
     for heading in (
