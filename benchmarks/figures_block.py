@@ -17,9 +17,7 @@ _HEAD = ["setting", "times smaller", "bytes per token", "codecs (MB)", "pays fro
 
 def frontier_block() -> str:
     """Table and the sentences that it needs."""
-    by_text = {
-        text: {r["config"]["name"]: r for r in load(f"frontier-{text}-*.json", "frontier")} for text in _TEXTS
-    }
+    by_text = {text: {r["config"]["name"]: r for r in load(f"frontier-{text}-*.json", "frontier")} for text in _TEXTS}
     first = by_text["wikitext-2"]
     (speed,) = decode_records(f"{_SPEED}.json")
     settings = sorted((n for n in first if not n.startswith("stored")), key=lambda n: first[n]["times_smaller"])
