@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .cache.attach import attach as attach
     from .cache.attach import detach as detach
     from .cache.cache import KVCarCache as KVCarCache
-    from .context.context import read_context as read_context
+    from .context import read_context as read_context
     from .version import __version__ as __version__
 
 _HOMES = {
@@ -47,7 +47,7 @@ _HOMES = {
     "fit_profile": ".fit.profile_fit",
     "load_model": ".models.load",
     "measure_fidelity": ".evaluate.fidelity",
-    "read_context": ".context.context",
+    "read_context": ".context",
     "read_text": ".text",
     "token_windows": ".text",
 }

@@ -9,7 +9,7 @@ from tiny import token_ids
 
 import kvcar
 from kvcar.cache.cache import KVCarCache
-from kvcar.context.context import read_context
+from kvcar.context import read_context
 
 
 @pytest.fixture

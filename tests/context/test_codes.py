@@ -10,9 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcar.context import decode_codes, encode_codes, entropy_bits_per_token
-from kvcar.context.model import runs
-from kvcar.context.shape import FIXED, code_probabilities
+from kvcar.context.entropy import (
+    FIXED,
+    code_probabilities,
+    decode_codes,
+    encode_codes,
+    entropy_bits_per_token,
+    runs,
+)
 from kvcar.errors import ContextError, InputError
 
 GOLDEN = "d9878f007c1f1a162eae2bac8ac01a395f03565f85087fccb898d817c1808026"

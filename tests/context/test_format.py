@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_codes import gaussian_codes
 
-from kvcar.context import encode_codes
+from kvcar.context.entropy import encode_codes
 
 
 def distribution(table, u):

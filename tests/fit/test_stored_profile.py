@@ -6,7 +6,7 @@ from bundles import SOURCE
 from tiny import tiny_model, token_ids
 
 import kvcar
-from kvcar.context import entropy_bits_per_token
+from kvcar.context.entropy import entropy_bits_per_token
 from kvcar.errors import FitError
 from kvcar.fit.capture import capture
 from kvcar.fit.profile_fit import fit_profile

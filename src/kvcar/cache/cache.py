@@ -236,7 +236,7 @@ class KVCarCache(Cache):
             InputError: token ids of another shape, or the extra ``store`` is not installed.
             ContextError: the file cannot be written.
         """
-        from ..context.context import save_context
+        from ..context import save_context
 
         save_context(self, Path(path), keep_window, token_ids)
 
@@ -263,7 +263,7 @@ class KVCarCache(Cache):
             AttachError: no bundle is given and the model is not attached.
             InputError: as for ``KVCarCache``, or the extra ``store`` is not installed.
         """
-        from ..context.context import load_context
+        from ..context import load_context
 
         return load_context(Path(path), model, bundle, window)
 

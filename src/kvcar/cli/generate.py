@@ -121,7 +121,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
 
 def _context_tokens(context: Path) -> tuple[int, int]:
     """Read padding and tokens of a stored context; refuse, before the model is loaded, one that no single prompt can continue."""
-    from ..context.context import read_context
+    from ..context import read_context
 
     header = read_context(context).header
     if len(header.padding) != 1:

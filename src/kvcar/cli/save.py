@@ -10,7 +10,7 @@ import typer
 from torch import Tensor
 
 from ..bundle import Bundle
-from ..context.library import check_store
+from ..context import check_store
 from ..errors import InputError
 from ..text import read_text
 from ..models.load import LoadedModel, load_model

@@ -1,45 +1,68 @@
-"""The file of a stored context: a JSON header, parts of bytes, and a SHA-256 over both. See ``docs/format.md``."""
+"""The file of a stored context: a safetensors file of bytes, a JSON header in its metadata, a SHA-256 at its end.
+
+``docs/format.md`` describes it. Whatever a file claims is checked against the file's own size before memory is taken.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import secrets
+import stat
 import struct
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
 from ..bundle import ModelIdentity
 from ..errors import ContextError
-from ..geometry import PositiveInt, StrictModel
+from ..geometry import StrictModel
 
-MAGIC = b"KVCARCTX"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+METADATA, CHECKSUM = "kvcar_context", "sha256"
+"""Key of the header in the file's metadata, and name of the tensor whose bytes end the file."""
+
+_FIRST_FORMAT = b"KVCARCTX"
 _LENGTH = struct.Struct("<Q")
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
+_MAX_HEADER_BYTES = 1 << 20
+_ALIGNMENT = 8  # of the data, as safetensors has it
 
-Count = Annotated[int, Field(ge=0)]
+# Tensors of a context may take this much, whatever the size of its file: constant ones are compressed far better than any
+# text, but one with a thousand times more tokens than bytes was not written by a cache.
+_FREE_BYTES, _TIMES_LARGER = 16 << 20, 256
+
+_LARGEST = 2**31 - 1
+Count = Annotated[int, Field(ge=0, le=_LARGEST)]
+Offset = Annotated[int, Field(ge=-_LARGEST, le=_LARGEST)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Coding = Literal["range", "zstd"]
 DtypeName = Literal["uint8", "int32", "float16", "bfloat16", "float32", "float64"]
+_ITEM_BYTES: dict[DtypeName, int] = dict(zip(get_args(DtypeName), (1, 4, 2, 2, 4, 8), strict=True))
 
 
 class PartSpec(StrictModel):
     """One tensor of a stored context; ``coding`` says how its bytes are written."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1, max_length=64)]
     coding: Coding
     dtype: DtypeName
-    shape: tuple[Count, ...] = Field(strict=False)
+    shape: tuple[Count, ...] = Field(strict=False, max_length=8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in memory."""
+        return prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 class Part(PartSpec):
-    """A tensor, the bytes that it takes in the file (in the order of the header's list), and its own SHA-256 in hex."""
+    """A tensor with the SHA-256 in hex of its own bytes."""
 
-    stored_bytes: Count
-    sha256: str
+    sha256: Sha256
 
     @property
     def spec(self) -> PartSpec:
@@ -54,20 +77,25 @@ class ContextHeader(StrictModel):
         model: the model that the bundle was fitted for.
         bundle_sha256: ``Bundle.digest`` of the bundle that it was saved with.
         window: recent tokens that the saved cache kept exact.
-        tokens: tokens held, padding included; paged: those of them that are coded.
+        tokens: tokens of each sequence, padding included; paged: those of them that are coded.
         padding, offset: of every sequence of the batch, see ``docs/format.md``.
     """
 
-    format_version: Literal[1] = FORMAT_VERSION
-    kvcar_version: str
+    format_version: Literal[2] = FORMAT_VERSION
+    kvcar_version: Annotated[str, Field(max_length=64)]
     model: ModelIdentity
-    bundle_sha256: str
+    bundle_sha256: Sha256
     window: Count
-    tokens: PositiveInt
+    tokens: Annotated[int, Field(ge=1, le=_LARGEST)]
     paged: Count
-    padding: tuple[Count, ...] = Field(strict=False, min_length=1)
-    offset: tuple[int, ...] = Field(strict=False, min_length=1)
-    parts: tuple[Part, ...] = Field(strict=False)
+    padding: tuple[Count, ...] = Field(strict=False, min_length=1, fail_fast=True)
+    offset: tuple[Offset, ...] = Field(strict=False, min_length=1, fail_fast=True)
+    parts: tuple[Part, ...] = Field(strict=False, fail_fast=True)
+
+    @property
+    def positions(self) -> int:
+        """Positions that the longest sequence takes."""
+        return self.tokens - min(self.offset)
 
     @model_validator(mode="after")
     def _consistent(self) -> ContextHeader:
@@ -75,79 +103,172 @@ class ContextHeader(StrictModel):
             raise ValueError(f"{len(self.offset)} offsets for {len(self.padding)} sequences")
         if max(self.paged, *self.padding) > self.tokens:
             raise ValueError(f"more coded tokens or more padding than the {self.tokens} tokens")
+        if any(offset > padding for offset, padding in zip(self.offset, self.padding, strict=True)):
+            raise ValueError("an offset beyond the padding, which puts tokens at negative positions")
+        names = [part.name for part in self.parts]
+        if len({*names, CHECKSUM, "__metadata__"}) != len(names) + 2:
+            raise ValueError("two parts of the same name, or one of a name that has another use")
         return self
 
 
 def write_file(path: Path, header: ContextHeader, payloads: Sequence[bytes]) -> None:
     """Write whole or not at all, through a temporary neighbour; raises ContextError where that cannot be done."""
-    text = json.dumps(header.model_dump(mode="json"), separators=(",", ":")).encode()
-    digest, staging = hashlib.sha256(), None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.absolute().parent, prefix=".kvcar-", delete=False) as out:
-            staging = Path(out.name)
-            for piece in (MAGIC, _LENGTH.pack(len(text)), text, *payloads):
-                digest.update(piece)
-                out.write(piece)
-            out.write(digest.digest())
-        staging.chmod(0o644)
-        staging.replace(path)
-    except OSError as error:
+    sizes = {part.name: len(data) for part, data in zip(header.parts, payloads, strict=True)}
+    metadata = {METADATA: json.dumps(header.model_dump(mode="json"), separators=(",", ":"))}
+    text = json.dumps({"__metadata__": metadata, **_entries(sizes)}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    if len(text) > _MAX_HEADER_BYTES:
         raise ContextError(
-            f"cannot write {path}: {error.strerror or error}; choose a folder that exists and that you may write to"
+            f"the header of this context takes {len(text)} bytes, more than the {_MAX_HEADER_BYTES} that are read; save "
+            "fewer sequences in one file"
+        )
+    staging = path.absolute().parent / f".kvcar-{secrets.token_hex(8)}"
+    try:
+        _write_synced(staging, [_LENGTH.pack(len(text)), text, *payloads])
+        staging.replace(path)
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ContextError(
+            f"cannot write {path}: {reason}; choose a folder that exists and that you may write to"
         ) from None
     finally:
-        if staging is not None:
-            staging.unlink(missing_ok=True)
+        _remove(staging)
 
 
 def read_file(path: Path) -> tuple[ContextHeader, dict[str, memoryview]]:
-    """Header and the bytes of every part.
+    """Read the header and the bytes of every part.
 
     Raises:
-        ContextError: the file is missing, no stored context, of an unknown version, truncated or changed.
+        ContextError: the file is missing, no stored context, of another version, truncated or changed, or claims
+            tensors that a file of its size cannot hold.
     """
-    try:
-        data = memoryview(path.read_bytes())
-    except OSError as error:
-        raise ContextError(f"cannot read the context {path}: {error.strerror}; 'kvcar save' writes one") from None
-    start = len(MAGIC) + _LENGTH.size
-    if bytes(data[: len(MAGIC)]) != MAGIC:
-        raise ContextError(f"{path} is not a stored context; 'kvcar save' writes one")
-    if len(data) < start + _CHECKSUM_BYTES:
-        raise _damaged(path, f"it has only {len(data)} bytes")
-    stop = start + _LENGTH.unpack(data[len(MAGIC) : start])[0]
-    body = data[:-_CHECKSUM_BYTES]
-    if stop > len(body):
-        raise _damaged(path, "it ends within its header")
-    header = _read_header(path, bytes(body[start:stop]))
-    if hashlib.sha256(body).digest() != bytes(data[-_CHECKSUM_BYTES:]):
+    data = memoryview(_bytes_of(path))
+    fields, start = _read_fields(path, data)
+    text = fields.get("__metadata__")
+    text = text.get(METADATA) if isinstance(text, dict) else None
+    if not isinstance(text, str):
+        raise ContextError(f"{path} is a safetensors file, but not a stored context; 'kvcar save' writes one")
+    known = _known_version(path, _parsed(path, text.encode(errors="replace")))
+    if hashlib.sha256(data[:-_CHECKSUM_BYTES]).digest() != bytes(data[-_CHECKSUM_BYTES:]):
         raise _damaged(path, "its SHA-256 is not the one written at its end")
-    parts: dict[str, memoryview] = {}
-    for part in header.parts:
-        parts[part.name] = body[stop : stop + part.stored_bytes]
-        stop += part.stored_bytes
-    if stop != len(body) or len(parts) != len(header.parts):
-        raise _damaged(path, "its parts do not add up to its length")
+    header = _header(path, known)
+    parts = _parts(path, header, fields, data[start:])
+    _check_claims(path, header, len(data))
     return header, parts
 
 
-def _read_header(path: Path, text: bytes) -> ContextHeader:
+def _entries(sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
+    """What safetensors writes of tensors of bytes that lie one after the other, the checksum's last."""
+    entries, start = {}, 0
+    for name, size in (*sizes.items(), (CHECKSUM, _CHECKSUM_BYTES)):
+        entries[name] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
+        start += size
+    return entries
+
+
+def _write_synced(path: Path, pieces: Sequence[bytes]) -> None:
+    """Write a new file and its checksum through to the disk; its mode is what the umask leaves of 666."""
+    digest = hashlib.sha256()
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb") as out:
+        for piece in pieces:
+            digest.update(piece)
+            out.write(piece)
+        out.write(digest.digest())
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _remove(staging: Path) -> None:
+    try:
+        staging.unlink(missing_ok=True)
+    except (OSError, ValueError):
+        return  # the folder is gone or the path is none; what went wrong first is what the user should read
+
+
+def _bytes_of(path: Path) -> bytes:
+    """All of a regular file; a pipe or a device would never end."""
+    try:
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise ContextError(f"cannot read the context {path}: not a regular file; 'kvcar save' writes one")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise ContextError(f"cannot read the context {path}: {reason}; 'kvcar save' writes one") from None
+
+
+def _read_fields(path: Path, data: memoryview) -> tuple[dict[str, Any], int]:
+    """The JSON object that a safetensors file begins with, and where its data start."""
+    if data[: len(_FIRST_FORMAT)] == _FIRST_FORMAT:
+        raise ContextError(
+            f"{path} has context format version 1, of kvcar before its first release; this kvcar reads version "
+            f"{FORMAT_VERSION}; save the context again"
+        )
+    length = _LENGTH.unpack_from(data)[0] if len(data) >= _LENGTH.size else _MAX_HEADER_BYTES + 1
+    if length > _MAX_HEADER_BYTES:
+        raise ContextError(f"{path} is not a stored context; 'kvcar save' writes one")
+    start = _LENGTH.size + length
+    if start + _CHECKSUM_BYTES > len(data):
+        raise _damaged(path, f"it has only {len(data)} bytes")
+    return _parsed(path, bytes(data[_LENGTH.size : start])), start
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(text)
     except (ValueError, RecursionError):
         raise _damaged(path, "its header is no JSON") from None
-    version = fields.get("format_version") if isinstance(fields, dict) else None
-    if version != FORMAT_VERSION:
+    if not isinstance(fields, dict):
+        raise _damaged(path, "its header is no JSON object")
+    return fields
+
+
+def _known_version(path: Path, fields: dict[str, Any]) -> dict[str, Any]:
+    version = fields.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise ContextError(
-            f"{path} has context format version {version!r}; this kvcar reads version {FORMAT_VERSION}; upgrade kvcar "
-            "or save the context again"
+            f"{path} has context format version {str(version)[:20]}; this kvcar reads version {FORMAT_VERSION}; upgrade "
+            "kvcar or save the context again"
         )
+    return fields
+
+
+def _header(path: Path, fields: dict[str, Any]) -> ContextHeader:
     try:
         return ContextHeader.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(place) for place in first["loc"]) or "its fields"
+        first = error.errors(include_input=False)[0]
+        where = ".".join(str(place) for place in first["loc"])[:80] or "its fields"
         raise _damaged(path, f"its header does not fit at {where}: {first['msg']}") from None
+
+
+def _parts(path: Path, header: ContextHeader, fields: Mapping[str, Any], data: memoryview) -> dict[str, memoryview]:
+    """Bytes of the parts, which must lie as ``write_file`` puts them."""
+    entries = {name: entry for name, entry in fields.items() if name != "__metadata__"}
+    sizes = {part.name: _size(entries.get(part.name)) for part in header.parts}
+    total = sum(sizes.values()) + _CHECKSUM_BYTES
+    if min(sizes.values(), default=0) < 0 or total != len(data) or _entries(sizes) != entries:
+        raise _damaged(path, "its parts are not those of its header, or do not add up to its length")
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        parts[name] = data[start : start + size]
+        start += size
+    return parts
+
+
+def _size(entry: object) -> int:
+    """Bytes that a tensor's entry claims; -1 where there is no such entry or it is not one of bytes."""
+    shape = entry.get("shape") if isinstance(entry, dict) else None
+    return shape[0] if isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and shape[0] >= 0 else -1
+
+
+def _check_claims(path: Path, header: ContextHeader, size: int) -> None:
+    """Refuse tensors that are out of all proportion to the file."""
+    claimed, allowed = sum(part.nbytes for part in header.parts), _FREE_BYTES + _TIMES_LARGER * size
+    if claimed > allowed:
+        raise ContextError(
+            f"{path} claims tensors of {claimed} bytes, but a context of {size} bytes holds no more than {allowed}; it was "
+            "not written by kvcar"
+        )
 
 
 def _damaged(path: Path, how: str) -> ContextError:

@@ -9,13 +9,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from . import decode_codes, encode_codes
-from .library import store_library
+from ..cache.coder import PageCoder
+from ..cache.contents import CacheContents, UnitContents
 from ..errors import ContextError
 from ..layout import PageUnit
 from ..plan import RAW_BITS, Plan
-from ..cache.coder import PageCoder
-from ..cache.contents import CacheContents, UnitContents
+from .entropy import decode_codes, encode_codes, store_library
 from .file import ContextHeader, DtypeName, Part, PartSpec
 
 CODES, EXACT, TOKEN_IDS = "codes", "exact", "token_ids"
@@ -27,13 +26,13 @@ _LEVEL = 9  # of zstandard; higher ones gain nothing on mantissas
 
 
 def code_bits(plan: Plan) -> list[int]:
-    """Bits of every column of the part ``codes``: packed latents of all blocks, side by side."""
+    """List the bits of every column of the part ``codes``: packed latents of all blocks, side by side."""
     groups = [group for block in plan.blocks for group in block.groups if group.bits != RAW_BITS]
     return [group.bits for group in groups for _ in range(group.count)]
 
 
 def specs_of(coder: PageCoder, model_dtype: torch.dtype, batch: int, tokens: int, paged: int) -> dict[str, PartSpec]:
-    """The parts, by name, that a cache of that many tokens consists of; token ids come on top."""
+    """List, by name, the parts that a cache of that many tokens consists of; token ids come on top."""
     plan, geometry = coder.plan, coder.plan.geometry
     heads, dim, layers = geometry.kv_heads, geometry.head_dim, len(plan.coded_layers)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -49,7 +48,7 @@ def specs_of(coder: PageCoder, model_dtype: torch.dtype, batch: int, tokens: int
 
 
 def tensors_of(contents: CacheContents, token_ids: Tensor | None) -> dict[str, Tensor]:
-    """Contents by the names of their parts, on the CPU; parts without elements are left out."""
+    """Name the tensors of ``contents`` as their parts, on the CPU; parts without elements are left out."""
     named = {f"raw.{index}": unit.raw for index, unit in enumerate(contents.units)}
     if contents.units:
         named[CODES] = torch.cat([unit.codes for unit in contents.units], dim=-1)
@@ -86,17 +85,17 @@ def contents_of_parts(header: ContextHeader, tensors: Mapping[str, Tensor], code
 
 
 def encode_part(name: str, tensor: Tensor, bits: Sequence[int]) -> tuple[Part, bytes]:
-    """What the header says of a tensor, and its bytes in the file."""
+    """Make what the header says of a tensor, and its bytes in the file."""
     if name == CODES:
         data = encode_codes(tensor.flatten(0, 1).numpy(), bits)
     else:
         data = store_library("zstandard").ZstdCompressor(level=_LEVEL).compress(_planes(tensor))
     spec = _spec(name, tensor.dtype, tuple(tensor.shape))
-    return Part(**spec.model_dump(), stored_bytes=len(data), sha256=_sha256(tensor)), data
+    return Part(**spec.model_dump(), sha256=_sha256(tensor)), data
 
 
 def decode_part(part: Part, data: memoryview, bits: Sequence[int]) -> Tensor:
-    """The tensor of a part.
+    """Decode the tensor of a part.
 
     Raises:
         ContextError: the bytes do not give it. Checked against the SHA-256 of the tensor itself too, so that another
@@ -105,13 +104,18 @@ def decode_part(part: Part, data: memoryview, bits: Sequence[int]) -> Tensor:
     if part.name == CODES:
         tensor = torch.from_numpy(decode_codes(data, prod(part.shape[:-1]), bits)).view(part.shape)
     else:
-        tensor = _unshuffled(part, data)
+        tensor = _decompressed(part, data)
     if _sha256(tensor) != part.sha256:
         raise ContextError(
             f"part {part.name} does not decode to what was saved; use the versions of kvcar, constriction and "
             "zstandard that it was saved with, or save the context again"
         )
     return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite."""
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _spec(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> PartSpec:
@@ -141,13 +145,14 @@ def _planes(tensor: Tensor) -> bytes:
     return _bytes(tensor).T.contiguous().numpy().tobytes()
 
 
-def _unshuffled(part: Part, data: memoryview) -> Tensor:
+def _decompressed(part: Part, data: memoryview) -> Tensor:
+    """Undo ``_planes`` and zstandard; a frame that claims another size is refused before memory is taken."""
     zstandard, dtype = store_library("zstandard"), getattr(torch, part.dtype)
-    size = prod(part.shape) * dtype.itemsize
     try:
-        if zstandard.frame_content_size(data) != size:
-            raise ContextError(f"part {part.name} does not hold {size} bytes; save the context again")
-        planes = bytearray(zstandard.ZstdDecompressor().decompress(data, max_output_size=size))
+        if zstandard.frame_content_size(data) != part.nbytes:
+            raise ContextError(f"part {part.name} does not hold {part.nbytes} bytes; save the context again")
+        decompressor = zstandard.ZstdDecompressor()
+        planes = bytearray(decompressor.decompress(data, max_output_size=part.nbytes, allow_extra_data=False))
     except zstandard.ZstdError as error:
         raise ContextError(f"part {part.name} cannot be decompressed: {error}; save the context again") from None
     elements = torch.frombuffer(planes, dtype=torch.uint8).view(dtype.itemsize, -1).T.contiguous()

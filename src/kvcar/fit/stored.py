@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..bundle import CodedBlock
 from ..codecs import LinearCodec, StaticQuantizer
-from ..context import entropy_bits_per_token
+from ..context.entropy import entropy_bits_per_token
 from ..errors import FitError
 from .solve import Basis, groups_of
 from ..plan import Plan
