@@ -8,7 +8,6 @@ would have left it.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -27,11 +26,12 @@ from speed.synthetic import RandomPast, Shape, random_bundle, random_plan
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvcar.errors import InputError, KVCarError
+from kvcar.kernels.attend import ATTENTION
+from kvcar.kernels.backend import BACKENDS
 from kvcar.models.load import DTYPES
 from kvcar.record import Record
 
 RESULTS = Path(__file__).parent / "results"
-BACKENDS = ("cpu", "tiled", "naive", "triton")
 Attend = Callable[..., torch.Tensor]
 
 
@@ -104,13 +104,11 @@ def _lengths(contexts: str | None, device: torch.device) -> list[int]:
 
 
 def _backend(name: str) -> Attend:
-    """An implementation of attention over pages, by its module's name."""
-    if name not in BACKENDS:
-        raise InputError(f"the backend is one of {', '.join(BACKENDS)}; got {name!r}")
-    try:
-        return importlib.import_module(f"kvcar.kernels.attend.{name}").attend
-    except ImportError as error:
-        raise InputError(f"the backend {name} is not there: {error}") from None
+    """Find the implementation of a decode step by its backend's name."""
+    found = {backend: own.run for (backend, case), own in ATTENTION.importable().items() if case == "step"}
+    if name not in found:
+        raise InputError(f"the backend is one of {', '.join(found)}; got {name!r}")
+    return found[name]
 
 
 def _compressed(past: RandomPast, attend: Attend, cold_bytes: int, dtype: str) -> Contender:

@@ -99,7 +99,7 @@ def _shares(launch: Launch, found: Code) -> list[float]:
     """Of the turns, how many take each branch: those of the blocks of latents that have planes of its width."""
     classes = [width for width in (8, 4, 2, 1) if launch.arguments["WIDTHS"] & width]
     widths = _widths(found, classes) if launch.arguments.get("WORDS") else classes
-    unrolled = launch.arguments["BLOCKS"] if launch.arguments.get("HOLD") else 1
+    unrolled = launch.arguments["BLOCKS"] if launch.arguments.get("KEEP") else 1
     present = launch.arguments["present"].view(-1, unrolled)
     own = len(widths) // unrolled
     return [float((present[:, i // own] & width != 0).float().mean()) for i, width in enumerate(widths)]

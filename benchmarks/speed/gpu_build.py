@@ -115,24 +115,24 @@ def decode_step(
 ) -> list[Launch]:
     """Launches of one layer's decoding step of one sequence on an H100; codes of random blocks, nothing is computed."""
     from kvcar.kernels.attend import triton as backend
-    from kvcar.kernels.attend import triton_merge, triton_scores, triton_values
+    from kvcar.kernels.attend import triton_paged
     from kvcar.kernels.attend.inputs import ExactPast, PagedPast, Reader
     from kvcar.layout import aligned, coded_segment
     from kvcar.kernels.rotary import RotaryTable
 
     launches: list[Launch] = []
     for module, name in [
-        (triton_scores, "decode_scores"),
-        (triton_scores, "direct_scores"),
-        (triton_values, "latent_sums"),
-        (triton_merge, "exact_piece"),
-        (triton_merge, "merge_pieces"),
+        (triton_paged, "decode_scores"),
+        (triton_paged, "direct_scores"),
+        (triton_paged, "latent_sums"),
+        (backend, "exact_piece"),
+        (backend, "merge_pieces"),
     ]:
         kernel = getattr(module, name)
         setattr(module, name, Caught(kernel.kernel if isinstance(kernel, Caught) else kernel, launches))
-    backend.serves = lambda *_: None
-    triton_scores.tile_tokens = triton_values.tile_tokens = triton_scores.gpu_tile_tokens
-    triton_scores.programs = triton_values.programs = lambda _: PROCESSORS * triton_scores.PROGRAMS_PER_PROCESSOR
+    backend.unsupported = lambda *_: None
+    triton_paged.tile_tokens = triton_paged.gpu_tile_tokens
+    triton_paged.programs = lambda _: PROCESSORS * triton_paged.PROGRAMS_PER_PROCESSOR
     readers, end = [], 0
     for groups in (keys, values):
         for first in range(0, kv_heads, heads_per_block):
@@ -146,8 +146,8 @@ def decode_step(
     zero = torch.zeros(1, dtype=torch.int64)
     table = RotaryTable(torch.ones(head_dim // 2, dtype=torch.float64), 1.0, "half") if rotary else None
     paged = PagedPast([pages], tokens, zero, 0, zero, tuple(readers[:half]), tuple(readers[half:]), table)
-    held = torch.zeros(1, kv_heads, 132, head_dim, dtype=dtype)
-    exact = ExactPast(held, held, torch.ones(1, 1, 1, 132, dtype=torch.bool))
+    window = torch.zeros(1, kv_heads, 132, head_dim, dtype=dtype)
+    exact = ExactPast(window, window, torch.ones(1, 1, 1, 132, dtype=torch.bool))
     backend.attend(torch.zeros(1, query_heads, 1, head_dim, dtype=dtype), exact, paged, 0.1, None)
     return launches
 
@@ -159,8 +159,9 @@ def encode_step(width: int, groups: Sequence[BitGroup]) -> list[Launch]:
     from kvcar.layout import coded_segment
 
     launches: list[Launch] = []
-    backend._kernel = Caught(backend._kernel, launches)
-    backend.serves = lambda *_: None
+    kernel = backend.encode_block
+    backend.encode_block = Caught(kernel.kernel if isinstance(kernel, Caught) else kernel, launches)
+    backend.unsupported = lambda *_: None
     segment = coded_segment(groups, 64, 0)
     latents = segment.latents
     affine = AffineEncoder(torch.zeros(width, latents), torch.zeros(width), torch.ones(latents), torch.zeros(latents))

@@ -131,7 +131,7 @@ class RandomPast:
             tiles=self._store().arenas,
             tokens=self.coded_tokens,
             first=zeros + sinks,
-            first_most=sinks,
+            largest_first=sinks,
             offset=zeros,
             key_readers=self.coder.readers(0, "key"),
             value_readers=self.coder.readers(0, "value"),

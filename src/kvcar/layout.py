@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .plan import RAW_BITS, BitGroup, Block, Plan
 from .geometry import Slot
+from .plan import RAW_BITS, BitGroup, Block, Plan
 
 SEGMENT_ALIGNMENT_BYTES = 16
 _PLANE_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}

@@ -1,11 +1,14 @@
 """One cache, every backend: what the model says does not depend on which kernels ran."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bundles import fitted
 from tiny import tiny_model, token_ids
 
 import kvcar
+from kvcar.kernels.encode import ENCODING
 from kvcar.kernels.native import find_compiler
 from kvcar.cache.cache import KVCarCache
 
@@ -43,8 +46,7 @@ def test_steps_with_compiled_kernels_are_pytorchs(backend, monkeypatch):
 
 
 def _count_calls(monkeypatch):
-    from kvcar.kernels.encode import triton
-
-    calls, whole = [], triton.encode_pages
-    monkeypatch.setattr(triton, "encode_pages", lambda *given: calls.append(1) or whole(*given))
+    calls, own = [], ENCODING.find("triton")
+    counted = replace(own, run=lambda *given: calls.append(1) or own.run(*given))
+    monkeypatch.setitem(ENCODING.implementations, ("triton", "any"), counted)
     return calls

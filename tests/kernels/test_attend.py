@@ -9,7 +9,6 @@ from structures import STRUCTURES, paged_past, rotary
 from kvcar.kernels.attend import ExactPast, naive, tiled
 from kvcar.kernels.attend.tiled import attend
 from kvcar.cache.coder import PageCoder
-from kvcar.cache.decoded import DecodedPast
 
 
 @pytest.fixture(scope="module", params=list(STRUCTURES), ids=str)
@@ -61,43 +60,6 @@ def test_unfilled_room_is_never_read(coder):
     assert torch.equal(attend(query, exact, paged, 0.25), before)
 
 
-@pytest.mark.parametrize("with_rotary", [True, False], ids=["rotary", "no positions"])
-@pytest.mark.parametrize("tokens", [160, 1000, 1024])
-def test_some_pages_are_the_past_with_all_others_hidden(coder, tokens, with_rotary):
-    """Different pages of every sequence; the last one, here and there partly filled, of all of them or of none."""
-    paged = paged_past(coder, 1, tokens, 2, rotary() if with_rotary else None, [0, 9])
-    query = torch.randn(2, 4, 3, 16)
-    exact = ExactPast(torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16), None)
-    last = -(-tokens // 32) - 1
-    for pages in (torch.tensor([[0, 2, last], [1, 2, last]]), torch.tensor([[1, 3], [0, 2]])):
-        some = paged.only(pages)
-        assert sum(tile.shape[1] for tile in some.tiles) == pages.shape[1]
-        assert torch.equal(some.token_index(0, some.tokens)[0, :32], pages[0, 0] * 32 + torch.arange(32))
-        taken = torch.zeros(2, last + 1, dtype=torch.bool).scatter(1, pages, True).repeat_interleave(32, 1)[:, :tokens]
-        decoded = DecodedPast().extend(0, exact, paged)
-        visible = torch.cat([taken & (torch.arange(tokens) >= paged.first[:, None]), torch.ones(2, 5).bool()], 1)
-        hidden = ExactPast(decoded.keys, decoded.values, visible[:, None, None])
-        expected = naive.attend(query, hidden, None, 0.25)
-        for implementation in (naive.attend, attend):
-            torch.testing.assert_close(implementation(query, exact, some, 0.25), expected, atol=2e-5, rtol=2e-5)
-        kept = DecodedPast().extend(0, exact, paged.only(pages, gather=False))
-        torch.testing.assert_close(naive.attend(query, kept, None, 0.25), expected, atol=2e-5, rtol=2e-5)
-
-
-def test_all_pages_gathered_are_the_past(coder):
-    paged = paged_past(coder, 0, 500, 2, rotary(), [0, 9])
-    query = torch.randn(2, 4, 1, 16)
-    exact = ExactPast(torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16), None)
-    everything = paged.only(torch.arange(16).expand(2, -1))
-    assert everything.tokens == 500
-    torch.testing.assert_close(attend(query, exact, everything, 0.25), attend(query, exact, paged, 0.25))
-
-
-def test_a_partly_filled_page_of_some_sequences_alone_is_refused(coder):
-    with pytest.raises(ValueError, match="partly filled"):
-        paged_past(coder, 0, 100, 2, None, [0, 0]).only(torch.tensor([[0, 3], [0, 1]]))
-
-
 @pytest.mark.parametrize("rows", [1, 100, 5000])
 def test_tiles_cover_every_token_once(coder, rows):
     for tokens in (1, 32, 513, 5000):
@@ -118,8 +80,8 @@ def test_the_fused_tile_is_what_scores_give(coder, with_rotary, monkeypatch):
     exact = ExactPast(torch.randn(2, 2, 5, 16), torch.randn(2, 2, 5, 16), None)
     monkeypatch.setattr(tiled, "_LONGEST_TILE", 512)
     tiles = []
-    fused_tile = tiled.fused.attend_tile
-    monkeypatch.setattr(tiled.fused, "attend_tile", lambda *given: tiles.append(given[2]) or fused_tile(*given))
+    fused_tile = tiled._attend_tile
+    monkeypatch.setattr(tiled, "_attend_tile", lambda *given: tiles.append(given[3]) or fused_tile(*given))
     got = attend(query, exact, paged, 0.25)
     assert bool(tiles) == (with_rotary or coder.units[0].coded.codec is None or not folded(coder, query))
     torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)

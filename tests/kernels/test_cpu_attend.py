@@ -14,13 +14,13 @@ from tiny import tiny_model
 
 from kvcar.errors import InputError, KernelError
 from kvcar.kernels import backend
-from kvcar.kernels.attend import ExactPast, Held, attend, cpu, naive
-from kvcar.kernels.attend.decode8 import decoder_in_8_bits, latent_bits
+from kvcar.kernels.attend import Buffered, ExactPast, attend, cpu, naive
+from kvcar.kernels.attend.cpu_decoders import decoder_in_8_bits, latent_bits
 from kvcar.kernels.native import build, find_compiler, native_library
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.cache.coder import PageCoder
 
-NOT_SERVED = {"raw latents", "values exact", "one key head exact", "autoencoder", "lossless"}
+UNSUPPORTED = {"raw latents", "values exact", "one key head exact", "autoencoder", "lossless"}
 
 
 @pytest.fixture(scope="module", params=list(STRUCTURES), ids=str)
@@ -81,10 +81,10 @@ def test_it_is_the_specification(structure, tokens, count, turning):
     name, coder = structure
     paged = paged_past(coder, 1, tokens, 2, ROTARIES[turning](), [0, min(9, tokens - 1)])
     query, exact = torch.randn(2, 4, count, HEAD_DIM), exact_past(count)
-    reason = cpu.serves(query, paged)
-    assert (reason is not None) == (name in NOT_SERVED)
+    reason = cpu.unsupported(query, paged)
+    assert (reason is not None) == (name in UNSUPPORTED)
     if reason is not None:
-        with pytest.raises(KernelError, match="does not serve"):
+        with pytest.raises(KernelError, match="cannot be used"):
             cpu.attend(query, exact, paged, 0.25)
         return
     for softcap in (None, 5.0):
@@ -122,10 +122,8 @@ def test_pages_of_several_tiles(without, page_tokens):
     for tokens in (3 * page_tokens - 1, 5 * page_tokens + 33, 6 * page_tokens):
         for turning in (rotary("half"), None):
             paged = paged_past(coder, 1, tokens, 2, turning, [0, 70])
-            last = (tokens - 1) // page_tokens
-            for some in (paged, paged.only(torch.tensor([[0, last], [last - 1, last]]))):
-                expected = naive.attend(query, exact, some, 0.25)
-                torch.testing.assert_close(cpu.attend(query, exact, some, 0.25), expected, atol=2e-5, rtol=2e-5)
+            expected = naive.attend(query, exact, paged, 0.25)
+            torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -172,11 +170,11 @@ def test_sinks_and_window_are_read_where_they_lie():
     coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
     paged = paged_past(coder, 0, 100, 2, rotary("half"), [0, 5])
     room = torch.randn(2, 2, 2, 40, HEAD_DIM).bfloat16()
-    held = Held(room[0], room[1], 3, 20)  # as a window's buffers are
+    before = Buffered(room[0], room[1], 3, 20)  # as a window's buffers are
     new = torch.randn(2, 2, 2, 2, HEAD_DIM)
     mask = torch.rand(2, 1, 2, 19) < 0.7
-    exact, query = ExactPast(new[0], new[1], mask, held), torch.randn(2, 4, 2, HEAD_DIM)
-    expected = naive.attend(query, exact.joined(), paged, 0.25)
+    exact, query = ExactPast(new[0], new[1], mask, before), torch.randn(2, 4, 2, HEAD_DIM)
+    expected = naive.attend(query, exact, paged, 0.25)
     torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
 
@@ -192,10 +190,10 @@ def test_what_one_step_set_does_not_linger_in_the_next():
         for step in range(24):
             torch.set_num_threads(1 + step % 2)
             room, paged = rooms[step // 4 % 3], pasts[step // 3 % 2]
-            held = None if step % 7 == 6 else Held(room[0], room[1], step % 3, 9 + step)
+            past = None if step % 7 == 6 else Buffered(room[0], room[1], step % 3, 9 + step)
             new = torch.randn(2, 2, 2, 1 + step % 2, HEAD_DIM)
-            exact, query = ExactPast(new[0], new[1], None, held), torch.randn(2, 4, 1, HEAD_DIM)
-            expected = naive.attend(query, exact.joined(), paged, 0.25)
+            exact, query = ExactPast(new[0], new[1], None, past), torch.randn(2, 4, 1, HEAD_DIM)
+            expected = naive.attend(query, exact, paged, 0.25)
             torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
     finally:
         torch.set_num_threads(before)
@@ -207,24 +205,11 @@ def test_places_of_buffers_and_pages_that_are_gone_are_not_read():
     for tokens in (100, 164, 100, 228):
         paged, room = paged_past(coder, 0, tokens, 2, turning, [0, 5]), torch.randn(2, 2, 2, 40, HEAD_DIM)
         new = torch.randn(2, 2, 2, 1, HEAD_DIM)
-        exact = ExactPast(new[0], new[1], None, Held(room[0], room[1], 0, 9))
-        expected = naive.attend(query, exact.joined(), paged, 0.25)
+        exact = ExactPast(new[0], new[1], None, Buffered(room[0], room[1], 0, 9))
+        expected = naive.attend(query, exact, paged, 0.25)
         torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
         del paged, room, exact
         gc.collect()
-
-
-def test_chosen_pages_are_read_where_they_lie():
-    coder = PageCoder(STRUCTURES["blocks over layers"](), torch.device("cpu"), torch.float32)
-    paged = paged_past(coder, 1, 32 * 40, 2, rotary("half"), [0, 5])
-    chosen = torch.tensor([[0, 3, 17, 39], [1, 2, 30, 38]])
-    query, exact = torch.randn(2, 4, 1, HEAD_DIM), exact_past(1)
-    expected = naive.attend(query, exact, paged.only(chosen), 0.25)
-    for gather in (False, True):
-        some = paged.only(chosen, gather)
-        assert some.scattered != gather
-        torch.testing.assert_close(cpu.attend(query, exact, some, 0.25), expected, atol=2e-5, rtol=2e-5)
-        torch.testing.assert_close(attend(query, exact, some, 0.25), expected, atol=2e-5, rtol=2e-5)
 
 
 def test_unfilled_room_and_old_scratch_are_never_read(monkeypatch):
@@ -267,9 +252,9 @@ def test_decoders_in_8_bits_change_keys_by_what_they_say(bits, page_tokens, with
     reader = paged.key_readers[0]
     matrix, bias = reader.affine
     rounded, biases = matrix.clone(), bias.clone()
-    served = native_library().kvcar_decode8_latents()  # nothing is rounded where it is 0
-    assert served == latents_together(without)
-    for head in range(len(reader.heads) if served else 0):
+    together = native_library().kvcar_decode8_latents()  # nothing is rounded where it is 0
+    assert together == latents_together(without)
+    for head in range(len(reader.heads) if together else 0):
         own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
         decoder = decoder_in_8_bits(matrix[:, own], bias[own], latent_bits(reader.segment))
         rounded[decoder.exact :, own] = decoder.rounded.float() * decoder.scale
@@ -319,7 +304,7 @@ def test_sums_of_16_bits_cannot_overflow():
 @pytest.fixture
 def fresh_choice():
     backend._backend.cache_clear()
-    backend._tell.cache_clear()
+    backend._log_fallback.cache_clear()
     yield
     backend._backend.cache_clear()
 
@@ -356,7 +341,7 @@ def test_the_variable_decides(fresh_choice, monkeypatch, name, caplog):
     with caplog.at_level(logging.INFO, "kvcar.kernels"):
         got = attend(query, exact, paged, 0.25)
     assert f"kernels on cpu: {name}" in caplog.text
-    assert ("does not serve this: a codec is not affine" in caplog.text) == (name == "cpu")
+    assert ("does not support this: a codec is not affine" in caplog.text) == (name == "cpu")
     torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
 
 

@@ -13,7 +13,7 @@ from structures import STRUCTURES, paged_past, rotary
 from triton_device import DEVICE, poison_empty
 
 from kvcar.errors import KernelError
-from kvcar.kernels.attend import ExactPast, PagedPast, Reader, naive, triton_pages, triton_scores, triton_values
+from kvcar.kernels.attend import ExactPast, PagedPast, Reader, naive, triton_paged
 from kvcar.kernels.attend import triton as backend
 from kvcar.layout import coded_segment
 from kvcar.kernels.pack import pack
@@ -66,11 +66,11 @@ def test_every_structure(structure, coder, with_rotary):
     assert len(paged.tiles) == 2
     query, exact = random(2, 4, 1, 16), exact_past(2, 2, 1, 16)
     if structure in REFUSED:
-        assert REFUSED[structure] in backend.serves(query, paged)
+        assert REFUSED[structure] in backend.unsupported(query, paged)
         with pytest.raises(KernelError, match=f"cannot be used.*{REFUSED[structure]}.*another backend"):
             backend.attend(query, exact, paged, 0.25)
     else:
-        assert backend.serves(query, paged) is None
+        assert backend.unsupported(query, paged) is None
         check(query, exact, paged, 5.0 if with_rotary else None)
 
 
@@ -148,8 +148,8 @@ def test_keys_beyond_float16_are_multiplied_as_float32():
     affine = (matrix * 2.0**22).clamp(-(2.0**14), 2.0**14), bias
     reader = replace(paged.key_readers[0], affine=affine, decode=partial(affinely, affine))
     far = replace(paged, key_readers=(reader,))
-    assert not triton_scores.banks(far.key_readers, torch.device(DEVICE), 64)[0].keys_fit_float16
-    assert triton_scores.banks(paged.key_readers, torch.device(DEVICE), 64)[0].keys_fit_float16
+    assert not triton_paged.banks(far.key_readers, torch.device(DEVICE), 64)[0].keys_fit_float16
+    assert triton_paged.banks(paged.key_readers, torch.device(DEVICE), 64)[0].keys_fit_float16
     check(random(2, 2, 1, 32, dtype=torch.bfloat16) * 1e-6, exact_past(2, 1, 1, 32, torch.bfloat16), far)
 
 
@@ -163,7 +163,7 @@ def test_spans_and_splits_are_merged(monkeypatch):
     """A scratch for few scores takes a long past in several spans, each of several splits."""
     paged = paged_past(coder_of("one key head exact"), 0, 1300, 1, rotary(DEVICE), [0])
     query, exact = random(1, 4, 1, 16), exact_past(1, 2, 1, 16)
-    monkeypatch.setattr(triton_values, "programs", lambda device: 1000)
+    monkeypatch.setattr(triton_paged, "programs", lambda device: 1000)
     monkeypatch.setattr(backend, "_SCORES_AT_ONCE", 4 * 600)
     check(query, exact, paged)
 
@@ -191,58 +191,20 @@ def test_a_query_that_sees_nothing_gives_zeros_not_nan():
         assert torch.equal(got, torch.zeros_like(got))
 
 
-def test_what_is_not_served_is_said(monkeypatch):
+def test_what_is_not_supported_is_said(monkeypatch):
     paged = paged_past(coder_of("raw latents"), 0, 40, 1, rotary(DEVICE), [0])
     query = random(1, 4, 1, 16)
-    assert "17 query tokens" in backend.serves(random(1, 4, 17, 16), None)
-    assert "float64" in backend.serves(query.double(), None)
-    assert backend.serves(query.bfloat16(), paged) is None
+    assert "float64" in backend.unsupported(query.double(), None)
+    assert backend.unsupported(query.bfloat16(), paged) is None
     monkeypatch.setattr(backend, "multiplies_subnormals", lambda device: False)
-    assert "subnormal" in backend.serves(query.bfloat16(), paged)
-    assert backend.serves(query, paged) is None
+    assert "subnormal" in backend.unsupported(query.bfloat16(), paged)
+    assert backend.unsupported(query, paged) is None
     dynamic = tuple(replace(reader, restore=lambda u: u) for reader in paged.value_readers)
-    assert "dynamic" in backend.serves(query, replace(paged, value_readers=dynamic))
+    assert "dynamic" in backend.unsupported(query, replace(paged, value_readers=dynamic))
     lossless = tuple(replace(r, segment=replace(r.segment, lossless=True)) for r in paged.key_readers)
-    assert "before RoPE" in backend.serves(query, replace(paged, key_readers=lossless))
+    assert "before RoPE" in backend.unsupported(query, replace(paged, key_readers=lossless))
     wide = [torch.cat([tile, tile[..., :8]], dim=-1)[..., 8:] for tile in paged.tiles]
-    assert "16 bytes" in backend.serves(query, replace(paged, tiles=wide))
-
-
-@pytest.mark.parametrize("last", [32 * 12, 32 * 11 + 5], ids=["full pages", "last page partly filled"])
-@pytest.mark.parametrize("gathered", [False, True], ids=["where they lie", "gathered"])
-def test_chosen_pages_stand_at_their_own_positions(last, gathered):
-    """Pages of 32 tokens; the first one of the second sequence holds sinks that are not read here."""
-    paged = paged_past(coder_of("heads apart"), 1, last, 2, rotary(DEVICE), [0, 37])
-    some = paged.only(torch.tensor([[1, 4, 11], [1, 3, 11]], device=DEVICE), gather=gathered)
-    query, exact = random(2, 4, 1, 16), exact_past(2, 2, 1, 16)
-    assert backend.serves(query, some) is None
-    expected = naive.attend(query, exact, some.gathered(), 0.25)
-    torch.testing.assert_close(backend.attend(query, exact, some, 0.25), expected, atol=2e-5, rtol=2e-5)
-
-
-@pytest.mark.parametrize("structure", ["one key head exact", "heads apart"])
-@pytest.mark.parametrize("tokens", [0, 1, 70, 352])
-def test_a_table_with_room_gives_what_its_tokens_give(monkeypatch, structure, tokens):
-    """Nothing is read beyond each sequence's own last token, neither of the table nor of the scratch."""
-    paged = paged_past(coder_of(structure), 1, 352, 2, rotary(DEVICE), [0, 0])
-    query, exact = random(2, 4, 1, 16), exact_past(2, 2, 1, 16)
-    monkeypatch.setattr(triton_scores, "_INTERPRETER_TILE_TOKENS", 64)
-    table = triton_pages.page_table(paged)
-    room = torch.full((2, 30), -1, dtype=torch.int64, device=DEVICE)  # no addresses at all
-    room[:, : table.addresses.shape[1]] = table.addresses
-    last = torch.tensor([tokens, 352], device=DEVICE)
-    wide = triton_pages.PageTable(room, last, 30 * 32, 30 * 32)
-    poison_empty(monkeypatch)
-    got = backend.attend_table(query, exact, paged, wide, 0.25)
-    for sequence, end in enumerate(last.tolist()):
-        own = ExactPast(*(x[sequence : sequence + 1] for x in (exact.keys, exact.values, exact.mask)))
-        tiles = [tile[sequence : sequence + 1] for tile in paged.tiles]
-        one = slice(sequence, sequence + 1)
-        past = (
-            replace(paged, tiles=tiles, tokens=end, first=paged.first[one], offset=paged.offset[one]) if end else None
-        )
-        expected = naive.attend(query[one], own, past, 0.25)
-        torch.testing.assert_close(got[one], expected, atol=2e-5, rtol=2e-5)
+    assert "16 bytes" in backend.unsupported(query, replace(paged, tiles=wide))
 
 
 def test_the_kernels_compile_for_an_h100(tmp_path):
@@ -262,7 +224,7 @@ def test_the_kernels_compile_for_an_h100(tmp_path):
         "latent_sums",
         "exact_piece",
         "merge_pieces",
-        "encode_pages",
+        "encode_block",
     }
     for name, shared, _, spilled in lines:
         assert int(shared) <= 227 * 1024, name

@@ -92,10 +92,10 @@ def test_a_units_writer_does_what_the_unit_does(structure):
         assert torch.equal(encode_pages(x, writer), expected)
         if structure in ("raw latents", "lossless"):
             assert torch.equal(naive.encode_pages(x, writer), expected)
-        assert (backend.serves(x, writer) is None) == (writer.affine is not None)
+        assert (backend.unsupported(x, writer) is None) == (writer.affine is not None)
 
 
-def test_what_is_not_served_is_said():
+def test_what_is_not_supported_is_said():
     writer = exact_writer(32)
     x = torch.zeros(1, 40, WIDTH, device=DEVICE)
     for implementation in (naive.encode_pages, encode_pages, backend.encode_pages):

@@ -10,8 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.attend import ExactPast, PagedPast, Reader
-from ..kernels.attend.assemble import all_heads, turned_keys
+from ..kernels.attend import ExactPast, PagedPast, Reader, all_heads, turned_keys
 
 _GROWTH_TOKENS = 512
 
@@ -30,12 +29,9 @@ class DecodedPast:
         Args:
             layer: a coded layer.
             exact: what comes after the pages.
-            paged: all pages, or some of them, scattered.
+            paged: all pages.
         """
-        keys, values = self._up_to(layer, paged if paged.whole is None else paged.whole)
-        if paged.whole is not None:
-            index = paged.token_index(0, paged.tokens)[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
-            keys, values = keys.gather(2, index), values.gather(2, index)
+        keys, values = self._up_to(layer, paged)
         mask = _joined_mask(exact, paged)
         return ExactPast(
             torch.cat([keys, exact.keys.to(keys.dtype)], dim=2),

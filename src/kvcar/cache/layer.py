@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import AttachError, CacheStateError
 from ..sizes import window_capacity
-from ..kernels.attend import ExactPast, Held
+from ..kernels.attend import Buffered, ExactPast
 
 
 class CodedLayer(CacheLayerMixin):
@@ -80,7 +80,7 @@ class CodedLayer(CacheLayerMixin):
         start, stop = 0 if self.paged else self.sinks, self.sinks + self.held
         if self.buffers is None or start == stop:
             return ExactPast(*self.pending, mask)
-        return ExactPast(*self.pending, mask, Held(*self.buffers, start, stop))
+        return ExactPast(*self.pending, mask, Buffered(*self.buffers, start, stop))
 
     def oldest(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, count, D]`` of tokens ``first`` on, counted from the oldest outside the pages."""

@@ -37,7 +37,7 @@ class PageViews:
             tiles=pages.arenas,
             tokens=pages.tokens,
             first=self._first_read(state.padding),
-            first_most=state.padding_most + self._sinks,
+            largest_first=state.padding_most + self._sinks,
             offset=state.offset,
             key_readers=coder.readers(layer, "key"),
             value_readers=coder.readers(layer, "value"),

@@ -71,7 +71,7 @@ def segment_fields(segment: SegmentLayout, element_bytes: int = _RAW_BYTES) -> T
 def word_slots(segment: SegmentLayout) -> Tensor:
     """Slots int64 ``[latents]`` of a coded segment's latents such that every four slots hold latents of the same planes.
 
-    So four latents can be read as a word. They stand there in the order 0, 2, 1, 3, as ``triton_words.py`` puts them.
+    So four latents can be read as a word. They stand there in the order 0, 2, 1, 3, as ``triton_unpack.py`` puts them.
     """
     edges = sorted({0, segment.raw, segment.latents, *(edge for plane in segment.planes for edge in plane[2:4])})
     order, slots = torch.tensor([0, 2, 1, 3]), []
@@ -117,9 +117,9 @@ def highest_codes(fields: Tensor) -> Tensor:
     return torch.where(fields[:_ELEMENT, 0] >= 0, (2**width - 1) << fields[:_ELEMENT, 2].long(), 0).sum(0).float()
 
 
-def block_latents(counts: Sequence[int], most: int) -> int:
-    """Length of a block, a power of two of 16 to ``most``, for segments of so many latents."""
-    return max(16, min(most, 1 << (max(counts) - 1).bit_length()))
+def block_latents(counts: Sequence[int], longest: int) -> int:
+    """Choose the length of a block, a power of two of 16 to ``longest``, for segments of so many latents."""
+    return max(16, min(longest, 1 << (max(counts) - 1).bit_length()))
 
 
 def joined(parts: Sequence[Tensor], block: int, device: torch.device) -> PlaneTable:

@@ -1,6 +1,39 @@
 """Attention over a compressed past: sinks and window exact, pages decoded tile by tile."""
 
-from .dispatch import attend
-from .inputs import ExactPast, Held, PagedPast, Reader
+from __future__ import annotations
 
-__all__ = ["ExactPast", "Held", "PagedPast", "Reader", "attend"]
+from torch import Tensor
+
+from ..backend import Backend, backend_for
+from . import naive as naive
+from . import tiled as tiled
+from .inputs import ATTENTION, Buffered, ExactPast, PagedPast, Reader, all_heads, turned_keys
+
+__all__ = ["ATTENTION", "Buffered", "ExactPast", "PagedPast", "Reader", "all_heads", "attend", "case_of", "turned_keys"]
+
+STEP_ROWS = 64
+
+
+def attend(
+    query: Tensor,
+    exact: ExactPast,
+    paged: PagedPast | None,
+    scaling: float,
+    softcap: float | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Compute the same as ``naive.attend``, by ``backend``, or by the one of the query's device."""
+    run = ATTENTION.choose(
+        backend or backend_for(query.device), case_of(query, exact.keys.shape[1], paged is not None), query, paged
+    )
+    return run(query, exact, paged, scaling, softcap)
+
+
+def case_of(query: Tensor, kv_heads: int, has_pages: bool = True) -> str:
+    """Name the case: "step" for one query token or at most ``STEP_ROWS`` query rows of a KV head over pages, else "chunk".
+
+    A step reads every byte of the pages for few rows, so kernels unpack, use and forget them. In a chunk's many rows products
+    over whole tiles are faster; without pages there is nothing to unpack.
+    """
+    rows = query.shape[1] // kv_heads * query.shape[2]
+    return "step" if has_pages and (query.shape[2] == 1 or rows <= STEP_ROWS) else "chunk"

@@ -1,8 +1,11 @@
 """Attention over pages tile by tile with an online softmax; the past's keys and values never exist at once.
 
-Keys are decoded a tile at a time and rotated. Values are summed as latents and decoded once per query where that
-takes fewer multiplications than decoding the tile (one query token: nearly always). Keys of models without rotary
-positions are not decoded either where their decoder is affine: it folds into the query.
+In PyTorch, for any device, codec and number of query tokens. Keys are decoded a tile at a time and rotated. Values are summed
+as latents and decoded once per query where that takes fewer multiplications than decoding the tile (one query token: nearly
+always). Keys of models without rotary positions are not decoded either where their decoder is affine: it folds into the query.
+
+Many query rows on a CPU (prefill) go to PyTorch's fused attention: keys and values of a tile are decoded, scores never exist.
+The fused operation returns the log-sum-exp of its scores, with which a tile joins the others.
 """
 
 from __future__ import annotations
@@ -13,50 +16,33 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import fused
-from .inputs import ExactPast, PagedPast, Reader, pick
-from .softmax import OnlineSoftmax, begin
+from .inputs import ATTENTION, ExactPast, PagedPast, Reader, all_heads, pick, turned_keys
 
+FEWEST_FUSED_ROWS = 32
 _SHORTEST_TILE = 512
 _LONGEST_TILE = 4096
 _SCORES_AT_ONCE = 2**21
 # Fused, a tile has no scores, and joining its output to what came before costs as much for a short one.
 _FUSED_TILE = 2048
+_NOTHING = -1e30  # log-sum-exp of a row that has seen no token; finite, so that differences are numbers
+_FUSED_OPERATION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
+@ATTENTION.register("torch")
+@ATTENTION.register("cpu", "chunk")
+@ATTENTION.register("triton", "chunk")
 def attend(
     query: Tensor, exact: ExactPast, paged: PagedPast | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
-    """Same as ``naive.attend``."""
-    q, state = begin(query, exact, scaling, softcap)
+    """Compute the same as ``naive.attend``."""
+    q, state = _begin(query, exact.joined(), scaling, softcap)
     if paged is not None:
         _add_pages(state, q, paged, softcap)
     return state.result().reshape(query.shape).to(query.dtype)
 
 
-def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, softcap: float | None) -> None:
-    key_folds = {reader: _fold_query(q, reader) for reader in paged.key_readers if _folds_keys(q, reader, paged)}
-    fuse = not key_folds and fused.serves(q, softcap)
-    for start, pages, count in _tiles(paged, tile_tokens(q.shape[1] * q.shape[2], fuse)):
-        stored: dict[int, Tensor] = {}
-        visible = paged.visible(start, count)
-        if fuse:
-            restored = partial(_stored_once, pages=pages, count=count, stored=stored)
-            state.merge_output(*fused.attend_tile(q, paged, start, restored, visible))
-            continue
-        scores = _scores(q, paged, pages, start, count, key_folds, stored)
-        weights = state.weights(scores, None if visible is None else visible[:, None, None, :])
-        for reader in paged.value_readers:
-            u = _stored_once(reader, pages, count, stored)
-            if _sums_latents(q, reader):
-                state.add_latents(weights, reader, u)
-            else:
-                values = reader.decode(u).unflatten(-1, (len(reader.heads), -1)).transpose(1, 2)
-                state.add_decoded(weights, reader.heads, values)
-
-
 def tile_tokens(rows: int, fuse: bool) -> int:
-    """Tokens of a tile for so many query rows of one sequence, all heads counted.
+    """Choose the tokens of a tile for so many query rows of one sequence, all heads counted.
 
     Few query rows take long tiles, so that each operation has enough to do; many rows take short ones, so that
     their scores stay small, unless they are fused.
@@ -66,22 +52,70 @@ def tile_tokens(rows: int, fuse: bool) -> int:
     return max(_SHORTEST_TILE, min(_LONGEST_TILE, _SCORES_AT_ONCE // rows))
 
 
-def _tiles(paged: PagedPast, most: int) -> Iterator[tuple[int, tuple[Tensor, ...], int]]:
-    """First token, pages (in one or several tensors) and number of tokens, up to ``most``, of every tile that holds any."""
-    page_tokens = paged.key_readers[0].segment.page_tokens
-    target = max(1, most // page_tokens)
-    start, left, tile, held = 0, paged.tokens, [], 0
+def _begin(query: Tensor, exact: ExactPast, scaling: float, softcap: float | None) -> tuple[Tensor, OnlineSoftmax]:
+    """Scale queries, float32 ``[B, H, G * T, D]``, and start a softmax that has seen the exact tokens.
+
+    Query heads that share a KV head become more query rows of it.
+    """
+    batch, query_heads, tokens, head_dim = query.shape
+    heads = exact.keys.shape[1]
+    q = query.float().reshape(batch, heads, -1, head_dim) * scaling
+    mask = None
+    if exact.mask is not None:
+        # [B, 1, T, S] -> [B, 1, G * T, S]; one query token needs no copy.
+        mask = exact.mask if tokens == 1 else exact.mask.repeat(1, 1, query_heads // heads, 1)
+    state = OnlineSoftmax(q, softcap)
+    keys, values = exact.keys.float(), exact.values.float()
+    if _can_fuse(q, softcap):
+        state.merge_output(*_attend_fused(q, keys, values, mask))
+    else:
+        state.add(q @ keys.transpose(2, 3), mask, values)
+    return q, state
+
+
+def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, softcap: float | None) -> None:
+    key_folds = {reader: _fold_query(q, reader) for reader in paged.key_readers if _folds_keys(q, reader, paged)}
+    fuse = not key_folds and _can_fuse(q, softcap)
+    for start, pages, count in _tiles(paged, tile_tokens(q.shape[1] * q.shape[2], fuse)):
+        stored: dict[int, Tensor] = {}
+        visible = paged.visible(start, count)
+        mask = None if visible is None else visible[:, None, None, :]
+        if fuse:
+            state.merge_output(*_attend_tile(q, paged, pages, start, count, mask))
+            continue
+        weights = state.weights(_scores(q, paged, pages, start, count, key_folds, stored), mask)
+        for reader in paged.value_readers:
+            u = _restored_once(reader, pages, count, stored)
+            if _sums_latents(q, reader):
+                state.add_latents(weights, reader, u)
+            else:
+                values = reader.decode(u).unflatten(-1, (len(reader.heads), -1)).transpose(1, 2)
+                state.add_decoded(weights, reader.heads, values)
+
+
+def _tiles(paged: PagedPast, longest: int) -> Iterator[tuple[int, tuple[Tensor, ...], int]]:
+    """Yield first token, pages (in one or several tensors) and number of tokens, up to ``longest``, of every tile."""
+    page_tokens = paged.page_tokens
+    target = max(1, longest // page_tokens)
+    start, left, tile, taken = 0, paged.tokens, [], 0
     for arena in paged.tiles:
         for pages in arena.split(target, dim=1):
-            if held and held + pages.shape[1] > target:
-                count = min(held * page_tokens, left)
+            if taken and taken + pages.shape[1] > target:
+                count = min(taken * page_tokens, left)
                 yield start, tuple(tile), count
-                start, left, tile, held = start + count, left - count, [], 0
-            if left > held * page_tokens:
+                start, left, tile, taken = start + count, left - count, [], 0
+            if left > taken * page_tokens:
                 tile.append(pages)
-                held += pages.shape[1]
-    if held:
+                taken += pages.shape[1]
+    if taken:
         yield start, tuple(tile), left
+
+
+def _restored_once(reader: Reader, pages: tuple[Tensor, ...], count: int, stored: dict[int, Tensor]) -> Tensor:
+    """Unpack a segment once per tile, also when it has both keys and values."""
+    if reader.segment.offset not in stored:
+        stored[reader.segment.offset] = reader.restored(*pages)[:, :count]
+    return stored[reader.segment.offset]
 
 
 def _scores(
@@ -93,10 +127,10 @@ def _scores(
     key_folds: dict[Reader, tuple[Tensor, Tensor]],
     stored: dict[int, Tensor],
 ) -> Tensor:
-    """Scores ``[B, H, Q, S]`` of the queries against one tile."""
+    """Score the queries against one tile, ``[B, H, Q, S]``."""
     parts = []
     for reader in paged.key_readers:
-        u = _stored_once(reader, pages, count, stored)
+        u = _restored_once(reader, pages, count, stored)
         if reader in key_folds:
             folded, constant = key_folds[reader]
             flat = folded.flatten(1, 2) @ u.transpose(1, 2)
@@ -110,19 +144,11 @@ def _scores(
 
 
 def _decode_keys(reader: Reader, paged: PagedPast, u: Tensor, start: int) -> Tensor:
-    """Keys after RoPE ``[B, len(heads), S, D]`` of a tile's stored values ``[B, S, R]``."""
+    """Decode and rotate keys ``[B, len(heads), S, D]`` of a tile's stored values ``[B, S, R]``."""
     keys = reader.decode(u).unflatten(-1, (len(reader.heads), -1)).transpose(1, 2)
     if paged.rotary is None or reader.rotated:
         return keys
-    positions = paged.token_index(start, u.shape[1]) - paged.offset[:, None]
-    return paged.rotary.rotate(keys, positions)
-
-
-def _stored_once(reader: Reader, pages: tuple[Tensor, ...], count: int, stored: dict[int, Tensor]) -> Tensor:
-    """Unpack a segment once per tile, also when it holds both keys and values."""
-    if reader.segment.offset not in stored:
-        stored[reader.segment.offset] = reader.restored(*pages)[:, :count]
-    return stored[reader.segment.offset]
+    return paged.rotary.rotate(keys, paged.token_index(start, u.shape[1]) - paged.offset[:, None])
 
 
 def _sums_latents(q: Tensor, reader: Reader) -> bool:
@@ -136,9 +162,121 @@ def _folds_keys(q: Tensor, reader: Reader, paged: PagedPast) -> bool:
 
 
 def _fold_query(q: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
-    """Queries in latent space ``[B, h, Q, R]`` and the constant that the decoder's bias adds to their scores."""
+    """Take queries to latent space ``[B, h, Q, R]``; also the constant that the decoder's bias adds to their scores."""
     assert reader.affine is not None
     matrix, bias = reader.affine
     own = pick(q, reader.heads)
     matrix = matrix.view(matrix.shape[0], len(reader.heads), -1).permute(1, 2, 0)
     return own @ matrix, own @ bias.view(len(reader.heads), -1, 1)
+
+
+def _can_fuse(q: Tensor, softcap: float | None) -> bool:
+    """Whether queries ``[B, H, Q, D]`` are many enough, and PyTorch has a fused operation that returns the log-sum-exp."""
+    return (
+        _FUSED_OPERATION is not None
+        and q.device.type == "cpu"
+        and softcap is None
+        and q.shape[2] >= FEWEST_FUSED_ROWS
+    )
+
+
+def _attend_tile(
+    q: Tensor, paged: PagedPast, pages: tuple[Tensor, ...], start: int, count: int, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attend to one tile, fused; see ``_attend_fused``."""
+    restored = partial(_restored_once, pages=pages, count=count, stored={})
+    keys = turned_keys(paged, all_heads(paged.key_readers, restored), start)
+    return _attend_fused(q, keys, all_heads(paged.value_readers, restored), mask)
+
+
+def _attend_fused(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attend with scaled queries ``[B, H, Q, D]`` under ``mask`` bool, broadcastable to ``[B, 1, Q, S]``.
+
+    Returns:
+        Output ``[B, H, Q, D]`` and log-sum-exp of the scores ``[B, H, Q, 1]``.
+    """
+    assert _FUSED_OPERATION is not None
+    if mask is None:
+        output, log_sum = _FUSED_OPERATION(q, keys, values, 0.0, False, scale=1.0)
+        return output, log_sum[..., None]
+    added = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, -torch.inf)
+    output, log_sum = _FUSED_OPERATION(q, keys, values, 0.0, False, attn_mask=added, scale=1.0)
+    # For a row that sees nothing the operation returns 0, both times.
+    return output, log_sum[..., None].masked_fill_(~mask.any(-1, keepdim=True), _NOTHING)
+
+
+class OnlineSoftmax:
+    """Running maximum, mass and weighted sums of a softmax that is seen piece by piece.
+
+    Source: Milakov and Gimelshein 2018 (arXiv 1805.02867); FlashAttention (arXiv 2205.14135).
+    """
+
+    def __init__(self, q: Tensor, softcap: float | None) -> None:
+        lead = q.shape[:-1]
+        self._softcap = softcap
+        self._maximum = torch.full((*lead, 1), -torch.inf, device=q.device)
+        self._mass = torch.zeros(*lead, 1, device=q.device)
+        self._sum = torch.zeros_like(q)
+        self._latent: dict[Reader, tuple[Tensor, Tensor]] = {}
+
+    def add(self, scores: Tensor, mask: Tensor | None, values: Tensor) -> None:
+        """Take in scores ``[B, H, Q, S]``, which are overwritten, their mask, and values ``[B, H, S, D]``."""
+        self._sum += self.weights(scores, mask) @ values
+
+    def weights(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        """Turn a piece's scores into unnormalised weights, in place; all earlier sums are rescaled to the new maximum."""
+        if self._softcap is not None:
+            scores.div_(self._softcap).tanh_().mul_(self._softcap)
+        if mask is not None:
+            scores.masked_fill_(~mask, -torch.inf)
+        maximum = torch.maximum(self._maximum, scores.amax(-1, keepdim=True))
+        # A row that has seen nothing yet has no maximum; 0 keeps its weights at exp(-inf) = 0.
+        anchor = maximum.masked_fill(maximum == -torch.inf, 0.0)
+        rescale = torch.exp(self._maximum - anchor)
+        weights = scores.sub_(anchor).exp_()
+        self._maximum = maximum
+        self._mass = self._mass * rescale + weights.sum(-1, keepdim=True)
+        self._sum *= rescale
+        for reader, (latents, mass) in self._latent.items():
+            own = pick(rescale, reader.heads)
+            latents *= own
+            mass *= own
+        return weights
+
+    def add_decoded(self, weights: Tensor, heads: tuple[int, ...], values: Tensor) -> None:
+        """Sum values ``[B, len(heads), S, D]`` of some heads under weights ``[B, H, Q, S]``."""
+        if heads == tuple(range(weights.shape[1])):
+            self._sum += weights @ values
+        else:
+            self._sum[:, list(heads)] += weights[:, list(heads)] @ values
+
+    def add_latents(self, weights: Tensor, reader: Reader, stored: Tensor) -> None:
+        """Sum stored values ``[B, S, R]`` under the weights of the reader's heads."""
+        own = pick(weights, reader.heads)
+        flat = own.flatten(1, 2) @ stored
+        latents, mass = flat.view(*own.shape[:3], -1), own.sum(-1, keepdim=True)
+        if reader in self._latent:
+            before = self._latent[reader]
+            latents, mass = before[0] + latents, before[1] + mass
+        self._latent[reader] = (latents, mass)
+
+    def merge_output(self, output: Tensor, log_sum: Tensor) -> None:
+        """Take in attention over other tokens: its output ``[B, H, Q, D]`` and log-sum-exp of scores ``[B, H, Q, 1]``."""
+        top = torch.maximum(self._maximum, log_sum)
+        mine, theirs = torch.exp(self._maximum - top), torch.exp(log_sum - top)
+        self._maximum = top
+        self._mass = self._mass * mine + theirs
+        self._sum = self._sum * mine + output * theirs
+        for reader, (sums, mass) in self._latent.items():
+            kept = pick(mine, reader.heads)
+            self._latent[reader] = (sums * kept, mass * kept)
+
+    def result(self) -> Tensor:
+        """Decode and normalise the output ``[B, H, Q, D]``; rows that saw nothing are 0."""
+        for reader, (latents, mass) in self._latent.items():
+            assert reader.affine is not None
+            matrix, bias = reader.affine
+            matrix = matrix.view(matrix.shape[0], len(reader.heads), -1).transpose(0, 1)
+            decoded = latents @ matrix + mass * bias.view(len(reader.heads), 1, -1)
+            self._sum[:, list(reader.heads)] += decoded
+        return self._sum / self._mass.clamp_min(torch.finfo(torch.float32).tiny)

@@ -1,34 +1,32 @@
-"""The jitted kernels of attention over pages; ``triton.py`` beside this launches them and says what they compute.
+"""The jitted kernels of attention over pages; ``triton_paged.py`` launches them and ``triton.py`` says what they compute.
 
 Every kernel works on items: rows of a small int32 table that say which heads a program serves through which blocks of
 latents. Query rows of a KV head are its query heads times the query tokens; rows of an item are those of its heads
 one after the other.
 """
 # pyright: basic, reportOperatorIssue=false, reportArgumentType=false
-# ruff: noqa: RET505, SIM102 - what is known when compiling is an if and an else, or an outer if.
+# ruff: noqa: RET505 - what is known when compiling is an if and an else, or an outer if.
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 import triton
 import triton.language as tl
 
-from ..triton_planes import page_address, unpack_block
-from ..triton_words import code_scale, unpack_words, word_places
-from .triton_softmax import anchor_of, softcapped
+from ..triton_unpack import code_scale, page_address, unpack_block, unpack_words, word_places
 
 
 @triton.jit
-def _token_index(numbers, page_count, batch, place, stop, PAGE_TOKENS: tl.constexpr, CHOSEN: tl.constexpr):
-    """Which token of its sequence stands at a place, or each ``[N]``: the place itself, unless pages were chosen."""
-    if CHOSEN:
-        page = tl.load(numbers + batch * page_count + place // PAGE_TOKENS, mask=place < stop, other=0)
-        place = page.to(tl.int32) * PAGE_TOKENS + place % PAGE_TOKENS
-    return place
+def softcapped(score, softcap, HAS_CAP: tl.constexpr):
+    """``softcap * tanh(score / softcap)``, or the score itself."""
+    if HAS_CAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1), which is right at both ends too.
+        score = softcap * (1.0 - 2.0 / (tl.exp(2.0 * score / softcap) + 1.0))
+    return score
 
 
 @triton.jit
-def _limit(end, stop, CHOSEN: tl.constexpr):
-    """The first place behind all that may be read: the table may have room for more than there is."""
-    return stop if CHOSEN else tl.minimum(end, stop)
+def anchor_of(maximum):
+    """What to subtract from scores: their maximum, or 0 where nothing was seen, so that weights are exp(-inf) = 0."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 
 @triton.jit
@@ -58,7 +56,7 @@ def _places(
 
 @triton.jit
 def _unpack(
-    pages, page_count, batch, begin, limit, seen, places, table, present, block, latents, WORDS: tl.constexpr,
+    pages, page_count, batch, begin, stop, seen, places, table, present, block, latents, WORDS: tl.constexpr,
     WIDTHS: tl.constexpr, ELEMENT: tl.constexpr, OPERAND: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +64,7 @@ def _unpack(
     if WORDS:
         token = begin + tl.arange(0, BLOCK_N // 8) // (PAGE_TOKENS // 8) * PAGE_TOKENS
         # Pages behind the last are read as it: any codes do for tokens that are not seen.
-        address = page_address(pages, page_count, batch, tl.minimum(token, limit - 1), token >= 0, PAGE_TOKENS)
+        address = page_address(pages, page_count, batch, tl.minimum(token, stop - 1), token >= 0, PAGE_TOKENS)
         has = tl.load(present + block)
         return unpack_words(address, places, has, WIDTHS, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R)
     else:
@@ -107,7 +105,6 @@ def _angle(fine, coarse, coarse_rows, position, pair, PAIRS: tl.constexpr, FINE:
 def decode_scores(
     scores,
     pages,
-    numbers,
     table,
     present,
     items,
@@ -119,7 +116,6 @@ def decode_scores(
     fine,
     coarse,
     first,
-    last,
     offset,
     start,
     stop,
@@ -130,7 +126,6 @@ def decode_scores(
     coarse_rows,
     softcap,
     HAS_CAP: tl.constexpr,
-    CHOSEN: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -141,7 +136,7 @@ def decode_scores(
     REST: tl.constexpr,
     FINE: tl.constexpr,
     TILES: tl.constexpr,
-    HOLD: tl.constexpr,
+    KEEP: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -150,10 +145,9 @@ def decode_scores(
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Scores of the tokens at places ``start`` to ``stop`` through keys that are decoded, rotated and thrown away.
+    """Scores of the tokens ``start`` to ``stop`` through keys that are decoded, rotated and thrown away.
 
-    Places are counted in the table of pages; ``first``, ``last`` and positions go by which token of its sequence it is. A program decodes the keys of TILES tiles of tokens for the heads of one item, once for all their query rows. The
-    decoder's columns are the heads' rotated pairs, in the order of ``_split_pairs`` whatever the model's style, then what is not
+    A program decodes the keys of TILES tiles of tokens for the heads of one item, once for all their query rows. The decoder's columns are the heads' rotated pairs, in the order of ``_split_pairs`` whatever the model's style, then what is not
     rotated; the query has its pairs' first elements, their second ones, and the rest.
     Heads stand side by side in the columns; a query row is zero outside its own head's.
 
@@ -167,17 +161,13 @@ def decode_scores(
         turns: float32 ``[2, FINE, PAIRS]``, ``fine`` times ``code_scale``.
         fine, coarse: float32 ``[2, FINE or coarse_rows, PAIRS]`` cosines and sines.
         SCORED: dtype of decoded keys and queries in their product.
-        first, last, offset: int64 ``[B]``.
+        first, offset: int64 ``[B]``.
     """
     item = items + tl.program_id(1) * 4
     block_start, head_start = tl.load(item), tl.load(item + 1)
     head_count, matrix_block = tl.load(item + 2), tl.load(item + 3)
     batch = tl.program_id(2).to(tl.int64)
-    first_token, end = tl.load(first + batch).to(tl.int32), tl.load(last + batch).to(tl.int32)
-    first_position, limit = tl.load(offset + batch).to(tl.int32), _limit(end, stop, CHOSEN)
-    if not CHOSEN:
-        if start + tl.program_id(0) * (TILES * BLOCK_N) >= end:
-            return
+    first_token, first_position = tl.load(first + batch).to(tl.int32), tl.load(offset + batch).to(tl.int32)
 
     COLUMNS: tl.constexpr = 2 * BLOCK_PAIRS + BLOCK_REST
     SCALE: tl.constexpr = code_scale(WORDS, OPERAND)
@@ -191,38 +181,37 @@ def decode_scores(
     part += column[None, :]
     pair_column = tl.arange(0, BLOCK_PAIRS)
     pair = pair_column % PAIRS
-    held, held_rest, held_places = (), (), ()
-    if HOLD:
+    kept, kept_rest, kept_places = (), (), ()
+    if KEEP:
         # A matrix of few blocks stays in shared memory for all tiles.
         for block in tl.static_range(BLOCKS):
             places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
-            held_places = held_places + (places,)  # noqa: RUF005 - as Triton adds tuples
-            held = held + (tl.load(part + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
+            kept_places = kept_places + (places,)  # noqa: RUF005 - as Triton adds tuples
+            kept = kept + (tl.load(part + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
             if REST:
-                held_rest = held_rest + (tl.load(part_rest + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
+                kept_rest = kept_rest + (tl.load(part_rest + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
 
     for tile in range(TILES):
         begin = start + (tl.program_id(0) * TILES + tile) * BLOCK_N
         token = begin + tl.arange(0, BLOCK_N)
-        index = _token_index(numbers, page_count, batch, token, stop, PAGE_TOKENS, CHOSEN)
-        seen = (index >= first_token) & (index < end) & (token < stop)
+        seen = (token >= first_token) & (token < stop)
         keys = tl.zeros([BLOCK_N, 2 * BLOCK_PAIRS], tl.float32) + pair_bias[None, :]
         if REST:
             rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32) + rest_bias[None, :]
-        if HOLD:
+        if KEEP:
             for block in tl.static_range(BLOCKS):
                 u = _unpack(
-                    pages, page_count, batch, begin, limit, seen, held_places[block], table, present, block_start + block, latents,
+                    pages, page_count, batch, begin, stop, seen, kept_places[block], table, present, block_start + block, latents,
                     WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
                 )  # fmt: skip
-                keys = tl.dot(u, held[block], keys, input_precision=PRECISION)
+                keys = tl.dot(u, kept[block], keys, input_precision=PRECISION)
                 if REST:
-                    rest = tl.dot(u, held_rest[block], rest, input_precision=PRECISION)
+                    rest = tl.dot(u, kept_rest[block], rest, input_precision=PRECISION)
         else:
             for block in range(BLOCKS):
                 places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
                 u = _unpack(
-                    pages, page_count, batch, begin, limit, seen, places, table, present, block_start + block, latents,
+                    pages, page_count, batch, begin, stop, seen, places, table, present, block_start + block, latents,
                     WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
                 )  # fmt: skip
                 below = block * BLOCK_R * COLUMNS
@@ -237,8 +226,7 @@ def decode_scores(
         turned_one = (one * cos - two * sin).to(SCORED)
         turned_two = (two * cos + one * sin).to(SCORED)
         # Tiles behind the last token are not in the tables, nor seen.
-        origin = _token_index(numbers, page_count, batch, tl.minimum(begin, limit - 1), stop, PAGE_TOKENS, CHOSEN)
-        position = origin - first_position
+        position = tl.minimum(begin, stop - 1) - first_position
         back_cos, back_sin = _angle(fine, coarse, coarse_rows, position, pair, PAIRS, FINE)
 
         for row_block in range(ROW_BLOCKS):
@@ -268,7 +256,6 @@ def decode_scores(
 def direct_scores(
     scores,
     pages,
-    numbers,
     table,
     present,
     items,
@@ -276,7 +263,6 @@ def direct_scores(
     operand,
     constant,
     first,
-    last,
     start,
     stop,
     page_count,
@@ -286,7 +272,6 @@ def direct_scores(
     operand_size,
     softcap,
     HAS_CAP: tl.constexpr,
-    CHOSEN: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -297,7 +282,7 @@ def direct_scores(
     BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Scores of the tokens at places ``start`` to ``stop`` as products of stored values with queries in their space.
+    """Scores of the tokens ``start`` to ``stop`` as products of stored values with queries in their space.
 
     Args:
         scores: float32 ``[B, layer_heads * query_rows, stop - start]``, written.
@@ -309,14 +294,9 @@ def direct_scores(
     item = items + tl.program_id(1) * 5
     block_start, head_start, head_count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
     batch = tl.program_id(2).to(tl.int64)
-    begin, end = start + tl.program_id(0) * BLOCK_N, tl.load(last + batch).to(tl.int32)
-    if not CHOSEN:
-        if begin >= end:
-            return
-    limit = _limit(end, stop, CHOSEN)
+    begin = start + tl.program_id(0) * BLOCK_N
     token = begin + tl.arange(0, BLOCK_N)
-    index = _token_index(numbers, page_count, batch, token, stop, PAGE_TOKENS, CHOSEN)
-    seen = (index >= tl.load(first + batch)) & (index < end) & (token < stop)
+    seen = (token >= tl.load(first + batch)) & (token < stop)
     row = tl.load(item + 3) + tl.arange(0, BLOCK_Q)
     row_ok = row < head_count * query_rows
     layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
@@ -326,7 +306,7 @@ def direct_scores(
     for block in range(BLOCKS):
         places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
         u = _unpack(
-            pages, page_count, batch, begin, limit, seen, places, table, present, block_start + block, latents,
+            pages, page_count, batch, begin, stop, seen, places, table, present, block_start + block, latents,
             WORDS, WIDTHS, ELEMENT, tl.float32, PAGE_TOKENS, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         latent = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -342,13 +322,11 @@ def latent_sums(
     stats,
     scores,
     pages,
-    numbers,
     table,
     present,
     items,
     heads,
     first,
-    last,
     start,
     stop,
     split_start,
@@ -357,7 +335,6 @@ def latent_sums(
     latents,
     query_rows,
     layer_heads,
-    CHOSEN: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -376,7 +353,7 @@ def latent_sums(
         stats: float32 ``[2, B, splits, I, BLOCK_Q]``, written: the split's maximum and its sum of weights.
         scores: float32 ``[B, layer_heads * query_rows, stop - start]``.
         items: int32 ``[I, 4]``: block of the table, first of ``heads``, their number, first row.
-        start, stop: places that ``scores`` holds; the first is the first of split ``split_start``.
+        start, stop: tokens that ``scores`` has; the first is the first of split ``split_start``.
     """
     item = items + tl.program_id(1) * 4
     block, head_start, head_count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
@@ -384,10 +361,9 @@ def latent_sums(
     row = tl.load(item + 3) + tl.arange(0, BLOCK_Q)
     row_ok = row < head_count * query_rows
     layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
-    first_token, end = tl.load(first + batch).to(tl.int32), tl.load(last + batch).to(tl.int32)
-    limit = _limit(end, stop, CHOSEN)
+    first_token = tl.load(first + batch).to(tl.int32)
 
-    most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     # By column of the tile, so that threads need to meet once only.
     mass = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_R, BLOCK_Q], tl.float32)
@@ -396,35 +372,27 @@ def latent_sums(
     own = place * BLOCK_Q + tl.arange(0, BLOCK_Q)
     masses = stats + tl.num_programs(2).to(tl.int64) * splits * tl.num_programs(1) * BLOCK_Q
     own_sums = sums + own[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-    if not CHOSEN:
-        if begin >= end:
-            tl.store(stats + own, most)
-            tl.store(masses + own, tl.zeros([BLOCK_Q], tl.float32))
-            tl.store(own_sums, tl.zeros([BLOCK_Q, BLOCK_R], tl.float32))
-            return
     places = _places(table, block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
     for tile in range(TILES):
         token = begin + tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        index = _token_index(numbers, page_count, batch, token, stop, PAGE_TOKENS, CHOSEN)
-        seen = (index >= first_token) & (index < end) & (token < stop)
-        # Only of tokens that may be seen: scores of tiles beyond the last token are not written.
+        seen = (token >= first_token) & (token < stop)
         score = tl.load(
             scores + layer_row[:, None] * (stop - start) + (token - start)[None, :],
             mask=row_ok[:, None] & seen[None, :],
             other=float("-inf"),
         )
-        higher = tl.maximum(most, tl.max(score, 1))
+        higher = tl.maximum(maximum, tl.max(score, 1))
         anchor = anchor_of(higher)
-        rescale = tl.exp(most - anchor)
+        rescale = tl.exp(maximum - anchor)
         weight = tl.exp(score - anchor[:, None])
         mass = mass * rescale[:, None] + weight
-        most = higher
+        maximum = higher
         u = _unpack(
-            pages, page_count, batch, begin + tile * BLOCK_N, limit, seen, places, table, present, block, latents,
+            pages, page_count, batch, begin + tile * BLOCK_N, stop, seen, places, table, present, block, latents,
             WORDS, WIDTHS, ELEMENT, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
         )  # fmt: skip
         total = tl.dot(tl.trans(u), tl.trans(weight.to(OPERAND)), total * rescale[None, :], input_precision=PRECISION)
 
-    tl.store(stats + own, most)
+    tl.store(stats + own, maximum)
     tl.store(masses + own, tl.sum(mass, 1))
     tl.store(own_sums, tl.trans(total) * code_scale(WORDS, OPERAND))

@@ -1,6 +1,6 @@
-"""The jitted kernels at both ends of a step: attention to what is held exactly, and all pieces merged and decoded.
+"""The jitted kernels at both ends of a step: attention to the tokens kept exactly, and all pieces merged and decoded.
 
-``triton_merge.py`` beside this launches them.
+``triton.py`` launches them.
 """
 # pyright: basic, reportOperatorIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
@@ -8,12 +8,12 @@
 import triton
 import triton.language as tl
 
-from .triton_softmax import anchor_of, softcapped
+from .triton_kernels import anchor_of, softcapped
 
 
 @triton.jit
 def exact_piece(
-    most_out,
+    maximum_out,
     mass_out,
     total_out,
     query,
@@ -40,10 +40,10 @@ def exact_piece(
     BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """A softmax over tokens that are held as they are, not yet normalised.
+    """Attend to the tokens kept exactly, not yet normalised.
 
     Args:
-        most_out, mass_out: float32 ``[B, H, query_rows]``, written: maximum of the scores, sum of ``exp(score - maximum)``.
+        maximum_out, mass_out: float32 ``[B, H, query_rows]``, written: maximum of the scores, sum of ``exp(score - maximum)``.
         total_out: float32 ``[B, H, query_rows, HEAD_DIM]``, written: values under these weights.
         query: float32 ``[B, H, query_rows, HEAD_DIM]``, scaled; row ``r`` is of query token ``r % query_tokens``.
         keys, values: ``[B, H, tokens, HEAD_DIM]`` of any float dtype, with strides of batch, head and token.
@@ -58,7 +58,7 @@ def exact_piece(
     at = own[:, None] * HEAD_DIM + column[None, :]
     inside = row_ok[:, None] & column_ok[None, :]
     q = tl.load(query + at, mask=inside, other=0.0)
-    most = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_Q], tl.float32)
     total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     start = 0
@@ -74,16 +74,16 @@ def exact_piece(
             mask_at = mask + batch * mask_batch + (row % query_tokens)[:, None] * mask_row + token[None, :]
             may = may & (tl.load(mask_at, mask=may, other=0) != 0)
         score = tl.where(may, score, float("-inf"))
-        higher = tl.maximum(most, tl.max(score, 1))
-        rescale = tl.exp(most - anchor_of(higher))
+        higher = tl.maximum(maximum, tl.max(score, 1))
+        rescale = tl.exp(maximum - anchor_of(higher))
         weight = tl.exp(score - anchor_of(higher)[:, None])
         mass = mass * rescale + tl.sum(weight, 1)
-        most = higher
+        maximum = higher
         value_at = values + batch * value_batch + head * value_head + token[:, None] * value_token + column[None, :]
         value = tl.load(value_at, mask=there, other=0.0).to(tl.float32)
         total = tl.dot(weight, value, total * rescale[:, None], input_precision=PRECISION)
         start += BLOCK_N
-    tl.store(most_out + own, most, mask=row_ok)
+    tl.store(maximum_out + own, maximum, mask=row_ok)
     tl.store(mass_out + own, mass, mask=row_ok)
     tl.store(total_out + at, total, mask=inside)
 
@@ -119,7 +119,7 @@ def merge_pieces(
     out,
     sums,
     stats,
-    exact_most,
+    exact_maximum,
     exact_mass,
     exact_total,
     heads,
@@ -144,7 +144,7 @@ def merge_pieces(
         out: ``[B, layer_heads, query_rows, HEAD_DIM]`` of any float dtype, written.
         sums: float32 ``[B, splits, items, ITEM_ROWS, BLOCK_R]``; stats: float32 ``[2, B, splits, items, ITEM_ROWS]``,
             maxima and, ``mass_offset`` further on, masses: both of ``latent_sums``.
-        exact_most, exact_mass, exact_total: of ``exact_piece``.
+        exact_maximum, exact_mass, exact_total: of ``exact_piece``.
         heads: int32 ``[N, 5]``: head of the layer, first item of its group, blocks of latents of the group, its place
             in the group, first row of ``matrix``.
         matrix: float32 ``[rows, HEAD_DIM]``: each head's columns of its group's decoder. Without CODED latents are
@@ -166,14 +166,14 @@ def merge_pieces(
     split_place = batch * splits * split_stride + item * ITEM_ROWS + group_row % ITEM_ROWS
 
     own = (batch * layer_heads + head) * query_rows + row
-    exact = tl.load(exact_most + own, mask=row_ok, other=float("-inf"))
-    most = exact
+    exact = tl.load(exact_maximum + own, mask=row_ok, other=float("-inf"))
+    maximum = exact
     start = 0
     while start < splits:
         place, ok = _splits_from(start, splits, split_stride, split_place, row_ok, SPLITS)
-        most = tl.maximum(most, tl.max(tl.load(stats + place, mask=ok, other=float("-inf")), 0))
+        maximum = tl.maximum(maximum, tl.max(tl.load(stats + place, mask=ok, other=float("-inf")), 0))
         start += SPLITS
-    anchor = anchor_of(most)
+    anchor = anchor_of(maximum)
     mass = tl.zeros([ROWS], tl.float32)
     start = 0
     while start < splits:

@@ -1,4 +1,4 @@
-"""What encoding into pages is given, the same for every implementation; the counterpart of attention's ``Reader``."""
+"""The inputs of encoding into pages, the same for every implementation; the counterpart of attention's ``Reader``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...layout import SegmentLayout
+from ..backend import Operation
+
+ENCODING = Operation("encoding", __package__ or "")
 
 
 class AffineEncoder(NamedTuple):
@@ -43,7 +46,7 @@ class Writer:
 
 
 def check_pages(x: Tensor, writer: Writer) -> int:
-    """Pages that ``x`` ``[B, N, W]`` fills.
+    """Count the pages that ``x`` ``[B, N, W]`` fills.
 
     Raises:
         InputError: its tokens are no whole number of pages.

@@ -1,4 +1,4 @@
-"""The specification: codec, quantiser and the packing of ``docs/format.md``, page by page, in plain float32."""
+"""The specification: codec, quantiser and the packing of ``docs/format.md``, page by page, in plain float32; too slow to run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .inputs import Writer, check_pages
 
 
 def encode_pages(x: Tensor, writer: Writer) -> Tensor:
-    """Packed segments uint8 ``[B, pages, size]`` of vectors ``x`` float32 ``[B, N, W]``.
+    """Encode vectors ``x`` float32 ``[B, N, W]`` into packed segments uint8 ``[B, pages, size]``.
 
     Args:
         x: vectors of the unit's slots side by side, ``N`` a multiple of the page's tokens; keys before RoPE, those of

@@ -1,4 +1,4 @@
-/* Decode attention over packed pages and what is held exactly: unpack, decode and rotate a tile of keys, scores, online
+/* Decode attention over packed pages and what is kept exactly: unpack, decode and rotate a tile of keys, scores, online
  * softmax, values summed as latents and decoded once. The sequence is split among threads; each keeps its own running
  * maximum, mass and sums, merged at the end.
  *
@@ -47,7 +47,7 @@ typedef struct {
     int64_t batch_stride, page_stride, pages, page_bytes;
 } Arena;
 
-/* Tokens held exactly: [batch][heads][tokens][head dim] by strides in elements, of float or bfloat16. */
+/* Tokens kept exactly: [batch][heads][tokens][head dim] by strides in elements, of float or bfloat16. */
 typedef struct {
     const void *base;
     int64_t batch_stride, head_stride, token_stride;
@@ -63,19 +63,17 @@ typedef struct {
     int32_t batch, heads, rows, head_dim, page_tokens, pairs, splits, threads;
     int64_t tokens;
     const int64_t *first, *offset; /* [batch]: first token attended; position of token 0 is -offset */
-    const int64_t *page_index;     /* [batch][pages]: which page each of these is, null: in order */
     const float *fine_cos, *fine_sin, *coarse_cos, *coarse_sin; /* [TILE or more][pairs] each */
     float scaling, softcap;                                     /* on scores; 0 for no cap */
     int32_t key_readers, value_readers, arenas;
     const Reader *keys, *values;
     const Arena *arena;
-    float *most, *mass;                                /* [batch][splits + 1][heads * rows], the last of what is exact */
+    float *maximum, *mass;                                /* [batch][splits + 1][heads * rows], the last of what is exact */
     const float *query;                                /* [batch][heads][rows][head dim] in the model's order */
-    const Part *part;                                  /* tokens held exactly, one part after the other */
+    const Part *part;                                  /* tokens kept exactly, one part after the other */
     const uint8_t *mask;                               /* null: all may be attended */
     int64_t mask_batch_stride, mask_row_stride, mask_token_stride;
     int32_t mask_rows, parts;                          /* row r of the queries has row r % mask_rows of the mask */
-    int32_t scattered, spare;                          /* whether arenas hold all pages, not those of `page_index` alone */
     float *out;                                        /* [batch][heads][rows][head dim]; holds exact sums meanwhile */
 } Job;
 
@@ -286,12 +284,6 @@ static void sum_values(const Job *job, const Reader *reader, int low, int high, 
 
 static int64_t pages_of(const Job *job) { return (job->tokens + job->page_tokens - 1) / job->page_tokens; }
 
-/* Which page of the sequence the `page`-th one attended to is. */
-static int64_t index_of(const Job *job, int b, int64_t page)
-{
-    return job->page_index ? job->page_index[b * pages_of(job) + page] : page;
-}
-
 /* Codes of tokens `low` to `high` of a page's segment; the same segment of the page at `next` is called for meanwhile, null: there is none. A page
  * holds all layers, so that a layer's segments are too far apart for the CPU to foresee. */
 static void unpack_segment(
@@ -306,19 +298,18 @@ static void unpack_segment(
     unpack(data + reader->offset, end, reader->plane, reader->planes, low, high, codes, rounded_up(reader->latents));
 }
 
-/* The `page`-th page attended to, with `more` of this split after it. */
+/* Page `page`, with `more` of this split after it. */
 static void attend_page(const Job *job, int b, int split, int64_t page, int more, Scratch *s)
 {
-    const int64_t index = index_of(job, b, page);
-    const uint8_t *end, *other, *data = page_at(job, b, job->scattered ? index : page, &end);
-    const uint8_t *following = more ? page_at(job, b, job->scattered ? index_of(job, b, page + 1) : page + 1, &other) : 0;
+    const uint8_t *end, *other, *data = page_at(job, b, page, &end);
+    const uint8_t *following = more ? page_at(job, b, page + 1, &other) : 0;
     const int all = job->heads * job->rows;
     const long statistics = ((long)b * (job->splits + 1) + split) * all;
-    float *most = job->most + statistics, *mass = job->mass + statistics;
+    float *maximum = job->maximum + statistics, *mass = job->mass + statistics;
     for (int place = 0; place < job->page_tokens; place += TILE) {
         /* Of tokens that are there and attended, by place in this tile. */
-        const int64_t start = page * job->page_tokens + place, origin = index * job->page_tokens + place;
-        int64_t low = job->first[b] - origin, high = job->tokens - start, room = job->page_tokens - place;
+        const int64_t start = page * job->page_tokens + place;
+        int64_t low = job->first[b] - start, high = job->tokens - start, room = job->page_tokens - place;
         low = low < 0 ? 0 : low;
         high = high < TILE ? high : TILE;
         high = high < room ? high : room;
@@ -330,12 +321,12 @@ static void attend_page(const Job *job, int b, int split, int64_t page, int more
             const Reader *reader = job->keys + r;
             unpack_segment(reader, data, end, next, from, to, s->codes);
             if (reader->query && !reader->constant)
-                decode_and_score(job, reader, b, origin - job->offset[b], low, high, s);
+                decode_and_score(job, reader, b, start - job->offset[b], low, high, s);
             else
                 score_folded(job, reader, b, low, high, s);
         }
         for (int row = 0; row < all; row++)
-            s->shrink[row] = soften(s->weights + (long)row * TILE, low, high, job->softcap, most + row, mass + row);
+            s->shrink[row] = soften(s->weights + (long)row * TILE, low, high, job->softcap, maximum + row, mass + row);
         for (int r = 0; r < job->value_readers; r++) {
             const Reader *reader = job->values + r;
             const long size = (long)reader->heads * job->rows * rounded_up(reader->latents);
@@ -345,21 +336,21 @@ static void attend_page(const Job *job, int b, int split, int64_t page, int more
     }
 }
 
-static long most_latents(const Job *job)
+static long largest_latents(const Job *job)
 {
-    int most = 1;
+    int maximum = 1;
     for (int r = 0; r < job->key_readers; r++)
-        most = job->keys[r].latents > most ? job->keys[r].latents : most;
+        maximum = job->keys[r].latents > maximum ? job->keys[r].latents : maximum;
     for (int r = 0; r < job->value_readers; r++)
-        most = job->values[r].latents > most ? job->values[r].latents : most;
-    return rounded_up(most);
+        maximum = job->values[r].latents > maximum ? job->values[r].latents : maximum;
+    return rounded_up(maximum);
 }
 
 /* Everything of one split of the pages, from nothing seen. */
 static int attend_split(const Job *job, int b, int split)
 {
     const int all = job->heads * job->rows, width = rounded_up(job->head_dim);
-    const long codes = TILE * most_latents(job), floats = codes, tile = (long)TILE * width, turned = (long)job->rows * width;
+    const long codes = TILE * largest_latents(job), floats = codes, tile = (long)TILE * width, turned = (long)job->rows * width;
     const long weights = (long)all * TILE;
     float *room = calloc(codes / 4 + COLUMNS + floats + tile + turned + weights + all, sizeof(float));
     if (!room)
@@ -371,7 +362,7 @@ static int attend_split(const Job *job, int b, int split)
     s.weights = s.turned + turned;
     s.shrink = s.weights + weights;
     s.codes = (uint8_t *)(s.shrink + all);
-    start_rows(all, job->most + ((long)b * (job->splits + 1) + split) * all, job->mass + ((long)b * (job->splits + 1) + split) * all);
+    start_rows(all, job->maximum + ((long)b * (job->splits + 1) + split) * all, job->mass + ((long)b * (job->splits + 1) + split) * all);
     for (int r = 0; r < job->value_readers; r++) {
         const long size = (long)job->values[r].heads * job->rows * rounded_up(job->values[r].latents);
         memset(job->values[r].sums + ((long)b * job->splits + split) * size, 0, size * sizeof(float));
@@ -397,19 +388,19 @@ static const float *exact_vector(const Side *side, int is_bfloat16, int dim, int
     return room;
 }
 
-/* What is held exactly, its weighted values into `out`. */
+/* What is kept exactly, its weighted values into `out`. */
 static int attend_exact(const Job *job, int b)
 {
     const int all = job->heads * job->rows, dim = job->head_dim, rows = job->rows;
     int64_t tokens = 0;
     for (int p = 0; p < job->parts; p++)
         tokens += job->part[p].tokens;
-    float *most = job->most + ((long)b * (job->splits + 1) + job->splits) * all, *mass = job->mass + ((long)b * (job->splits + 1) + job->splits) * all;
+    float *maximum = job->maximum + ((long)b * (job->splits + 1) + job->splits) * all, *mass = job->mass + ((long)b * (job->splits + 1) + job->splits) * all;
     float *room = malloc(sizeof(float) * (rows * tokens + dim));
     if (!room)
         return 1;
     float *scores = room + dim;
-    start_rows(all, most, mass);
+    start_rows(all, maximum, mass);
     for (int head = 0; head < job->heads; head++) {
         const long at = ((long)b * job->heads + head) * rows;
         int64_t token = 0;
@@ -421,7 +412,7 @@ static int attend_exact(const Job *job, int b)
             }
         for (int row = 0; row < rows; row++) {
             const uint8_t *mask = job->mask ? job->mask + b * job->mask_batch_stride + row % job->mask_rows * job->mask_row_stride : 0;
-            soften_masked(scores + row * tokens, tokens, mask, job->mask_token_stride, job->softcap, most + head * rows + row, mass + head * rows + row);
+            soften_masked(scores + row * tokens, tokens, mask, job->mask_token_stride, job->softcap, maximum + head * rows + row, mass + head * rows + row);
         }
         memset(job->out + at * dim, 0, sizeof(float) * rows * dim);
         token = 0;
@@ -444,16 +435,16 @@ static int attend_exact(const Job *job, int b)
 static void merge(const Job *job, int b)
 {
     const int all = job->heads * job->rows, splits = job->splits;
-    float *most = job->most + (long)b * (splits + 1) * all, *mass = job->mass + (long)b * (splits + 1) * all;
+    float *maximum = job->maximum + (long)b * (splits + 1) * all, *mass = job->mass + (long)b * (splits + 1) * all;
     for (int split = 1; split < splits; split++) {
         for (int row = 0; row < all; row++) {
             const long other = (long)split * all + row;
-            const float top = most[row] > most[other] ? most[row] : most[other];
-            const float mine = exp_of(most[row] - top), theirs = exp_of(most[other] - top);
-            most[row] = top;
+            const float top = maximum[row] > maximum[other] ? maximum[row] : maximum[other];
+            const float mine = exp_of(maximum[row] - top), theirs = exp_of(maximum[other] - top);
+            maximum[row] = top;
             mass[row] = mass[row] * mine + mass[other] * theirs;
             /* Kept for the sums below. */
-            most[other] = theirs;
+            maximum[other] = theirs;
             mass[other] = mine;
         }
         for (int r = 0; r < job->value_readers; r++) {
@@ -465,7 +456,7 @@ static void merge(const Job *job, int b)
                 for (int row = 0; row < job->rows; row++) {
                     const long at = ((long)h * job->rows + row) * stride, place = (long)split * all + (long)reader->head[h] * job->rows + row;
                     for (int l = 0; l < reader->latents; l++)
-                        to[at + l] = to[at + l] * mass[place] + from[at + l] * most[place];
+                        to[at + l] = to[at + l] * mass[place] + from[at + l] * maximum[place];
                 }
         }
     }
@@ -475,8 +466,8 @@ static void merge(const Job *job, int b)
 static int finish(const Job *job, int b)
 {
     const int all = job->heads * job->rows, width = rounded_up(job->head_dim), rows = job->rows, dim = job->head_dim;
-    const float *most = job->most + (long)b * (job->splits + 1) * all, *mass = job->mass + (long)b * (job->splits + 1) * all;
-    const float *exact_most = most + (long)job->splits * all, *exact_mass = mass + (long)job->splits * all;
+    const float *maximum = job->maximum + (long)b * (job->splits + 1) * all, *mass = job->mass + (long)b * (job->splits + 1) * all;
+    const float *exact_most = maximum + (long)job->splits * all, *exact_mass = mass + (long)job->splits * all;
     float *decoded = malloc(sizeof(float) * rows * width);
     if (!decoded)
         return 1;
@@ -495,8 +486,8 @@ static int finish(const Job *job, int b)
                     reader->matrix + (long)h * reader->latents * width + d, width, 0, decoded + d, width);
             for (int row = 0; row < rows; row++) {
                 const long at = first + row;
-                const float top = most[at] > exact_most[at] ? most[at] : exact_most[at];
-                const float paged = exp_of(most[at] - top), exact = exp_of(exact_most[at] - top);
+                const float top = maximum[at] > exact_most[at] ? maximum[at] : exact_most[at];
+                const float paged = exp_of(maximum[at] - top), exact = exp_of(exact_most[at] - top);
                 const float total = mass[at] * paged + exact_mass[at] * exact;
                 float *o = job->out + ((long)b * all + at) * dim;
                 for (int d = 0; d < dim; d++)
@@ -511,7 +502,7 @@ static int finish(const Job *job, int b)
 int kvcar_columns(void) { return COLUMNS; }
 int kvcar_decode8_latents(void) { return DECODE8_LATENTS; }
 
-/* The `i`-th of the splits of all sequences, the last of each being what is held exactly. */
+/* The `i`-th of the splits of all sequences, the last of each being what is kept exactly. */
 static int attend_part(const void *context, int64_t i)
 {
     const Job *job = context;

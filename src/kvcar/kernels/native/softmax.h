@@ -26,10 +26,10 @@ static inline float exp_of(float x)
     return p * scale.f;
 }
 
-static inline void start_rows(int rows, float *most, float *mass)
+static inline void start_rows(int rows, float *maximum, float *mass)
 {
     for (int row = 0; row < rows; row++) {
-        most[row] = NOTHING;
+        maximum[row] = NOTHING;
         mass[row] = 0;
     }
 }
@@ -40,14 +40,14 @@ static inline float largest(const float *scores, int64_t n, float x)
     typedef int32_t choice __attribute__((vector_size(LANES * 4)));
     int64_t t = 0;
     if (n >= LANES) {
-        vec most = *(const vec *)scores;
+        vec maximum = *(const vec *)scores;
         for (t = LANES; t + LANES <= n; t += LANES) {
             const vec own = *(const vec *)(scores + t);
-            const choice larger = own > most;
-            most = (vec)(((choice)own & larger) | ((choice)most & ~larger));
+            const choice larger = own > maximum;
+            maximum = (vec)(((choice)own & larger) | ((choice)maximum & ~larger));
         }
         for (int lane = 0; lane < LANES; lane++)
-            x = most[lane] > x ? most[lane] : x;
+            x = maximum[lane] > x ? maximum[lane] : x;
     }
     for (; t < n; t++)
         x = scores[t] > x ? scores[t] : x;
@@ -55,39 +55,39 @@ static inline float largest(const float *scores, int64_t n, float x)
 }
 
 /* Scores of one row to weights, the running maximum and mass brought up to date; returns what earlier sums shrink by. */
-static inline float soften(float *scores, int64_t low, int64_t high, float softcap, float *most, float *mass)
+static inline float soften(float *scores, int64_t low, int64_t high, float softcap, float *maximum, float *mass)
 {
     if (softcap > 0)
         for (int64_t t = low; t < high; t++)
             scores[t] = softcap * tanhf(scores[t] / softcap);
-    const float top = largest(scores + low, high - low, *most);
+    const float top = largest(scores + low, high - low, *maximum);
     float sum = 0;
     for (int64_t t = low; t < high; t++) {
         scores[t] = exp_of(scores[t] - top);
         sum += scores[t];
     }
-    const float shrink = top > *most ? exp_of(*most - top) : 1.0f;
-    *most = top;
+    const float shrink = top > *maximum ? exp_of(*maximum - top) : 1.0f;
+    *maximum = top;
     *mass = *mass * shrink + sum;
     return shrink;
 }
 
 /* The same of a row of which only some tokens may be seen, where `mask` is given; the others weigh 0. */
 static inline void soften_masked(
-    float *scores, int64_t tokens, const uint8_t *mask, int64_t mask_stride, float softcap, float *most, float *mass)
+    float *scores, int64_t tokens, const uint8_t *mask, int64_t mask_stride, float softcap, float *maximum, float *mass)
 {
     if (!mask) {
-        soften(scores, 0, tokens, softcap, most, mass);
+        soften(scores, 0, tokens, softcap, maximum, mass);
         return;
     }
     for (int64_t t = 0; t < tokens; t++) {
         if (softcap > 0)
             scores[t] = softcap * tanhf(scores[t] / softcap);
-        if (mask[t * mask_stride] && scores[t] > *most)
-            *most = scores[t];
+        if (mask[t * mask_stride] && scores[t] > *maximum)
+            *maximum = scores[t];
     }
     for (int64_t t = 0; t < tokens; t++) {
-        scores[t] = mask[t * mask_stride] ? exp_of(scores[t] - *most) : 0;
+        scores[t] = mask[t * mask_stride] ? exp_of(scores[t] - *maximum) : 0;
         *mass += scores[t];
     }
 }

@@ -91,7 +91,7 @@ static void unpack(
     const uint8_t *data, const uint8_t *end, const Plane *planes, int n, int low, int high, uint8_t *out, int stride)
 {
 #if defined(__AVX512BW__)
-    if (n <= MOST_WIDE_PLANES) {
+    if (n <= WIDE_PLANES_LIMIT) {
         unpack_wide(data, planes, n, low, high, out, stride);
         return;
     }

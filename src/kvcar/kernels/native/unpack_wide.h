@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #define WIDE 64 /* latents in a vector */
-#define MOST_WIDE_PLANES 16
+#define WIDE_PLANES_LIMIT 16
 
 /* What a plane adds to a vector of latents of some tokens: `first` is where the page's first token would be if the plane began with
  * the first of these latents, `from` the same of the first of these tokens. */
@@ -94,7 +94,7 @@ static inline void turn_to(WidePart *parts, int n, int tokens, int eighth, int f
 static void unpack_wide(const uint8_t *data, const Plane *planes, int n, int low, int high, uint8_t *out, int stride)
 {
     const int tokens = planes[0].rows / planes[0].bits;
-    WidePart parts[MOST_WIDE_PLANES];
+    WidePart parts[WIDE_PLANES_LIMIT];
     for (int first = 0; first < stride; first += WIDE) {
         const int found = wide_parts(data, planes, n, first, parts);
         uint8_t *to = out + first;

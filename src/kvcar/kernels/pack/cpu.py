@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ...layout import Plane, SegmentLayout
 from ..native import native_library
-from ..native.structs import NativePlane
-from .torch_planes import raw_bytes, raw_values
+from .planes import PACKING, UNPACKING, raw_bytes, raw_values
 
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class NativePlane(ctypes.Structure):
+    """``Plane`` of ``unpack.h``."""
+
+    _fields_ = [(name, _I32) for name in ("bits", "shift", "start", "count", "rows", "offset")]
+
+    @classmethod
+    def of(cls, plane: Plane) -> Self:
+        """Return the same plane as C has it."""
+        return cls(plane.bits, plane.shift, plane.start, plane.stop - plane.start, plane.rows, plane.offset)
 
 
 class _Segments(ctypes.Structure):
@@ -25,8 +36,9 @@ class _Segments(ctypes.Structure):
     ]  # fmt: skip
 
 
+@PACKING.register("cpu")
 def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
-    """Same as ``naive.pack``, of tensors on a CPU.
+    """Compute the same as ``naive.pack``, of any number of pages on a CPU.
 
     Raises:
         KernelError: the kernels cannot be compiled.
@@ -41,8 +53,9 @@ def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
     return data
 
 
+@UNPACKING.register("cpu")
 def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
-    """Same as ``naive.unpack``, of tensors on a CPU; see ``pack`` for what it raises."""
+    """Compute the same as ``naive.unpack``, of any number of pages on a CPU; see ``pack`` for what it raises."""
     lead = data.shape[:-1]
     u = torch.empty(*lead, layout.page_tokens, layout.latents)
     if layout.raw:

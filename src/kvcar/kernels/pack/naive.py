@@ -1,4 +1,4 @@
-"""The specification of packing: one bit at a time, straight from the words of ``docs/format.md``."""
+"""The specification of packing: one bit at a time, straight from the words of ``docs/format.md``; far too slow to run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...layout import SegmentLayout
 
 
 def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
-    """Bytes uint8 ``[size]`` of stored values ``u`` float32 ``[page_tokens, R]`` of one page."""
+    """Pack the stored values ``u`` float32 ``[page_tokens, R]`` of one page into bytes uint8 ``[size]``."""
     out = torch.zeros(layout.size, dtype=torch.uint8)
     if layout.raw:
         raw = u[:, : layout.raw].to(torch.float16).contiguous()
@@ -26,7 +26,7 @@ def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
 
 
 def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
-    """Stored values float32 ``[page_tokens, R]`` of the bytes ``[size]`` of one page."""
+    """Unpack stored values float32 ``[page_tokens, R]`` of the bytes ``[size]`` of one page."""
     u = torch.zeros(layout.page_tokens, layout.latents)
     if layout.raw:
         raw = data[: layout.raw * layout.page_tokens * 2].clone().view(torch.float16)

@@ -1,17 +1,18 @@
-"""What the Triton kernels need of a layer's readers, made once and kept as long as the readers live."""
+"""Tables that the Triton kernels read: a layer's readers in banks, where its pages lie, and angles; made once and kept."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ...layout import SegmentLayout
+from ...layout import SEGMENT_ALIGNMENT_BYTES, SegmentLayout
+from ...sizes import rotary_table_entries
 from ..plane_table import (
     PlaneTable,
     block_latents,
@@ -28,17 +29,18 @@ from .inputs import Reader
 
 # Latents of a block. A page of 64 tokens and 64 latents is a word and eight tokens for each of 128 threads; every block of values reads
 # the scores anew, so they come in larger ones, where they are unpacked by words and leave the registers.
-MOST_BLOCK_LATENTS = 64
-MOST_WORD_LATENTS = 128
-# Columns of keys that a program of the decoding kernel holds as float32.
-_MOST_COLUMNS = 128
-_MOST_HEADS = 4
+LONGEST_BLOCK = 64
+LONGEST_WORD_BLOCK = 128
+# Columns of keys that a program of the decoding kernel has as float32, at most.
+_COLUMNS = 128
+_HEADS_TOGETHER = 4
 # Beyond these float16 would round a decoder's matrix worse than bfloat16 rounds keys.
-_FLOAT16_LEAST, _FLOAT16_MOST = 2.0**-10, 2.0**15
+_FLOAT16_SMALLEST, _FLOAT16_LARGEST = 2.0**-10, 2.0**15
 # Turned, an element of a key is at most the square root of 2 as large.
-_FLOAT16_KEY_MOST = 65504 / 2**0.5
+_FLOAT16_LARGEST_KEY = 65504 / 2**0.5
 
 _Made = TypeVar("_Made")
+_Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 
 def whole_pages(tile: int, page_tokens: int) -> bool:
@@ -68,19 +70,19 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Groups that one launch serves.
+    """Groups that one launch computes.
 
     Attributes:
         groups: coded ones, or lossless ones.
         element: dtype of elements stored as they are.
-        most_latents: of a block, where none is stored as it is.
+        longest_block: most latents of a block, where none is stored as it is.
         device: where the tables lie.
         made: what callers keep with it, by what it depends on.
     """
 
     groups: tuple[Group, ...]
     element: torch.dtype
-    most_latents: int
+    longest_block: int
     device: torch.device
     made: dict[object, object] = field(default_factory=dict)
 
@@ -93,8 +95,8 @@ class Bank:
     def table(self) -> PlaneTable:
         """Planes of all groups."""
         fields = [group.fields for group in self.groups]
-        most = MOST_BLOCK_LATENTS if any(has_elements(each) for each in fields) else self.most_latents
-        return joined(fields, block_latents([group.latents for group in self.groups], most), self.device)
+        longest = LONGEST_BLOCK if any(has_elements(each) for each in fields) else self.longest_block
+        return joined(fields, block_latents([group.latents for group in self.groups], longest), self.device)
 
     @cached_property
     def words(self) -> Tensor:
@@ -120,14 +122,14 @@ class Bank:
     @cached_property
     def fits_float16(self) -> bool:
         """Whether the decoders' matrices are as exact as needed in float16 (codes always are)."""
-        most = [float(group.affine[0].abs().max()) for group in self.groups if group.affine is not None]
-        return all(_FLOAT16_LEAST < value < _FLOAT16_MOST for value in most)
+        largest = [float(group.affine[0].abs().max()) for group in self.groups if group.affine is not None]
+        return all(_FLOAT16_SMALLEST < value < _FLOAT16_LARGEST for value in largest)
 
     @cached_property
     def keys_fit_float16(self) -> bool:
         """Whether decoded keys lie within float16's range, whatever their codes and angles."""
         return not self.with_elements and all(
-            float((highest_codes(group.fields).to(self.device) @ matrix.abs() + bias.abs()).max()) < _FLOAT16_KEY_MOST
+            float((highest_codes(group.fields).to(self.device) @ matrix.abs() + bias.abs()).max()) < _FLOAT16_LARGEST_KEY
             for group in self.groups
             if group.affine is not None
             for matrix, bias in [group.affine]
@@ -160,33 +162,35 @@ class KeyDecoder:
 
     Attributes:
         items, matrix, bias: as ``decode_scores`` takes them.
-        most_heads: heads of the item that has most.
+        heads_together: heads of the item that has most.
         block_pairs, block_rest: columns, padded, of the pairs' elements and of the rest.
     """
 
     items: Tensor
     matrix: Tensor
     bias: Tensor
-    most_heads: int
+    heads_together: int
     block_pairs: int
     block_rest: int
 
 
+_ANGLES: weakref.WeakKeyDictionary[RotaryTable, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+_TURNS: weakref.WeakKeyDictionary[RotaryTable, dict[float, Tensor]] = weakref.WeakKeyDictionary()
 _BANKS: weakref.WeakKeyDictionary[Reader, dict[tuple[int | weakref.ref[Reader], ...], tuple[Bank, ...]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def banks(readers: tuple[Reader, ...], device: torch.device, most_latents: int) -> tuple[Bank, ...]:
-    """Banks that together serve all heads of ``readers``: one of the coded groups, one of the lossless ones."""
+def banks(readers: tuple[Reader, ...], device: torch.device, longest_block: int) -> tuple[Bank, ...]:
+    """Sort ``readers`` into banks that together give all heads: one of the coded groups, one of the lossless ones."""
     kept = _BANKS.setdefault(readers[0], {})
-    key = most_latents, *(weakref.ref(reader) for reader in readers)
+    key = longest_block, *(weakref.ref(reader) for reader in readers)
     if key not in kept:
         coded = tuple(_coded_group(reader) for reader in readers if not reader.segment.lossless)
         lossless = tuple(g for reader in readers if reader.segment.lossless for g in _lossless_groups(reader))
         exact = next((reader.exact_dtype for reader in readers if reader.segment.lossless), torch.float16)
         pairs = [(coded, torch.float16), (lossless, exact)]
-        kept[key] = tuple(Bank(groups, element, most_latents, device) for groups, element in pairs if groups)
+        kept[key] = tuple(Bank(groups, element, longest_block, device) for groups, element in pairs if groups)
     return kept[key]
 
 
@@ -218,8 +222,8 @@ def key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: torch.dty
 
 
 def _make_key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: torch.dtype) -> KeyDecoder:
-    most = max(len(group.heads) for group in bank.groups)
-    together = max(1, min(most, _MOST_HEADS, _MOST_COLUMNS // head_dim))
+    largest = max(len(group.heads) for group in bank.groups)
+    together = max(1, min(largest, _HEADS_TOGETHER, _COLUMNS // head_dim))
     pairs, rest = rotary.width // 2, head_dim - rotary.width
     block_pairs, block_rest = padded_columns(together * pairs), padded_columns(together * rest) if rest else 0
     blocks = bank.table.blocks
@@ -262,3 +266,50 @@ def split_pairs(x: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]
 def padded_columns(columns: int) -> int:
     """A power of two of at least 16, as matrix units want it."""
     return max(16, 1 << (columns - 1).bit_length())
+
+
+def page_addresses(tiles: Sequence[Tensor]) -> Tensor:
+    """List the addresses int64 ``[B, pages]`` of all pages; the arenas stay where they are."""
+    return _addresses(tuple(_place(tile) for tile in tiles), tiles[0].device)
+
+
+def are_aligned(tiles: Sequence[Tensor]) -> bool:
+    """Whether every page starts at a multiple of 16 bytes, so that elements of several bytes can be read."""
+    return all(
+        tile.stride(2) == 1 and not any(x % SEGMENT_ALIGNMENT_BYTES for x in (tile.data_ptr(), *tile.stride()[:2]))
+        for tile in tiles
+    )
+
+
+def _place(tile: Tensor) -> _Place:
+    return tile.data_ptr(), tuple(tile.shape), tile.stride()
+
+
+@lru_cache(maxsize=16)
+def _addresses(places: tuple[_Place, ...], device: torch.device) -> Tensor:
+    """Depend on addresses and strides alone, so that a table stays right when memory is given to other pages."""
+    parts = [
+        start + torch.arange(shape[0])[:, None] * stride[0] + torch.arange(shape[1]) * stride[1]
+        for start, shape, stride in places
+    ]
+    return torch.cat(parts, dim=1).to(device)
+
+
+def angle_tables(rotary: RotaryTable, tokens: int) -> tuple[Tensor, Tensor]:
+    """Make fine ``[2, FINE_POSITIONS, F]`` and coarse ``[2, n, F]`` cosines and sines that cover ``tokens`` positions.
+
+    Position ``p`` is ``p // FINE_POSITIONS`` coarse steps and ``p % FINE_POSITIONS`` fine ones.
+    """
+    have, need = _ANGLES.get(rotary), rotary_table_entries(tokens)
+    if have is None or have[1].shape[1] < need:
+        fine, coarse = rotary.tables(tokens)
+        have = _ANGLES[rotary] = torch.stack(fine), torch.stack(coarse)
+    return have
+
+
+def turn_table(rotary: RotaryTable, scale: float) -> Tensor:
+    """Scale the fine cosines and sines ``[2, FINE_POSITIONS, F]``."""
+    kept = _TURNS.setdefault(rotary, {})
+    if scale not in kept:
+        kept[scale] = torch.stack(rotary.tables(1)[0]) * scale
+    return kept[scale]

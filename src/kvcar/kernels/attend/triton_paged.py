@@ -1,8 +1,9 @@
-"""Scores of queries against packed keys: choosing and launching the kernels."""
+"""Attention over pages, unmerged: launching the kernels for scores of packed keys and for sums of packed values."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
@@ -10,21 +11,32 @@ from torch import Tensor
 
 from ...sizes import FINE_POSITIONS
 from ..rotary import RotaryTable
-from ..triton_words import HALF_SCALE
+from ..triton_unpack import HALF_SCALE
 from .inputs import PagedPast
-from .triton_groups import MOST_BLOCK_LATENTS, Bank, banks, key_decoder, split_pairs
-from .triton_kernels import decode_scores, direct_scores
-from .triton_pages import PageTable, angle_tables, turn_table
+from .triton_kernels import decode_scores, direct_scores, latent_sums
+from .triton_tables import (
+    LONGEST_BLOCK,
+    LONGEST_WORD_BLOCK,
+    Bank,
+    angle_tables,
+    banks,
+    key_decoder,
+    split_pairs,
+    turn_table,
+    whole_pages,
+)
 
 ELEMENT_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 WARPS = 8
+# Registers of a thread of the sums, so that two programs share a multiprocessor.
+_REGISTERS = 128
 PROGRAMS_PER_PROCESSOR = 2
 _INTERPRETER_PROGRAMS = 8
 _INTERPRETER_TILE_TOKENS = 256
-# Columns of keys that half the warps hold.
+# Columns of keys that half the warps have room for.
 _COLUMNS_OF_FEW_WARPS = 128
 # Blocks of a decoder's matrix that a program keeps in shared memory.
-_HELD_BLOCKS = 2
+_KEPT_BLOCKS = 2
 
 
 @dataclass(frozen=True)
@@ -34,31 +46,21 @@ class Call:
     Attributes:
         q: queries float32 ``[B, H, Q, D]``, scaled; the query heads of a KV head are rows of it.
         paged: the past.
-        table: where its pages lie.
+        addresses: of its pages, int64 ``[B, pages]``.
         half: 16-bit queries: matrix units may round operands to float16 or tf32.
         softcap: of the scores.
     """
 
     q: Tensor
     paged: PagedPast
-    table: PageTable
+    addresses: Tensor
     half: bool
     softcap: float | None
 
     @property
     def page_tokens(self) -> int:
         """Tokens of a page."""
-        return self.paged.key_readers[0].segment.page_tokens
-
-    @property
-    def numbers(self) -> Tensor:
-        """Which page each is, where ``chosen``; anything of the same type elsewhere."""
-        return self.table.addresses if self.table.numbers is None else self.table.numbers
-
-    @property
-    def chosen(self) -> bool:
-        """Whether the table holds some pages alone."""
-        return self.table.numbers is not None
+        return self.paged.page_tokens
 
     @property
     def precision(self) -> str:
@@ -71,7 +73,7 @@ class Scorer:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._banks = banks(call.paged.key_readers, call.q.device, MOST_BLOCK_LATENTS)
+        self._banks = banks(call.paged.key_readers, call.q.device, LONGEST_BLOCK)
         self._folded = {bank: _fold(call, bank) for bank in self._banks if not _decodes(call, bank)}
         rotary = call.paged.rotary
         self._turned = None
@@ -79,7 +81,7 @@ class Scorer:
             self._turned = _in_pairs(call.q, rotary)
 
     def write(self, scores: Tensor, start: int, stop: int) -> None:
-        """Write scores float32 ``[B, H * Q, stop - start]`` of the tokens at places ``start`` to ``stop``."""
+        """Write scores float32 ``[B, H * Q, stop - start]`` of the tokens ``start`` to ``stop``."""
         for bank in self._banks:
             if bank in self._folded:
                 self._direct(bank, scores, start, stop)
@@ -92,21 +94,21 @@ class Scorer:
         batch, heads, rows, head_dim = call.q.shape
         half = call.half and bank.fits_float16
         decoder = key_decoder(bank, rotary, head_dim, torch.float16 if half else torch.float32)
-        fine, coarse = angle_tables(rotary, call.table.positions)
-        block, most_rows = tile_tokens(call, keys=True), rows * decoder.most_heads
+        fine, coarse = angle_tables(rotary, call.paged.tokens)
+        block, block_rows = tile_tokens(call, keys=True), rows * decoder.heads_together
         planes, by_words = bank.planes(block, call.page_tokens)
-        block_q = query_block(most_rows)
+        block_q = query_block(block_rows)
         turns = turn_table(rotary, float(HALF_SCALE.value) if by_words and half else 1.0)
         programs_here = -(-(stop - start) // block), len(decoder.items) * batch
         tiles = tiles_of_a_program(programs(call.q.device), *programs_here)
         decode_scores[(-(-(stop - start) // (block * tiles)), len(decoder.items), batch)](
-            scores, call.table.addresses, call.numbers, planes, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
-            self._turned, turns, fine, coarse, call.paged.first, call.table.last, call.paged.offset, start, stop,
-            call.table.addresses.shape[1], table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
+            scores, call.addresses, planes, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
+            self._turned, turns, fine, coarse, call.paged.first, call.paged.offset, start, stop,
+            call.addresses.shape[1], table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
+            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
             OPERAND=tl.float16 if half else tl.float32, SCORED=tl.float16 if half and bank.keys_fit_float16 else tl.float32,
             PRECISION=call.precision, PAIRS=rotary.width // 2, REST=head_dim - rotary.width, FINE=FINE_POSITIONS, TILES=tiles,
-            HOLD=half and table.blocks <= _HELD_BLOCKS, BLOCKS=table.blocks, ROW_BLOCKS=-(-most_rows // block_q),
+            KEEP=half and table.blocks <= _KEPT_BLOCKS, BLOCKS=table.blocks, ROW_BLOCKS=-(-block_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
             BLOCK_REST=decoder.block_rest,
             num_warps=WARPS // 2 if by_words and decoder.matrix.shape[1] <= _COLUMNS_OF_FEW_WARPS else WARPS,  # pyright: ignore[reportCallIssue]
@@ -120,12 +122,79 @@ class Scorer:
         block = tile_tokens(call, keys=False)
         planes, by_words = bank.planes(block, call.page_tokens)
         direct_scores[(-(-(stop - start) // block), len(items), batch)](
-            scores, call.table.addresses, call.numbers, planes, table.present, items, bank.heads, operand, constant, call.paged.first,
-            call.table.last, start, stop, call.table.addresses.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, CHOSEN=call.chosen, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
+            scores, call.addresses, planes, table.present, items, bank.heads, operand, constant, call.paged.first,
+            start, stop, call.addresses.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
+            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
             ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
             BLOCK_Q=block_q, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
+
+
+class SplitSums(NamedTuple):
+    """Sums of a bank's stored values, as ``latent_sums`` writes them.
+
+    Attributes:
+        bank: whose latents.
+        items: int32 ``[I, 4]``, as ``latent_sums`` takes them.
+        block_q: query rows of an item.
+        sums: float32 ``[B, splits, items, block_q, block]``.
+        stats: float32 ``[2, B, splits, items, block_q]``, maxima and masses.
+    """
+
+    bank: Bank
+    items: Tensor
+    block_q: int
+    sums: Tensor
+    stats: Tensor
+
+
+class ValueSums:
+    """Weighted sums of the stored values of all heads, taken span by span.
+
+    A span has whole splits, of ``split_tokens`` tokens each; every split has a softmax of its own.
+
+    Attributes:
+        parts: all splits of every bank, to be merged when all spans are in.
+    """
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        batch, _, rows, _ = call.q.shape
+        device = call.q.device
+        tile = tile_tokens(call, keys=False)
+        longest = LONGEST_WORD_BLOCK if whole_pages(tile, call.page_tokens) else LONGEST_BLOCK
+        parts = [
+            (bank, *bank.keep(("sums", rows), lambda bank=bank: _sum_items(bank, rows)))
+            for bank in banks(call.paged.value_readers, device, longest)
+        ]
+        items = batch * sum(len(items) for _, items, _ in parts)
+        self._tiles = tiles_of_a_program(programs(device), -(-call.paged.tokens // tile), items)
+        self.split_tokens = self._tiles * tile
+        self._splits = -(-call.paged.tokens // self.split_tokens)
+        self.parts: list[SplitSums] = []
+        for bank, items, block_q in parts:
+            shape = (batch, self._splits, len(items), block_q)
+            sums = torch.empty(*shape, bank.table.block, device=device)
+            self.parts.append(SplitSums(bank, items, block_q, sums, torch.empty(2, *shape, device=device)))
+
+    def add(self, scores: Tensor, start: int, stop: int) -> None:
+        """Take in tokens ``start`` (the first of a split) to ``stop`` with scores ``[B, H * Q, stop - start]``."""
+        call = self._call
+        batch, heads, rows = call.q.shape[:3]
+        for bank, items, block_q, sums, stats in self.parts:
+            # Codes and 16-bit latents are exact in float16; lossless elements may not be.
+            half = call.half and bank.coded
+            planes, by_words = bank.planes(tile_tokens(call, keys=False), call.page_tokens)
+            latent_sums[(-(-(stop - start) // self.split_tokens), len(items), batch)](
+                sums, stats, scores, call.addresses, planes, bank.table.present, items, bank.heads,
+                call.paged.first, start, stop, start // self.split_tokens, self._splits,
+                call.addresses.shape[1], bank.table.latents, rows, heads,
+                PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=bank.table.widths, ELEMENT=ELEMENT_TYPES[bank.element],
+                OPERAND=tl.float16 if half else tl.float32, PRECISION=call.precision, TILES=self._tiles,
+                BLOCK_N=tile_tokens(call, keys=False), BLOCK_R=bank.table.block, BLOCK_Q=block_q,
+                num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+                maxnreg=_REGISTERS if by_words else None,  # pyright: ignore[reportCallIssue]
+            )  # fmt: skip
 
 
 def _in_pairs(q: Tensor, rotary: RotaryTable) -> Tensor:
@@ -169,7 +238,7 @@ def query_block(rows: int) -> int:
     return max(4, min(64, 1 << (rows - 1).bit_length()))
 
 
-def _most_heads(bank: Bank) -> int:
+def _largest_group(bank: Bank) -> int:
     return max(len(group.heads) for group in bank.groups)
 
 
@@ -196,11 +265,22 @@ def _fold(call: Call, bank: Bank) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 def _fold_items(bank: Bank, rows: int) -> tuple[Tensor, int]:
-    block_q = query_block(rows * _most_heads(bank))
+    block_q = query_block(rows * _largest_group(bank))
     items, place = [], 0
     for index, group in enumerate(bank.groups):
         own, count = len(group.heads) * rows, len(group.heads)
         block, start = index * bank.table.blocks, bank.head_starts[index]
         items += [(block, start, count, row, place) for row in range(0, own, block_q)]
         place += own * bank.table.blocks * bank.table.block
+    return torch.tensor(items, dtype=torch.int32, device=bank.device), block_q
+
+
+def _sum_items(bank: Bank, rows: int) -> tuple[Tensor, int]:
+    """List the items of ``latent_sums`` for ``rows`` query rows of every head, and the rows of a program."""
+    block_q = query_block(rows * _largest_group(bank))
+    items = []
+    for index, group in enumerate(bank.groups):
+        for row in range(0, len(group.heads) * rows, block_q):
+            start, heads = index * bank.table.blocks, (bank.head_starts[index], len(group.heads))
+            items += [(start + block, *heads, row) for block in range(bank.blocks(index))]
     return torch.tensor(items, dtype=torch.int32, device=bank.device), block_q

@@ -1,4 +1,4 @@
-"""Packing with whole-plane shifts and masks: any device, any number of pages at once."""
+"""Packing in PyTorch by shifts and masks of whole planes: any device, any number of pages at once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from ...layout import Plane, SegmentLayout
+from ..backend import Operation
+
+PACKING = Operation("packing", __package__ or "")
+UNPACKING = Operation("unpacking", __package__ or "")
 
 
+@PACKING.register("torch")
 def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
-    """Bytes uint8 ``[..., size]`` of stored values ``u`` float32 ``[..., page_tokens, R]``."""
+    """Pack stored values ``u`` float32 ``[..., page_tokens, R]`` into bytes uint8 ``[..., size]``."""
     lead = u.shape[:-2]
     parts = []
     if layout.raw:
@@ -20,8 +25,9 @@ def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
+@UNPACKING.register("torch")
 def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
-    """Stored values float32 ``[..., page_tokens, R]`` of bytes ``[..., size]``; ``data`` may be strided."""
+    """Unpack stored values float32 ``[..., page_tokens, R]`` of bytes ``[..., size]``; ``data`` may be strided."""
     lead = data.shape[:-1]
     u = torch.empty(*lead, layout.page_tokens, layout.latents, device=data.device)
     if layout.raw:
@@ -36,13 +42,13 @@ def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
 
 
 def raw_bytes(u: Tensor, layout: SegmentLayout) -> Tensor:
-    """Bytes uint8 ``[..., n]`` of the raw latents of ``u`` ``[..., page_tokens, R]``."""
+    """Take the bytes uint8 ``[..., n]`` of the raw latents of ``u`` ``[..., page_tokens, R]``."""
     raw = u[..., : layout.raw].to(torch.float16).contiguous()
     return raw.view(torch.uint8).reshape(*u.shape[:-2], -1)
 
 
 def raw_values(data: Tensor, layout: SegmentLayout) -> Tensor:
-    """Raw latents float16 ``[..., page_tokens, raw]`` of bytes ``[..., size]``."""
+    """Take the raw latents float16 ``[..., page_tokens, raw]`` of bytes ``[..., size]``."""
     raw = data[..., : layout.raw * layout.page_tokens * 2].contiguous().view(torch.float16)
     return raw.view(*data.shape[:-1], layout.page_tokens, layout.raw)
 
