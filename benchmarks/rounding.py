@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from kvcar.evaluate.attended import FOLLOWING_TOKENS, Attended, attended_figures, measure_attended
 from speed.device import device_config, use_threads
 
 from kvcar.bundle import Bundle
+from kvcar.cache.attach import attach
 from kvcar.errors import InputError, KVCarError
-from kvcar.evaluate.attended import FOLLOWING_TOKENS, Attended, attended_figures, measure_attended
-from kvcar.text import read_text, token_windows
 from kvcar.kernels.attend import cpu
 from kvcar.kernels.native import native_library
 from kvcar.models.load import LoadedModel, load_model
 from kvcar.record import Record
-from kvcar.cache.attach import attach
+from kvcar.text import read_text, token_windows
 
 RESULTS = Path(__file__).parent / "results"
 

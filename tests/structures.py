@@ -9,12 +9,12 @@ from bundles import by_hand, fitted
 from tiny import tiny_model
 
 from kvcar.bundle import Bundle
-from kvcar.kernels.attend import PagedPast
-from kvcar.kernels.rotary import RotaryTable
-from kvcar.plan import Reuse
 from kvcar.cache.coder import PageCoder
 from kvcar.cache.pages import PageStore
 from kvcar.geometry import Kind, Slot
+from kvcar.kernels.attend import PagedPast
+from kvcar.kernels.rotary import RotaryTable
+from kvcar.plan import Reuse
 
 HEAD_DIM = 16
 

@@ -117,8 +117,8 @@ def decode_step(
     from kvcar.kernels.attend import triton as backend
     from kvcar.kernels.attend import triton_paged
     from kvcar.kernels.attend.inputs import ExactPast, PagedPast, Reader
-    from kvcar.layout import aligned, coded_segment
     from kvcar.kernels.rotary import RotaryTable
+    from kvcar.layout import aligned, coded_segment
 
     launches: list[Launch] = []
     for module, name in [

@@ -8,9 +8,9 @@ from bundles import fitted
 from tiny import tiny_model, token_ids
 
 import kvcar
+from kvcar.cache.cache import KVCarCache
 from kvcar.kernels.encode import ENCODING
 from kvcar.kernels.native import find_compiler
-from kvcar.cache.cache import KVCarCache
 
 pytest.importorskip("triton", reason="Triton exists for Linux alone")
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from structures import STRUCTURES, paged_past, rotary
 
+from kvcar.cache.coder import PageCoder
 from kvcar.kernels.attend import ExactPast, naive, tiled
 from kvcar.kernels.attend.tiled import attend
-from kvcar.cache.coder import PageCoder
 
 
 @pytest.fixture(scope="module", params=list(STRUCTURES), ids=str)

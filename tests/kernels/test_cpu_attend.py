@@ -12,13 +12,13 @@ from bundles import by_hand
 from structures import HEAD_DIM, MODEL, STRUCTURES, paged_past, slots
 from tiny import tiny_model
 
+from kvcar.cache.coder import PageCoder
 from kvcar.errors import InputError, KernelError
 from kvcar.kernels import backend
 from kvcar.kernels.attend import Buffered, ExactPast, attend, cpu, naive
 from kvcar.kernels.attend.cpu_decoders import decoder_in_8_bits, latent_bits
 from kvcar.kernels.native import build, find_compiler, native_library
 from kvcar.kernels.rotary import RotaryTable
-from kvcar.cache.coder import PageCoder
 
 UNSUPPORTED = {"raw latents", "values exact", "one key head exact", "autoencoder", "lossless"}
 

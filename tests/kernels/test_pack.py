@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcar.codecs.quantizer import latent_bits
-from kvcar.layout import coded_segment
 from kvcar.kernels.native import find_compiler
 from kvcar.kernels.pack import PACKING, UNPACKING, naive, pack, unpack
+from kvcar.layout import coded_segment
 from kvcar.plan import BitGroup
 
 GROUPS = st.lists(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 16]), min_size=1, max_size=9, unique=True).flatmap(

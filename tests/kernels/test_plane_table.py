@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kvcar.layout import aligned, coded_segment
 from kvcar.kernels.plane_table import highest_codes, segment_fields, spread, word_fields, word_slots
+from kvcar.layout import aligned, coded_segment
 from kvcar.plan import BitGroup
 
 MIXES = {

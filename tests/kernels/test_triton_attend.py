@@ -12,14 +12,14 @@ import torch
 from structures import STRUCTURES, paged_past, rotary
 from triton_device import DEVICE, poison_empty
 
+from kvcar.cache.coder import PageCoder
 from kvcar.errors import KernelError
 from kvcar.kernels.attend import ExactPast, PagedPast, Reader, naive, triton_paged
 from kvcar.kernels.attend import triton as backend
-from kvcar.layout import coded_segment
 from kvcar.kernels.pack import pack
 from kvcar.kernels.rotary import RotaryTable
+from kvcar.layout import coded_segment
 from kvcar.plan import BitGroup
-from kvcar.cache.coder import PageCoder
 
 REFUSED = {"autoencoder": "not affine"}
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}

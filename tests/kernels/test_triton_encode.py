@@ -5,15 +5,15 @@ import torch
 from structures import STRUCTURES
 from triton_device import DEVICE, poison_empty
 
+from kvcar.cache.coder import PageCoder
 from kvcar.codecs.linear import LinearCodec
 from kvcar.codecs.quantizer import StaticQuantizer
 from kvcar.errors import InputError, KernelError
 from kvcar.kernels.encode import AffineEncoder, Writer, encode_pages, naive
 from kvcar.kernels.encode import triton as backend
-from kvcar.layout import coded_segment
 from kvcar.kernels.pack import unpack
+from kvcar.layout import coded_segment
 from kvcar.plan import BitGroup
-from kvcar.cache.coder import PageCoder
 
 GROUPS = [
     BitGroup(bits=b, count=c) for b, c in [(16, 3), (8, 1), (7, 2), (6, 30), (5, 29), (4, 6), (3, 7), (2, 3), (1, 11)]

@@ -173,10 +173,7 @@ def _fold_query(q: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
 def _can_fuse(q: Tensor, softcap: float | None) -> bool:
     """Whether queries ``[B, H, Q, D]`` are many enough, and PyTorch has a fused operation that returns the log-sum-exp."""
     return (
-        _FUSED_OPERATION is not None
-        and q.device.type == "cpu"
-        and softcap is None
-        and q.shape[2] >= FEWEST_FUSED_ROWS
+        _FUSED_OPERATION is not None and q.device.type == "cpu" and softcap is None and q.shape[2] >= FEWEST_FUSED_ROWS
     )
 
 

@@ -129,7 +129,8 @@ class Bank:
     def keys_fit_float16(self) -> bool:
         """Whether decoded keys lie within float16's range, whatever their codes and angles."""
         return not self.with_elements and all(
-            float((highest_codes(group.fields).to(self.device) @ matrix.abs() + bias.abs()).max()) < _FLOAT16_LARGEST_KEY
+            float((highest_codes(group.fields).to(self.device) @ matrix.abs() + bias.abs()).max())
+            < _FLOAT16_LARGEST_KEY
             for group in self.groups
             if group.affine is not None
             for matrix, bias in [group.affine]
