@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import torch
 import typer
 from contenders import quantized_contenders
-from speed.contenders import FULL, STATIC, Runner, bundle_runners, full_runner, read_bundles, twin
 from speed.device import device_config, use_threads
 from speed.race import Pace, Timings, check_contexts, grow, time_steps
+from speed.runners import FULL, STATIC, Runner, bundle_runners, full_runner, read_bundles, twin
 from speed.summary import decode_figures, prefill_figures
 from transformers import PreTrainedModel
 

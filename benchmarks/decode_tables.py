@@ -7,7 +7,7 @@ from typing import Any
 from attention_tables import attention_sections
 from pages import load, markdown, model_in_words
 from rounding_tables import rounding_sections
-from speed.contenders import FULL
+from speed.runners import FULL
 
 _HEAD = """# Speed: decode steps, prefill, attention alone
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kvcar.errors import InputError
 
-from .contenders import FULL, STATIC, Runner, static_copy
 from .rounds import in_rounds, round_orders
+from .runners import FULL, STATIC, Runner, static_copy
 
 Tell = Callable[[str], None]
 

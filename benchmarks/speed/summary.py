@@ -7,9 +7,9 @@ from dataclasses import asdict
 from statistics import mean
 from typing import Any, Literal
 
-from .contenders import FULL, Runner
 from .figures import Line, break_even, fit_line, ratios, spread
 from .race import Timings
+from .runners import FULL, Runner
 
 Centre = Literal["median", "mean"]
 CENTRES: tuple[Centre, Centre] = ("median", "mean")

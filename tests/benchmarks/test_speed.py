@@ -8,10 +8,10 @@ import pages
 import pytest
 import torch
 from bundles import fitted
-from speed.contenders import FULL, STATIC, full_runner, read_bundles, static_copy, twin
 from speed.figures import Line, break_even, fit_line, ratios, spread
 from speed.race import Pace, check_contexts
 from speed.rounds import in_rounds, round_orders
+from speed.runners import FULL, STATIC, full_runner, read_bundles, static_copy, twin
 from tiny import tiny_model, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
