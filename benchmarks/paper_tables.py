@@ -1,4 +1,4 @@
-"""``docs/results/paper.md`` from the records of ``kvcar reproduce``. Called by ``tables.py``."""
+"""``docs/results/paper.md`` from the records of ``kvcar paper reproduce``. Called by ``tables.py``."""
 
 from __future__ import annotations
 
@@ -42,9 +42,23 @@ def _reproduction(name: str) -> list[str]:
     ]
     sections = [_title(name, fidelity)]
     for table in _in_order(r["config"]["setting"]["table"] for r in fidelity):
-        sections += _table(table, [r for r in fidelity if r["config"]["setting"]["table"] == table])
+        sections += _table(table, _records_of(table, fidelity))
     sections += _tasks(name) + _system(name) + _training(name)
     return sections
+
+
+def _records_of(table: str, fidelity: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of a table; one that compares measures also shows as many slots chosen by the default one."""
+    own = [r for r in fidelity if r["config"]["setting"]["table"] == table]
+    if not any("measure" in _chosen_by(r) for r in own):
+        return own
+    counts = {r["config"]["reused_slots"] for r in own}
+    plain = [r for r in fidelity if r["config"]["setting"].get("reuse") and not r["config"]["setting"].get("fit")]
+    return own + [r for r in plain if r not in own and r["config"]["reused_slots"] in counts]
+
+
+def _chosen_by(record: dict[str, Any]) -> dict[str, Any]:
+    return record["config"]["setting"].get("reuse") or {}
 
 
 def _title(name: str, fidelity: list[dict[str, Any]]) -> str:
@@ -92,7 +106,10 @@ def _row(name: str, by_text: dict[str, dict[str, Any]], texts: list[str]) -> lis
     saved = (
         f"{any_['saved_percent']:.1f} % ({100 / (100 - any_['saved_percent']):.2f}x) at {any_['reference_tokens']:,}"
     )
-    row = [f"`{name}`", f"{c['compressed_layers']} of {c['layers']}", f"{c['reused_slots']} of {c['slots']}", saved]
+    reused = f"{c['reused_slots']} of {c['slots']}"
+    if _chosen_by(any_):
+        reused += f", by {'L1' if _chosen_by(any_).get('measure') == 'l1' else 'KL'}"
+    row = [f"`{name}`", f"{c['compressed_layers']} of {c['layers']}", reused, saved]
     for text in texts:
         r = by_text.get(text)
         if r is None:
@@ -127,7 +144,7 @@ def _system(name: str) -> list[str]:
         budget = f"{r['memory_bytes'] / 2**20:,.0f} MiB"
         sections += [f"### Longest sequence in {budget} of cache, by batch size", markdown(first)]
         sections += [f"### Largest batch in {budget} of cache, by length", markdown(second)]
-        if r["confirmed"]:
+        if r.get("confirmed"):
             sections += _confirmed(r, longest, budget)
     return sections
 

@@ -1,6 +1,7 @@
 """A small reproduction from a YAML file to records, stopped and gone on with."""
 
 import json
+from pathlib import Path
 
 import pytest
 from commands import run, words
@@ -123,3 +124,10 @@ def test_bad_configurations_say_what_is_wrong(folder, tmp_path):
         Reproducer(given, tmp_path / "w", tmp_path / "r", lambda *a: None).run()
     with pytest.raises(InputError, match="no setting is called x"):
         Reproducer(given, tmp_path / "w", tmp_path / "r", lambda *a: None).run(["x"])
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "benchmarks").glob("paper-*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_configurations_are_valid(path):
+    assert len(read_config(path).settings) > 10
