@@ -66,6 +66,7 @@ def test_what_does_not_fit_is_told(stored, bundle, model_folder, tmp_path):
     assert "--tokens" in error_of(*save, text, "-o", tmp_path / "c")
     assert "has 5 tokens" in error_of(*save, short, "-o", tmp_path / "c", "--tokens", 6)
     assert "--force" in error_of(*save, short, "-o", path)
+    assert "multiple of the page size" in error_of(*save, short, "-o", tmp_path / "c", "--window", 33)
     assert "choose a folder" in error_of(*save, short, "-o", tmp_path / "no" / "c")
     assert not (tmp_path / "c").exists()
     go_on = ["generate", model_folder, "-b", bundle, "--context"]

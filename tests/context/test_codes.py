@@ -77,8 +77,8 @@ def test_latents_that_never_change_cost_almost_nothing():
     assert len(encode_codes(codes, [3] * 100)) < 4096 * 100 * 0.02 / 8
 
 
-def test_the_bytes_are_those_of_format_version_1():
-    """A file written today must be readable for ever: a change here needs a new format version."""
+def test_the_bytes_never_change():
+    """A file written today must be readable for ever: a change here needs a new version of the context format."""
     bits = [8, 6, 6, 4, 3, 2, 1, 1]
     index = np.arange(300)[:, None] * np.array([37, 11, 5, 7, 3, 2, 1, 1]) + np.arange(8)
     codes = (index * index // 17 % (2 ** np.array(bits))).astype(np.uint8)

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from torch import Tensor
 
-from ..bundle import Bundle
-from ..context import check_store
 from ..errors import InputError
-from ..text import read_text
-from ..models.load import LoadedModel, load_model
-from ..record import Record
-from ..cache.attach import attach
-from ..cache.cache import KVCarCache
-from ..cache.prefill import PREFILL_CHUNK_TOKENS, prefill
 from .app import app
 from .arguments import BundlePath, Device, Dtype, Json, Model, Window
 from .console import check_writable, errors, progress_bars
 
-_EXAMPLES = """Let MODEL read a text once and store its compressed cache in a file, to go on from it later.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..models.load import LoadedModel
+
+_EXAMPLES = """Let MODEL read a text once, and keep its compressed cache in a file. 'kvcar generate --context' goes on from that file, and
+does not read the text again.
+
+It fits this model and this bundle only, and holds the tokens of the text unless --no-token-ids is given.
 
 [bold]Examples[/]
 
@@ -38,48 +37,63 @@ def save(
     bundle: BundlePath,
     text: Annotated[Path, typer.Option(metavar="FILE", help="A .txt file, or a .jsonl file with a field 'text'.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="Where to store the context.")],
-    tokens: Annotated[int | None, typer.Option(min=1, help="First tokens of the text to store. Default: all.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Store only the first tokens of the text. Default: all.")
+    ] = None,
     prefill_chunk: Annotated[
         int, typer.Option(min=1, help="Tokens computed at once. They see each other exactly; more take more memory.")
-    ] = PREFILL_CHUNK_TOKENS,
+    ] = 512,
     keep_window: Annotated[
         bool, typer.Option("--keep-window", help="Store the most recent tokens exactly, which takes more bytes.")
     ] = False,
-    token_ids: Annotated[bool, typer.Option(help="Store the tokens themselves too.")] = True,
+    token_ids: Annotated[
+        bool, typer.Option(help="Store the tokens of the text too, to check or compute it again.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     window: Window = None,
     json: Json = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Store a context; the examples in the help text say the rest."""
+    """Store a context; the help text says the rest."""
+    from ..bundle import Bundle
+    from ..cache.attach import attach
+    from ..cache.prefill import prefill
+    from ..context import check_store, save_context
+    from ..models.load import load_model
+    from ..record import Record
+    from ..text import read_text
+
+    # What is wrong with these is said before the model is loaded.
     check_store()
     source, loaded_bundle = read_text(text), Bundle.load(bundle)
     if output.exists() and not force:
         raise InputError(f"{output} exists; choose another name, or replace it with --force")
     check_writable(output)
     check_writable(json)
-    KVCarCache(loaded_bundle, window)  # a bad window is told before the model is loaded
+    plan = loaded_bundle.plan
+    plan.cache.with_window(window)
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
-        ids = _encode(loaded, source.text, tokens, loaded_bundle.plan.geometry.max_positions)
+        ids = _encode(loaded, source.text, tokens, plan.geometry.max_positions)
         with attach(loaded.model, loaded_bundle, window) as attachment:
             cache = attachment.new_cache()
             began = time.perf_counter()
             prefill(loaded.model, cache, ids, prefill_chunk, tell)
             prefilled = time.perf_counter()
-            cache.save(output, keep_window=keep_window, token_ids=ids if token_ids else None)
+            save_context(cache, output, keep_window, ids if token_ids else None)
             saved = time.perf_counter()
-    stored, full = output.stat().st_size, loaded_bundle.plan.geometry.full_bytes(ids.shape[1])
+    stored, full = output.stat().st_size, plan.geometry.full_bytes(ids.shape[1])
     errors.print(
         f"{ids.shape[1]} tokens read in {prefilled - began:.1f} s, stored in {saved - prefilled:.1f} s: {stored:,} bytes, "
-        f"{full / stored:.2f} times smaller than the full cache (bfloat16)",
+        f"{full / stored:.2f} times smaller than the full cache (bfloat16); codecs {loaded_bundle.codec_bytes:,} bytes, once",
         highlight=False,
     )
     if json is not None:
         figures = {
             "tokens": ids.shape[1], "prefill_seconds": prefilled - began, "save_seconds": saved - prefilled,
             "file_bytes": stored, "full_bytes": full, "times_smaller": full / stored,
+            "codec_bytes": loaded_bundle.codec_bytes,
         }  # fmt: skip
         config = {"model": model, "bundle": bundle.name, "text": source.name, "keep_window": keep_window}
         Record("save", figures, config).write(json)
