@@ -1,5 +1,7 @@
-"""What tests of stored contexts share: filled caches, and the container of ``docs/format.md`` written down once more, to change a
-context and put its checksums in order again."""
+"""What tests of stored contexts share: filled caches, and the container of ``docs/format.md`` written down once more.
+
+A test takes a context apart, changes it, and puts it together with its checksums in order.
+"""
 
 import hashlib
 import json

@@ -288,7 +288,7 @@ def mutate(container, rng):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_any_change_is_refused_or_loads(llama, saved_bytes, tmp_path, seed):
-    """Headers, layouts and parts changed at random, with every checksum in order, end in an error of kvcar or a usable cache."""
+    """Headers, layouts and parts changed at random, checksums in order, end in an error of kvcar or a usable cache."""
     model, bundle = llama
     rng, path, loaded = random.Random(seed), tmp_path / "a.ctx", 0
     with kvcar.attach(model, bundle):

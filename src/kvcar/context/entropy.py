@@ -1,10 +1,10 @@
 """Entropy coding of integer codes: the model of what codes to expect, the range coder, and the entropy on its own.
 
 ``docs/format.md`` has the rules. Tokens are coded in runs that grow, the latents of a run one after the other. A code's
-probabilities are the counts of its latent so far in the same *context*, on top of a logistic prior whose centre and width
-follow the counts too. The context is how far this token's earlier codes of the run lie from their centres: some tokens
-are loud throughout. Everything that decides is integer arithmetic or a single IEEE operation at a time, so that writer
-and reader agree to the bit on every machine.
+probabilities are the counts of its latent so far in the same *context*, on top of a logistic prior whose centre and
+width follow the counts too. The context is how far this token's earlier codes of the run lie from their centres: some
+tokens are loud throughout. Everything that decides is integer arithmetic or a single IEEE operation at a time, so that
+writer and reader agree to the bit on every machine.
 """
 
 from __future__ import annotations
@@ -101,9 +101,9 @@ def decode_codes(data: bytes | memoryview, tokens: int, bits: Sequence[int]) -> 
 def entropy_bits_per_token(codes: Tensor) -> float:
     """Sum the empirical entropy of every latent: what one token's codes take in a stored context, within about 2 %.
 
-    The coder has to learn the distributions, but it also knows more than they do (the context): at 4,096 tokens it took 1.7 to
-    1.9 % less than this, at 512 tokens 1.3 % more. A small sample looks too predictable: by half a bit times the levels
-    in use, over the tokens.
+    The coder has to learn the distributions, but it also knows more than they do (the context): at 4,096 tokens it took
+    1.7 to 1.9 % less than this, at 512 tokens 1.3 % more. A small sample looks too predictable: by half a bit times the
+    levels in use, over the tokens.
 
     Args:
         codes: integers of any dtype ``[N, R]``, at least 0: a sample of ``N`` tokens.
@@ -156,7 +156,7 @@ def runs(tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def _walk(tokens: int, bits: Sequence[int], take: TakeGroup) -> None:
-    """Go over runs of tokens and groups of latents in the format's order; ``take`` codes a group and returns its codes."""
+    """Go over runs of tokens and groups of latents in the format's order; ``take`` codes a group, returning its codes."""
     model = _CodeModel(bits)
     starts = range(0, len(bits), _LATENTS_PER_GROUP)
     for start, stop in runs(tokens):

@@ -32,8 +32,8 @@ _CHECKSUM_BYTES = hashlib.sha256().digest_size
 _MAX_HEADER_BYTES = 1 << 20
 _ALIGNMENT = 8  # of the data, as safetensors has it
 
-# Tensors of a context may take this much, whatever the size of its file: constant ones are compressed far better than any
-# text, but one with a thousand times more tokens than bytes was not written by a cache.
+# Tensors may take so many bytes whatever the size of their file, and so many times that size on top: even a text that
+# repeats itself is not compressed further.
 _FREE_BYTES, _TIMES_LARGER = 16 << 20, 256
 
 _LARGEST = 2**31 - 1

@@ -147,7 +147,7 @@ def _header_of(cache: KVCarCache, contents: CacheContents, parts: Sequence[Part]
 def _made_ready(
     path: Path, header: ContextHeader, model: PreTrainedModel, bundle: Bundle | str | Path | None
 ) -> tuple[Bundle, PageCoder]:
-    """The bundle, checked against context and model, and its coder; the attached model's own where they are the same."""
+    """Check bundle, context and model against each other; return the bundle and its coder, the attached model's if equal."""
     attachment = attachment_of(model)
     if bundle is None:
         if attachment is None:
