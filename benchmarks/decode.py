@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from kvcar.bundle import Bundle
 from kvcar.cache.attach import attach
-from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
+from kvcar.cache.attach import PREFILL_CHUNK_TOKENS
 from kvcar.errors import InputError, KVCarError
 from kvcar.geometry import BFLOAT16_BYTES
 from kvcar.models.geometry import read_geometry

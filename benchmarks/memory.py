@@ -17,7 +17,7 @@ from peak_memory import MemoryRun, measure_chunk_transient, measure_peak_growth
 from transient import prefill_transient
 
 from kvcar.bundle import Bundle
-from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
+from kvcar.cache.attach import PREFILL_CHUNK_TOKENS
 from kvcar.models.load import load_config
 from kvcar.record import Record
 

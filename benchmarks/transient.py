@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from kvcar.cache.encode import ENCODED_PAGES_AT_ONCE
-from kvcar.cache.prefill import PREFILL_CHUNK_TOKENS
+from kvcar.cache.attach import PREFILL_CHUNK_TOKENS
 from kvcar.geometry import BFLOAT16_BYTES, KINDS, Slot
 from kvcar.kernels.attend.tiled import tile_tokens
 from kvcar.layout import page_layout

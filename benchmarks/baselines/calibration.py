@@ -15,8 +15,7 @@ from kvcar.fit.moments import Moments
 from kvcar.geometry import Slot
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.models.geometry import read_geometry
-from kvcar.models.rotary_probe import RotaryProbe
-from kvcar.models.structure import find_decoder
+from kvcar.models.rotation import learn_rotations
 from kvcar.progress import OnProgress, counter, silent
 
 SINKS = 4
@@ -76,9 +75,7 @@ class Calibration:
     @cached_property
     def rotary(self) -> dict[int, RotaryTable]:
         """How each layer that attends to the whole past rotates its keys; empty for a model without RoPE."""
-        tables: dict[int, RotaryTable] = {}
-        if not self.geometry.rotary:
-            return tables
+        return learn_rotations(self.model, self.geometry)
         parts = find_decoder(self.model, self.geometry.layers)
         probe = RotaryProbe(parts.decoder)
 

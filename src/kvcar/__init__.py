@@ -1,6 +1,6 @@
 """kvcar: a several times smaller KV cache for any Hugging Face causal language model, with its cost measured.
 
-Names are loaded when first used, so that ``import kvcar`` brings in neither transformers nor triton.
+Names are loaded when first used, so that ``import kvcar`` brings in neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -10,30 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bundle import Bundle as Bundle
+    from .cache.attach import Attachment as Attachment
+    from .cache.attach import attach as attach
+    from .cache.attach import detach as detach
+    from .cache.cache import KVCarCache as KVCarCache
+    from .context import read_context as read_context
     from .errors import KVCarError as KVCarError
     from .evaluate.fidelity import Fidelity as Fidelity
     from .evaluate.fidelity import evaluate as evaluate
     from .evaluate.fidelity import measure_fidelity as measure_fidelity
     from .fit.fit import fit_bundle as fit_bundle
     from .fit.options import FitOptions as FitOptions
-    from .text import read_text as read_text
-    from .text import token_windows as token_windows
-    from .models.load import load_model as load_model
-    from .plan import Block as Block
-    from .plan import Plan as Plan
     from .fit.profile_fit import fit_profile as fit_profile
     from .fit.profiles import ProfileOptions as ProfileOptions
-    from .cache.attach import Attachment as Attachment
-    from .cache.attach import attach as attach
-    from .cache.attach import detach as detach
-    from .cache.cache import KVCarCache as KVCarCache
-    from .context import read_context as read_context
+    from .models.load import load_model as load_model
+    from .plan import Block as Block
+    from .plan import CacheConfig as CacheConfig
+    from .plan import Plan as Plan
+    from .text import read_text as read_text
+    from .text import token_windows as token_windows
     from .version import __version__ as __version__
 
 _HOMES = {
     "Attachment": ".cache.attach",
     "Block": ".plan",
     "Bundle": ".bundle",
+    "CacheConfig": ".plan",
     "Fidelity": ".evaluate.fidelity",
     "FitOptions": ".fit.options",
     "KVCarCache": ".cache.cache",
@@ -56,6 +58,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "Attachment",
     "Block",
     "Bundle",
+    "CacheConfig",
     "Fidelity",
     "FitOptions",
     "KVCarCache",
@@ -85,7 +88,11 @@ def __getattr__(name: str) -> Any:
         return import_module(f".{name}", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'kvcar' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name], __name__), name)
+    home = _HOMES[name]
+    if home.startswith(".cache"):
+        # Registers how caches are saved and loaded, which the cache itself knows nothing of.
+        import_module(".context.stored", __name__)
+    return getattr(import_module(home, __name__), name)
 
 
 def __dir__() -> list[str]:

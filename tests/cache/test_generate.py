@@ -10,8 +10,8 @@ from tiny import FAMILIES, tiny_model, token_ids
 from transformers import DynamicCache
 
 import kvcar
-from kvcar.errors import AttachError, CacheStateError, InputError, ModelMismatchError, UnsupportedModelError
 from kvcar.cache.cache import KVCarCache
+from kvcar.errors import AttachError, CacheStateError, InputError, ModelMismatchError, UnsupportedModelError
 from kvcar.geometry import Slot
 
 
@@ -59,10 +59,10 @@ def test_plain_generate_uses_a_compressed_cache_and_others_stay_possible(llama):
 def test_generate_prefills_in_chunks(llama):
     model, bundle = llama
     lengths = []
-    handle = model.model.register_forward_pre_hook(
-        lambda m, a, kw: lengths.append(kw["input_ids"].shape[1]), with_kwargs=True
-    )
     with kvcar.attach(model, bundle, prefill_chunk=64):
+        handle = model.model.register_forward_pre_hook(
+            lambda m, a, kw: lengths.append(kw["input_ids"].shape[1]), with_kwargs=True
+        )
         model.generate(token_ids(150), max_new_tokens=2, do_sample=False)
     handle.remove()
     assert lengths == [64, 64, 22, 1]

@@ -52,7 +52,7 @@ def test_keys_come_before_rope_where_the_projection_is_all_there_is():
     )
     (keys, _), _ = collect(model, regular_blocks(read_geometry(model.config), 4, None), token_ids(60))
     handle.remove()
-    torch.testing.assert_close(keys[:, 64:96], projected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(keys[:, 64:96], projected[-1], atol=1e-5, rtol=1e-5)
 
 
 def test_capture_leaves_no_hooks_behind():

@@ -6,15 +6,15 @@ from tiny import tiny_model
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvcar.kernels.rotary import RotaryTable
-from kvcar.models.rotary_probe import RotaryProbe
+from kvcar.models.geometry import read_geometry
+from kvcar.models.rotation import learn_rotations
 
 
 def llama_table(**overrides):
     model = tiny_model("llama", **overrides)
-    probe = RotaryProbe(model.model)
     ids = torch.arange(40)[None] + 5
     pair = model.model.rotary_emb(torch.zeros(1), ids)
-    return probe.table(pair), pair, ids
+    return learn_rotations(model, read_geometry(model.config))[0], pair, ids
 
 
 @pytest.mark.parametrize(

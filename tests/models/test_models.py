@@ -10,11 +10,11 @@ from tiny import FAMILIES, tiny_model
 from transformers import DeepseekV3Config, GPT2Config, LlamaConfig, T5Config
 
 from kvcar.errors import InputError, UnsupportedModelError
+from kvcar.geometry import KVGeometry
 from kvcar.models import demo
 from kvcar.models.fingerprint import fingerprint, mismatch
 from kvcar.models.geometry import read_geometry
 from kvcar.models.structure import find_decoder
-from kvcar.geometry import KVGeometry
 
 
 def test_geometries_of_published_models():

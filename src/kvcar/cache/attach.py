@@ -6,6 +6,8 @@ is changed, and ``detach`` leaves the model as it was found.
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,24 +17,27 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from ..bundle import Bundle
 from ..errors import AttachError, UnsupportedModelError
+from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
-from ..models.rotary_probe import RotaryProbe
+from ..models.rotation import learn_rotations
 from ..models.structure import find_decoder
-from ..models.uncompiled import uncompiled
-from .attention import stand_in_for
+from ..progress import OnProgress, counter, silent
+from ..sizes import stored_bytes
+from .attention import Current, set_current, stand_in_for, uncompiled
 from .cache import KVCarCache
 from .coder import PageCoder
-from .current import Current, set_current
-from .prefill import PREFILL_CHUNK_TOKENS
 
+PREFILL_CHUNK_TOKENS = 512
+_LOGGED_TOKENS = 4096
 _PREPARE = "_prepare_cache_for_generation"
+_log = logging.getLogger("kvcar")
 
-_attached: WeakKeyDictionary[nn.Module, Attachment] = WeakKeyDictionary()
+# Weak both ways: the model's own hooks keep an attachment alive, so that a model that is dropped takes it along.
+_attached: WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = WeakKeyDictionary()
 
 
 class Attachment:
@@ -42,13 +47,7 @@ class Attachment:
     (any cache of transformers works as before) or told not to use one. Long prompts are prefilled in chunks.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        bundle: Bundle,
-        window: int | None,
-        prefill_chunk: int,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, bundle: Bundle, window: int | None, prefill_chunk: int) -> None:
         bundle.check_model(model)
         prepare = getattr(type(model), _PREPARE, None)
         if prepare is None:
@@ -58,18 +57,18 @@ class Attachment:
             )
         self.model, self.bundle = model, bundle
         self._window, self._prefill_chunk = window, prefill_chunk
-        self._checked = {id(bundle): bundle}
-        self._coders: dict[int, PageCoder] = {}
-        self._tables: dict[int, RotaryTable] = {}
-        self._wanted: set[int] = set()
+        self._checked = {bundle.digest}
+        self._coders: dict[str, PageCoder] = {}
         self._current = Current()
         self._parts = find_decoder(model, bundle.plan.geometry.layers)
-        self.new_cache()  # a bad window is told now, not in the first generate
+        self.new_cache()  # a bad window is refused now, not in the first generate
         self._base = str(model.config.get_text_config()._attn_implementation)
         stand_in = stand_in_for(self._base)
-        self._probe = RotaryProbe(self._parts.decoder)
-        self._probe.listening = False
-        self._handles = [*self._probe.handles, *self._hook_decoder(), *map(self._hook_attention, self._parts.attention)]
+        self._rotations = learn_rotations(model, bundle.plan.geometry)
+        self._handles = [
+            self._parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            self._parts.decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
+        ]
         for module in self._parts.attention:
             set_current(module, self._current)
         self._set_attention(stand_in)
@@ -77,12 +76,12 @@ class Attachment:
         model.__dict__[_PREPARE] = partial(_prepare_cache, self, partial(prepare, model))
 
     def new_cache(self) -> KVCarCache:
-        """An empty cache for this model, with the options given to ``attach``."""
+        """Make an empty cache for this model, with the window given to ``attach``."""
         return KVCarCache(self.bundle, window=self._window)
 
     def detach(self) -> None:
         """Restore the model; caches made meanwhile can no longer be used with it. Doing it twice is harmless."""
-        if _attached.get(self.model) is not self:
+        if attachment_of(self.model) is not self:
             return
         for handle in self._handles:
             handle.remove()
@@ -100,41 +99,40 @@ class Attachment:
     ) -> None:
         self.detach()
 
+    def __str__(self) -> str:
+        """One line for the log: how much smaller, what the codecs take, what runs the kernels, what stays exact."""
+        plan = self.bundle.plan
+        tokens = min(_LOGGED_TOKENS, plan.geometry.max_positions)
+        smaller = plan.geometry.full_bytes(tokens) / stored_bytes(plan, tokens, self.model.dtype.itemsize)
+        exact = sorted(set(range(plan.geometry.layers)) - set(plan.coded_layers))
+        return (
+            f"{type(self.model).__name__}: cache {smaller:.2f} times smaller at {tokens} tokens, codecs of "
+            f"{self.bundle.codec_bytes / 1e6:.1f} MB, kernels: {backend_for(self._parts.device)}, exact layers: "
+            + (", ".join(map(str, exact)) or "none")
+        )
+
     # What caches ask (the ``Host`` of ``cache.py``)
 
     def check_bundle(self, bundle: Bundle) -> None:
         """Refuse a bundle of another model; checked once each."""
-        if id(bundle) not in self._checked:
+        if bundle.digest not in self._checked:
             bundle.check_model(self.model)
-            self._checked[id(bundle)] = bundle
+            self._checked.add(bundle.digest)
 
     def coder(self, bundle: Bundle) -> PageCoder:
-        """The bundle made ready for this model's device and dtype; made once each."""
-        if id(bundle) not in self._coders:
-            self._coders[id(bundle)] = PageCoder(bundle, self._parts.device, self.model.dtype)
-        return self._coders[id(bundle)]
+        """Give the bundle made ready for this model's device and dtype; made once each."""
+        if bundle.digest not in self._coders:
+            self._coders[bundle.digest] = PageCoder(bundle, self._parts.device, self.model.dtype)
+        return self._coders[bundle.digest]
 
     def rotary(self, layer: int) -> RotaryTable | None:
-        """How a layer rotates its keys; known from its first pass on."""
-        return self._tables.get(layer)
+        """Say how a layer rotates its keys; None where it does not."""
+        return self._rotations.get(layer)
 
     # Hooks
 
-    def _hook_decoder(self) -> list[RemovableHandle]:
-        decoder = self._parts.decoder
-        return [
-            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
-        ]
-
-    def _hook_attention(self, module: nn.Module) -> RemovableHandle:
-        return module.register_forward_pre_hook(self._before_attention, with_kwargs=True)
-
-    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._begin(module, args, kwargs, torch.compiler.is_compiling())
-
     @uncompiled
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool) -> None:
+    def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = _given_cache(args, kwargs)
         self._current.cache = None
         if cache is None:
@@ -149,40 +147,12 @@ class Attachment:
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UnsupportedModelError("a compressed cache takes 2-D attention masks (left padding) only")
         _refuse_capture(inputs)
-        self._wanted = self._unknown_rotations(cache)
-        self._probe.listening = bool(self._wanted)
-        if compiled and self._probe.listening:
-            self._learn_rotation_ahead(inputs)
         cache.begin_pass(self, inputs.shape[0], inputs.shape[1], mask, kwargs.get("position_ids"))
         self._current.cache = cache
-
-    def _before_attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del args
-        # A compiler traces this far, and is not interrupted once all is known.
-        if self._probe.listening:
-            self._learn_rotation(module, kwargs)
-
-    @uncompiled
-    def _learn_rotation(self, module: nn.Module, kwargs: dict[str, Any]) -> None:
-        layer = getattr(module, "layer_idx", None)
-        if layer in self._wanted:
-            self._tables[layer] = self._probe.table(kwargs.get("position_embeddings"))
-
-    def _learn_rotation_ahead(self, inputs: Tensor) -> None:
-        """By a pass over one token without a cache, as a pass that is compiled cannot be looked into."""
-        given = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs[:1, :1]}
-        with torch.no_grad():
-            self._parts.decoder(**given, use_cache=False)
-        self._probe.listening = False
-
-    def _unknown_rotations(self, cache: KVCarCache) -> set[int]:
-        plan = cache.plan
-        return set(plan.coded_layers) - self._tables.keys() if plan.geometry.rotary else set()
 
     @uncompiled
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         del module, args, kwargs, output
-        self._probe.forget()
         cache, self._current.cache = self._current.cache, None
         if cache is not None:
             cache.end_pass()
@@ -203,9 +173,9 @@ def attach(
 
     Args:
         model: a causal language model of transformers, using sdpa or eager attention.
-        bundle: a bundle fitted for this model, or its folder.
+        bundle: a bundle fitted for this model, its folder, or its id on the hub.
         window: recent tokens kept exact; see ``KVCarCache``.
-        prefill_chunk: most tokens of a prompt that ``generate`` computes at once.
+        prefill_chunk: tokens of a prompt that ``generate`` computes at once.
 
     Returns:
         The attachment; ``detach()`` it, or use it as a context manager.
@@ -213,26 +183,45 @@ def attach(
     Raises:
         AttachError: the model is attached already.
         ModelMismatchError: the bundle was fitted for another model.
-        UnsupportedModelError: the model's structure is not one kvcar can serve.
+        UnsupportedModelError: the model's structure is not one kvcar supports.
+        InputError: the window is no multiple of the page size.
     """
-    if model in _attached:
+    if attachment_of(model) is not None:
         raise AttachError("this model is attached already; detach it first")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
     attachment = Attachment(model, bundle, window, prefill_chunk)
-    _attached[model] = attachment
+    _attached[model] = weakref.ref(attachment)
+    _log.info("attached %s", attachment)
     return attachment
 
 
 def attachment_of(model: PreTrainedModel) -> Attachment | None:
-    """The attachment of ``model``, None where it is not attached."""
-    return _attached.get(model)
+    """Find the attachment of ``model``; None where it is not attached."""
+    reference = _attached.get(model)
+    return None if reference is None else reference()
 
 
 def detach(model: PreTrainedModel) -> None:
     """Detach ``model``; raises AttachError if it is not attached."""
-    if model not in _attached:
+    attachment = attachment_of(model)
+    if attachment is None:
         raise AttachError("this model is not attached, so there is nothing to detach")
-    _attached[model].detach()
+    attachment.detach()
+
+
+@torch.no_grad()
+def prefill(
+    model: PreTrainedModel,
+    cache: Cache,
+    ids: Tensor,
+    chunk: int = PREFILL_CHUNK_TOKENS,
+    on_progress: OnProgress = silent,
+) -> None:
+    """Feed ``ids`` int64 ``[B, tokens]`` to ``model`` over ``cache``, ``chunk`` tokens at once, just for the cache."""
+    count = counter(on_progress, "prefill", ids.shape[1])
+    for part in ids.to(model.device).split(chunk, dim=1):
+        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        count(part.shape[1])
 
 
 def _given_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KVCarCache | None:
@@ -253,7 +242,7 @@ def _refuse_capture(inputs: Tensor) -> None:
 def _prepare_cache(
     attachment: Attachment, original: Any, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
 ) -> None:
-    """``generate``'s cache preparation: a compressed cache by default, and chunked prefill with one."""
+    """Prepare the cache of a ``generate``: a compressed one by default, and chunked prefill with one."""
     if generation_config.cache_implementation == attachment.model.generation_config.cache_implementation:
         # The checkpoint's own preference, not the caller's: attaching outweighs it.
         generation_config.cache_implementation = None

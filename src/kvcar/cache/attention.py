@@ -1,15 +1,19 @@
 """The named attention functions that attached models call, one for each implementation they stand in for.
 
-For layers of a ``KVCarCache`` that are coded they attend over the compressed past; everywhere else they hand over,
-unchanged, to the implementation that the model had.
+For layers of a ``KVCarCache`` that are coded they attend over the compressed past; everywhere else they call, unchanged,
+the implementation that the model had. Compiled models get there too: ``torch.compile`` takes attention over a compressed cache as
+one opaque operator, whose handle says where the cache of the pass is; what the cache does in there is never traced.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from itertools import count
+from typing import Any, TypeVar, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +22,54 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
-from .current import attend_layer, current_of
+from .cache import KVCarCache
 
 STAND_IN_PREFIX = "kvcar_"
 _BASES = ("sdpa", "eager")
 _IGNORED = {"is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
+_ATTRIBUTE = "kvcar_current"
+
+_handles = count()
+_alive: WeakValueDictionary[int, Current] = WeakValueDictionary()
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def uncompiled(function: F) -> F:
+    """Keep ``torch.compile`` out of a function: never traced, nor what it calls.
+
+    For what keeps state that changes from pass to pass, which a trace would take for constant.
+    """
+    return cast(F, torch.compiler.disable(function))
+
+
+class Current:
+    """The cache of an attached model's pass, one for each thread that runs the model.
+
+    Attributes:
+        handle: by which the operator finds this object.
+    """
+
+    def __init__(self) -> None:
+        self._by_thread = threading.local()
+        self.handle = next(_handles)
+        _alive[self.handle] = self
+
+    @property
+    def cache(self) -> KVCarCache | None:
+        """The cache; None outside of a pass, and where the model was given another cache."""
+        return getattr(self._by_thread, "cache", None)
+
+    @cache.setter
+    def cache(self, cache: KVCarCache | None) -> None:
+        self._by_thread.cache = cache
+
+
+def set_current(module: nn.Module, current: Current | None) -> None:
+    """Tell an attention module where to look; None when its model is detached."""
+    if current is None:
+        module.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        module.__dict__[_ATTRIBUTE] = current
 
 
 def stand_in_for(base: str) -> str:
@@ -54,7 +101,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer; see ``transformers.AttentionInterface`` for the arguments."""
-    current = current_of(module)
+    current: Current | None = getattr(module, _ATTRIBUTE, None)
     cache = None if current is None else current.cache
     layer = getattr(module, "layer_idx", None)
     if current is None or cache is None or layer is None or not cache.codes(layer):
@@ -88,3 +135,35 @@ def _refuse_unknown(dropout: float, kwargs: dict[str, Any]) -> None:
         raise UnsupportedModelError(
             f"the model asks for attention with {', '.join(unknown)}, which kvcar cannot honour in a compressed layer"
         )
+
+
+# A CUDA graph would replay the kernels of one step for ever; the tag makes the compiler cut its graphs around the operator.
+@torch.library.custom_op(
+    "kvcar::attend_layer",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, float scaling, float? softcap, int layer, int handle) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def attend_layer(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, layer: int, handle: int
+) -> Tensor:
+    """``write`` and ``attend`` of a coded layer in one, for compiled models."""
+    current = _alive.get(handle)
+    cache = None if current is None else current.cache
+    if cache is None:
+        raise UnsupportedModelError(
+            "attention was compiled for an attachment that is gone, or runs outside of the model's decoder; call "
+            "torch._dynamo.reset() and run the model again"
+        )
+    # Compiled code uses the memory of its tensors again, while the cache holds on to these to the end of the pass.
+    cache.write(layer, key.clone(), value.clone())
+    return cache.attend(layer, query, scaling, softcap)
+
+
+@attend_layer.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, layer: int, handle: int
+) -> Tensor:
+    del key, value, scaling, softcap, layer, handle
+    batch, heads, tokens, dim = query.shape
+    return query.new_empty(batch, tokens, heads, dim)

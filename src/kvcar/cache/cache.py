@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,17 +13,37 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..bundle import Bundle
 from ..errors import CacheStateError, InputError
-from ..sizes import coded_tokens
 from ..kernels.attend import ExactPast, PagedPast, attend
 from ..kernels.backend import Backend, backend_for
+from ..kernels.rotary import RotaryTable
+from ..registry import Registry
+from ..sizes import coded_tokens
+from .coder import PageCoder
 from .decoded import DecodedPast
 from .encode import encode_oldest
-from .host import Host
 from .layer import CodedLayer
-from .masks import exact_mask, sink_places
-from .pages import PageStore
-from .sequence import SequenceState
-from .views import PageViews
+from .pages import PageStore, PageViews
+from .sequence import SequenceState, exact_mask, sink_places
+
+
+class Host(Protocol):
+    """An attached model, as its caches see it."""
+
+    def check_bundle(self, bundle: Bundle) -> None:
+        """Refuse a bundle of another model."""
+        ...
+
+    def coder(self, bundle: Bundle) -> PageCoder:
+        """Give the bundle made ready for the model's device and dtype."""
+        ...
+
+    def rotary(self, layer: int) -> RotaryTable | None:
+        """Say how a layer rotates its keys; None where it does not."""
+        ...
+
+
+CONTEXT_STORE: Registry[Callable[..., Any]] = Registry("way to store contexts (import kvcar.context.stored)")
+""""save" and "load" of ``kvcar.context``, which registers them; the cache itself knows nothing of files."""
 
 
 class KVCarCache(Cache):
@@ -110,11 +131,11 @@ class KVCarCache(Cache):
 
     def attend(self, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """Attention of a coded layer over what is held and the tokens of the pass under way; ``[B, T, Hq, D]``."""
-        exact, paged = self.past(layer, query, scaling)
+        exact, paged = self.past(layer)
         return attend(query, exact, paged, scaling, softcap, self.backend).transpose(1, 2).contiguous()
 
-    def past(self, layer: int, query: Tensor, scaling: float) -> tuple[ExactPast, PagedPast | None]:
-        """What ``query`` ``[B, Hq, T, D]`` of a coded layer attends to in the pass under way."""
+    def past(self, layer: int) -> tuple[ExactPast, PagedPast | None]:
+        """Give what queries of a coded layer attend to in the pass under way."""
         assert self._next_state is not None
         exact = self._coded[layer].exact(self._exact_mask())
         assert self._pages is not None
@@ -130,11 +151,22 @@ class KVCarCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Take the keys and values ``[B, H, T, D]`` of a layer; see ``CodedLayer.update``."""
-        if torch.compiler.is_compiling() and layer_idx in self._coded and self._coded[layer_idx].open:
-            # The operator that compiled attention is stores them (``current.attend_layer``).
-            return key_states, value_states
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        """Take the keys and values ``[B, H, T, D]`` of a layer and return what its attention is to be given."""
+        if layer_idx not in self._coded:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        # Where attention is compiled, the operator writes them (``attention.attend_layer``).
+        if not (torch.compiler.is_compiling() and self._coded[layer_idx].open):
+            self.write(layer_idx, key_states, value_states)
+        return key_states, value_states
+
+    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Add the keys and values ``[B, H, T, D]`` of the pass under way to a coded layer: the one way in.
+
+        Raises:
+            AttachError: the model that calls is not attached, so that its attention would miss the past.
+            CacheStateError: the layer is written to twice in one pass.
+        """
+        self._coded[layer].write(key, value)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen by a layer, padding included."""
@@ -205,14 +237,14 @@ class KVCarCache(Cache):
         """Put the tokens of the window through the codec too; later ones fill a window again.
 
         Raises:
-            CacheStateError: keys or values are NaN or infinite, or no pass has shown yet how the model rotates its keys.
+            CacheStateError: keys or values are NaN or infinite, or no model has run over the cache yet.
         """
         self._refuse_if_broken()
         self._drop_unfinished_pass()
         held = self._seen - self._pages.tokens if self._pages is not None else 0
         if not self._coded or held == 0:
             return
-        self._refuse_unknown_rotation()
+        self._refuse_unattached()
         self._broken = True  # unless all of it succeeds
         self._code_oldest(held)
         self._broken = False
@@ -236,9 +268,7 @@ class KVCarCache(Cache):
             InputError: token ids of another shape, or the extra ``store`` is not installed.
             ContextError: the file cannot be written.
         """
-        from ..context import save_context
-
-        save_context(self, Path(path), keep_window, token_ids)
+        CONTEXT_STORE["save"](self, path, keep_window, token_ids)
 
     @classmethod
     def load(
@@ -263,9 +293,7 @@ class KVCarCache(Cache):
             AttachError: no bundle is given and the model is not attached.
             InputError: as for ``KVCarCache``, or the extra ``store`` is not installed.
         """
-        from ..context import load_context
-
-        return load_context(Path(path), model, bundle, window)
+        return CONTEXT_STORE["load"](path, model, bundle, window)
 
     @property
     def batch_size(self) -> int:
@@ -340,13 +368,12 @@ class KVCarCache(Cache):
         if self._broken:
             raise CacheStateError("an earlier pass was interrupted while it stored its tokens; reset the cache")
 
-    def _refuse_unknown_rotation(self) -> None:
-        """A cache that was loaded has no keys to rotate back before its model has run once."""
-        host = self._host
-        if host is None or (self.plan.geometry.rotary and any(host.rotary(layer) is None for layer in self._coded)):
+    def _refuse_unattached(self) -> None:
+        """A cache that was loaded has not met its model yet, and so cannot rotate keys back."""
+        if self._host is None:
             raise CacheStateError(
-                "how the model rotates its keys is not known before its first pass over this cache, so the window "
-                "cannot be coded; run the model over some token first, or save with keep_window=True"
+                "this cache was loaded and its model has not run over it yet, so the window cannot be coded; run the "
+                "model over some token first, or save with keep_window=True"
             )
 
     def _drop_unfinished_pass(self) -> None:

@@ -11,16 +11,29 @@ from torch import Tensor
 
 from ..bundle import Bundle, CodedBlock
 from ..codecs import Codec
+from ..geometry import Kind, Slot
 from ..kernels.attend import Reader
 from ..kernels.encode import AffineEncoder, Writer, encode_pages
-from ..layout import PageUnit, page_layout
 from ..kernels.pack import pack, unpack
-from ..geometry import Kind, Slot
-from .contents import UnitContents
+from ..layout import PageUnit, page_layout
 
 Restore = Callable[[Tensor], Tensor]
 Fetch = Callable[[Slot, bool], Tensor]
 """(slot, before RoPE) -> that slot's vectors of the tokens to encode, ``[B, N, D]``."""
+
+
+@dataclass(frozen=True, eq=False)
+class UnitContents:
+    """Stored values of one unit of the pages.
+
+    Attributes:
+        raw: what is no integer code: float16 ``[B, N, raw]`` of a coded unit (dynamic scales, 16-bit latents), or all
+            of a lossless one, ``[B, N, W]`` in the exact dtype.
+        codes: uint8 ``[B, N, R - raw]``; of a lossless unit without columns.
+    """
+
+    raw: Tensor
+    codes: Tensor
 
 
 def exact_dtype(bundle: Bundle, model_dtype: torch.dtype) -> torch.dtype:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheStateError
-from ..kernels.rotary import RotaryTable
 from ..geometry import KINDS, Slot
+from ..kernels.rotary import RotaryTable
 from .coder import PageCoder
 from .layer import CodedLayer
 from .pages import PageStore

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from ..errors import AttachError, CacheStateError
-from ..sizes import window_capacity
 from ..kernels.attend import Buffered, ExactPast
+from ..sizes import window_capacity
 
 
 class CodedLayer(CacheLayerMixin):
@@ -43,21 +43,20 @@ class CodedLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Take the keys and values ``[B, H, T, D]`` of this pass; attention reads the past from the cache itself.
-
-        Raises:
-            AttachError: the model that calls is not attached, so that its attention would miss the past.
-            CacheStateError: the layer is updated twice in one pass.
-        """
+        """Write, as ``Cache`` asks its layers to; attention reads the past from the cache itself."""
         del args, kwargs
+        self.write(key_states, value_states)
+        return key_states, value_states
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        """Take the keys and values ``[B, H, T, D]`` of this pass; see ``KVCarCache.write`` for the errors."""
         if not self.open:
             raise AttachError(
                 "a KVCarCache was given to a model that is not attached to kvcar; call kvcar.attach(model, bundle) first"
             )
         if self.pending is not None:
             raise CacheStateError("a layer stored keys twice in one forward pass; kvcar does not support such models")
-        self.pending = (key_states, value_states)
-        return key_states, value_states
+        self.pending = (key, value)
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""

@@ -1,15 +1,18 @@
-"""The store of packed pages: grows by allocating further arenas, never by copying what it holds."""
+"""Packed pages: a store that grows by further arenas and shares them with forks, and what attention reads of it."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from ..kernels.attend import PagedPast
+from ..kernels.rotary import RotaryTable
 from ..sizes import next_arena_pages
-from .coder import UnitCoder
-from .contents import UnitContents
+from .coder import PageCoder, UnitCoder, UnitContents
+from .sequence import SequenceState
 
 _PAGES_AT_ONCE = 8
 
@@ -28,6 +31,7 @@ class PageStore:
         self._page_bytes, self._page_tokens = page_bytes, page_tokens
         self.arenas: list[Tensor] = []
         self.tokens = 0
+        self._shared: set[int] = set()
 
     @property
     def allocated_pages(self) -> int:
@@ -82,21 +86,23 @@ class PageStore:
             )
 
     def fork(self) -> PageStore:
-        """A store with the same tokens that can be appended to without changing this one."""
+        """A store with the same tokens; whichever of the two writes to an arena that both have copies it first."""
         fork = PageStore(self._units, self._page_bytes, self._page_tokens)
-        # Only the last arena is ever written to again.
-        fork.arenas = [*self.arenas[:-1], *(arena.clone() for arena in self.arenas[-1:])]
-        fork.tokens = self.tokens
+        fork.arenas, fork.tokens = list(self.arenas), self.tokens
+        self._shared = set(range(len(self.arenas)))
+        fork._shared = set(self._shared)
         return fork
 
     def crop(self, tokens: int) -> None:
         """Forget all but the first ``tokens`` tokens; arenas that hold none of them are freed."""
         self.tokens = tokens
         self.arenas = [arena for arena, used in self._used() if used]
+        self._shared = {index for index in self._shared if index < len(self.arenas)}
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every arena by ``change`` of it, which works on the batch axis (0)."""
         self.arenas = [_changed(arena, change, used) for arena, used in self._used()]
+        self._shared = set()
 
     def _used(self) -> Iterator[tuple[Tensor, int]]:
         """Every arena and how many of its pages hold tokens."""
@@ -147,11 +153,19 @@ class PageStore:
             shape = (pages.shape[0], size, self._page_bytes)
             self.arenas.append(torch.zeros(shape, dtype=torch.uint8, device=pages.device))
         first = 0
-        for arena in self.arenas:
+        for index, arena in enumerate(self.arenas):
             low, high = max(start, first), min(start + pages.shape[1], first + arena.shape[1])
             if low < high:
-                arena[:, low - first : high - first] = pages[:, low - start : high - start]
+                self._own(index)[:, low - first : high - first] = pages[:, low - start : high - start]
             first += arena.shape[1]
+
+    def _own(self, index: int) -> Tensor:
+        """An arena that no other store reads."""
+        if index in self._shared:
+            # A new list, by which views notice.
+            self.arenas = [*self.arenas[:index], self.arenas[index].clone(), *self.arenas[index + 1 :]]
+            self._shared.discard(index)
+        return self.arenas[index]
 
 
 def _changed(arena: Tensor, change: Callable[[Tensor], Tensor], used: int) -> Tensor:
@@ -163,3 +177,47 @@ def _changed(arena: Tensor, change: Callable[[Tensor], Tensor], used: int) -> Te
     room = torch.zeros(changed.shape[0], *arena.shape[1:], dtype=arena.dtype, device=arena.device)
     room[:, :used] = changed
     return room
+
+
+class PageViews:
+    """One ``PagedPast`` for each layer: the same object from step to step, so that a kernel can tell that nothing changed.
+
+    Args:
+        sinks: first tokens of each sequence, which are not read from the pages.
+    """
+
+    def __init__(self, sinks: int) -> None:
+        self._sinks = sinks
+        self._known: dict[int, tuple[tuple[object, ...], PagedPast]] = {}
+        self._first: tuple[Tensor, Tensor] | None = None
+
+    def of(
+        self, layer: int, pages: PageStore, state: SequenceState, coder: PageCoder, rotary: RotaryTable | None
+    ) -> PagedPast:
+        """All pages, as attention of a coded layer reads them."""
+        key = (pages.tokens, pages.arenas, state.padding, state.offset, coder, rotary)
+        known = self._known.get(layer)
+        if known is not None and all(map(operator.is_, known[0], key)):
+            return known[1]
+        paged = PagedPast(
+            tiles=pages.arenas,
+            tokens=pages.tokens,
+            first=self._first_read(state.padding),
+            largest_first=state.padding_most + self._sinks,
+            offset=state.offset,
+            key_readers=coder.readers(layer, "key"),
+            value_readers=coder.readers(layer, "value"),
+            rotary=rotary,
+        )
+        self._known[layer] = (key, paged)
+        return paged
+
+    def forget(self) -> None:
+        """Let go of pages that are no longer held."""
+        self._known = {}
+
+    def _first_read(self, padding: Tensor) -> Tensor:
+        """First token of each sequence read here, int64 ``[B]``; one tensor for all layers."""
+        if self._first is None or self._first[0] is not padding:
+            self._first = (padding, padding + self._sinks)
+        return self._first[1]

@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..bundle import Bundle
 from ..errors import CacheStateError
 from .cache import KVCarCache
-from .coder import PageCoder
-from .contents import CacheContents, KeysValues
+from .coder import PageCoder, UnitContents
 from .pages import PageStore
 from .sequence import SequenceState
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class CacheContents:
+    """What a cache holds between two passes.
+
+    Attributes:
+        tokens: tokens seen, padding included (``seen``).
+        paged: those of them that lie in pages; the ``tokens - paged`` after them are in the window.
+        padding, offset: int64 ``[B]``, see ``SequenceState``.
+        units: stored values of the ``paged`` tokens, for every unit of a page in order.
+        exact: by coded layer, keys (after RoPE) and values ``[B, H, sinks + window, D]`` in the exact dtype.
+        plain: by other layer, keys and values ``[B, H, kept, D]`` in the model's dtype; a sliding layer keeps its window
+            less one.
+    """
+
+    tokens: int
+    paged: int
+    padding: Tensor
+    offset: Tensor
+    units: tuple[UnitContents, ...]
+    exact: dict[int, KeysValues]
+    plain: dict[int, KeysValues]
 
 
 @torch.no_grad()
@@ -37,9 +63,7 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
     )
 
 
-def cache_of(
-    contents: CacheContents, bundle: Bundle, coder: PageCoder, window: int | None
-) -> KVCarCache:
+def cache_of(contents: CacheContents, bundle: Bundle, coder: PageCoder, window: int | None) -> KVCarCache:
     """A cache that holds ``contents``, on the device of ``coder``; raises InputError as ``KVCarCache`` does."""
     cache, device = KVCarCache(bundle, window), coder.device
     cache._state = SequenceState(0, device)

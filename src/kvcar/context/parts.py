@@ -9,8 +9,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ..cache.coder import PageCoder
-from ..cache.contents import CacheContents, UnitContents
+from ..cache.coder import PageCoder, UnitContents
+from ..cache.snapshot import CacheContents
 from ..errors import ContextError
 from ..layout import PageUnit
 from ..plan import RAW_BITS, Plan

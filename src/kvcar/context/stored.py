@@ -13,10 +13,9 @@ from transformers import PreTrainedModel
 
 from ..bundle import Bundle
 from ..cache.attach import attachment_of
-from ..cache.cache import KVCarCache
+from ..cache.cache import CONTEXT_STORE, KVCarCache
 from ..cache.coder import PageCoder
-from ..cache.contents import CacheContents
-from ..cache.snapshot import cache_of, contents_of
+from ..cache.snapshot import CacheContents, cache_of, contents_of
 from ..errors import AttachError, CacheStateError, ContextError, InputError
 from ..models.structure import find_decoder
 from ..version import __version__
@@ -46,6 +45,7 @@ def check_store() -> None:
         store_library(name)
 
 
+@CONTEXT_STORE.register("save")
 def save_context(
     cache: KVCarCache, path: str | Path, keep_window: bool = False, token_ids: Tensor | None = None
 ) -> None:
@@ -77,6 +77,7 @@ def save_context(
     write_file(Path(path), _header_of(cache, contents, [part for part, _ in parts]), [data for _, data in parts])
 
 
+@CONTEXT_STORE.register("load")
 def load_context(
     path: str | Path,
     model: PreTrainedModel,

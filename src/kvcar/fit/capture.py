@@ -7,18 +7,16 @@ complete exist at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..errors import FitError
-from ..kernels.rotary import RotaryTable
-from ..models.rotary_probe import RotaryProbe
-from ..models.structure import find_decoder
 from ..geometry import KVGeometry, Slot
+from ..kernels.rotary import RotaryTable
+from ..models.rotation import learn_rotations
+from ..models.structure import WatchingCache, find_decoder
 
 OnBlock = Callable[[int, Tensor], None]
 """(block index, vectors float32 ``[tokens, W]``) -> None, called once per block and window."""
@@ -41,27 +39,12 @@ def capture(
         FitError: keys or values are NaN or infinite.
     """
     parts = find_decoder(model, geometry.layers)
-    probe = RotaryProbe(parts.decoder)
-    tables: dict[int, RotaryTable] = {}
-
-    def note_rotary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del args
-        layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
-        if geometry.rotary and layer in geometry.codable_layers and layer not in tables:
-            tables[layer] = probe.table(kwargs.get("position_embeddings"))
-
-    handles = list(probe.handles)
-    handles += [m.register_forward_pre_hook(note_rotary, with_kwargs=True) for m in parts.attention]
-    try:
-        for window in windows:
-            gather = _BlockGatherer(blocks, sinks, tables, on_block)
-            ids = window[None].to(parts.device)
-            parts.decoder(input_ids=ids, past_key_values=_watching_cache(geometry, gather), use_cache=True)
-            probe.forget()
-            yield len(window) - sinks
-    finally:
-        for handle in handles:
-            handle.remove()
+    tables = learn_rotations(model, geometry)
+    for window in windows:
+        gather = _BlockGatherer(blocks, sinks, tables, on_block)
+        ids = window[None].to(parts.device)
+        parts.decoder(input_ids=ids, past_key_values=WatchingCache(geometry, gather.take), use_cache=True)
+        yield len(window) - sinks
 
 
 class _BlockGatherer:
@@ -88,27 +71,3 @@ class _BlockGatherer:
                 self._on_block(index, torch.cat([self._sides[s.layer, s.kind][s.head] for s in block], dim=-1))
         needed = {s.layer for b, last in zip(self._blocks, self._last_layer, strict=True) if last > layer for s in b}
         self._sides = {key: side for key, side in self._sides.items() if key[0] in needed}
-
-
-class _WatchingLayer(DynamicLayer):
-    """Shows what passes and keeps nothing."""
-
-    def __init__(self, layer: int, gather: _BlockGatherer) -> None:
-        super().__init__()
-        self._layer, self._gather = layer, gather
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        del args, kwargs
-        self._gather.take(self._layer, key_states, value_states)
-        return key_states, value_states
-
-
-def _watching_cache(geometry: KVGeometry, gather: _BlockGatherer) -> Cache:
-    """A cache with a watching layer where the plan may code, and layers that keep nothing special elsewhere."""
-    layers: list[Any] = [
-        _WatchingLayer(layer, gather) if layer in geometry.codable_layers else DynamicLayer()
-        for layer in range(geometry.layers)
-    ]
-    return Cache(layers=layers)

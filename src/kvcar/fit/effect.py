@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..models.attention_hook import AttentionHook
-from ..models.frozen import frozen
+from ..models.attention_hook import AttentionHook, frozen
 from .processes import own_share, total
 from ..progress import OnProgress, counter, silent
 from ..geometry import Kind, KVGeometry

@@ -1,12 +1,13 @@
 """Putting another attention in a model's place for a while, by name, for analysis and training.
 
-Nothing of the model's class is changed: hooks note which layer is being called and how it rotates its keys, and a
-named attention function asks the hook that is in charge.
+Nothing of the model's class is changed: a named attention function asks the hook that is in charge.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 from weakref import WeakKeyDictionary
 
@@ -17,9 +18,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import InputError
-from ..kernels.rotary import RotaryTable
 from ..geometry import KVGeometry
-from .rotary_probe import RotaryProbe
+from ..kernels.rotary import RotaryTable
+from .rotation import learn_rotations
 from .structure import find_decoder
 
 _NAME = "kvcar_hook"
@@ -54,10 +55,6 @@ class AttentionHook(ABC):
             softcap: scores become ``softcap * tanh(score / softcap)`` where given.
         """
 
-    def wants(self, layer: int) -> bool:
-        """Whether ``attend`` will need the layer's rotation."""
-        return layer in self.geometry.codable_layers
-
     def before_rope(self, layer: int, key: Tensor) -> Tensor:
         """Keys ``[B, H, T, D]`` float32 as they were before RoPE, of positions 0 on."""
         return self.tables[layer].unrotate(key, positions_of(key)) if layer in self.tables else key.float()
@@ -72,31 +69,33 @@ class AttentionHook(ABC):
             raise InputError(f"this needs a model with {_BASE} attention, got {self._base!r}")
         AttentionInterface.register(_NAME, _attention)
         AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[_BASE])
-        self._probe = RotaryProbe(self.parts.decoder)
-        self._handles = list(self._probe.handles)
+        if not self.tables:
+            self.tables = learn_rotations(self.model, self.geometry)
         for module in self.parts.attention:
             _current[module] = self
-            self._handles.append(module.register_forward_pre_hook(self._note_rotary, with_kwargs=True))
-        self._handles.append(self.parts.decoder.register_forward_hook(lambda *_: self._probe.forget()))
         self._set_attention(_NAME)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
         for module in self.parts.attention:
             _current.pop(module, None)
         self._set_attention(self._base)
 
-    def _note_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del args
-        layer = int(module.layer_idx)  # pyright: ignore[reportArgumentType]
-        if self.geometry.rotary and layer not in self.tables and self.wants(layer):
-            self.tables[layer] = self._probe.table(kwargs.get("position_embeddings"))
-
     def _set_attention(self, implementation: str) -> None:
         decoder = self.parts.decoder
         (decoder if isinstance(decoder, PreTrainedModel) else self.model).set_attn_implementation(implementation)
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Run a model without gradients for its parameters; afterwards each asks for one as it did before."""
+    asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, before in asked.items():
+            parameter.requires_grad_(before)
 
 
 def positions_of(key: Tensor) -> Tensor:

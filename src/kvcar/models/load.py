@@ -18,9 +18,8 @@ from transformers import (
 
 from ..errors import InputError
 from ..progress import OnProgress, silent
+from .checkpoints import load_gguf, quiet_transformers
 from .demo import ALIAS, demo_folder
-from .gguf import load_gguf
-from .quiet import quiet_transformers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

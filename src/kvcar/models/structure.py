@@ -1,14 +1,19 @@
-"""Finding, in any transformers model, the decoder that a cache passes through and its attention modules."""
+"""Finding, in any transformers model, the decoder that a cache passes through, and seeing its keys and values go by."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedModelError
+from ..geometry import KVGeometry
 
 
 @dataclass(frozen=True)
@@ -75,3 +80,38 @@ def _innermost_with_cache(model: nn.Module, names: list[str]) -> nn.Module:
         if {"past_key_values", "inputs_embeds"} <= inspect.signature(module.forward).parameters.keys():
             return module
     raise UnsupportedModelError(f"no module of {type(model).__name__} takes past_key_values")
+
+
+OnKeysValues = Callable[[int, Tensor, Tensor], None]
+"""(layer, keys after RoPE ``[B, H, T, D]``, values ``[B, H, T, D]``) -> None."""
+
+
+class WatchingCache(Cache):
+    """A cache that shows the keys and values of layers that may be coded, and keeps nothing of them.
+
+    Args:
+        geometry: of the model.
+        on_keys_values: called once for each such layer in a pass.
+    """
+
+    def __init__(self, geometry: KVGeometry, on_keys_values: OnKeysValues) -> None:
+        layers: list[Any] = [
+            _WatchingLayer(layer, on_keys_values) if layer in geometry.codable_layers else DynamicLayer()
+            for layer in range(geometry.layers)
+        ]
+        super().__init__(layers=layers)
+
+
+class _WatchingLayer(DynamicLayer):
+    """Shows what passes and keeps nothing."""
+
+    def __init__(self, layer: int, on_keys_values: OnKeysValues) -> None:
+        super().__init__()
+        self._layer, self._on_keys_values = layer, on_keys_values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        del args, kwargs
+        self._on_keys_values(self._layer, key_states, value_states)
+        return key_states, value_states

@@ -75,10 +75,6 @@ class Simulator(AttentionHook):
         self._stored, self.distances = {}, []
         return self.model(input_ids=ids, use_cache=False).logits
 
-    def wants(self, layer: int) -> bool:
-        """See ``AttentionHook``."""
-        return layer in self._active
-
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
     ) -> Tensor | None:

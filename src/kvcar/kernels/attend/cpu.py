@@ -128,6 +128,8 @@ class NativeJob:
             value_readers=len(values), keys=ctypes.addressof(keys), values=ctypes.addressof(values),
         )  # fmt: skip
         self._reference = ctypes.byref(self._struct)
+        # One struct for all threads that run a model: one of them at a time fills it in and uses it.
+        self._lock = threading.Lock()
 
     def is_for(self, paged: PagedPast) -> bool:
         """Whether it was made for the readers and the rotation of ``paged``."""
@@ -145,6 +147,10 @@ class NativeJob:
         Raises:
             MemoryError: none is left for the kernel's scratch.
         """
+        with self._lock:
+            return self._run(query, exact, paged, scaling, softcap)
+
+    def _run(self, query: Tensor, exact: ExactPast, paged: PagedPast, scaling: float, softcap: float | None) -> Tensor:
         batch, query_heads, tokens, _ = query.shape
         out, job = torch.empty_like(query), self._struct
         job.query, job.out, job.scaling, job.softcap = query.data_ptr(), out.data_ptr(), scaling, softcap or 0.0

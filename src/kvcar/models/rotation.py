@@ -1,0 +1,204 @@
+"""Learning how each layer of a model rotates its keys, from what the model computes rather than from its family.
+
+Where every token of a window is the same, attention is an average of equal values, so all tokens have the same hidden state in
+every layer: their keys before RoPE are equal, and after RoPE they differ by rotation alone. So a guess (angles from a
+rotary module that ran, a pairing of elements, a direction) is right exactly if it makes the window's keys equal.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..geometry import KVGeometry
+from ..kernels.rotary import RotaryStyle, RotaryTable
+from .structure import DecoderParts, WatchingCache, find_decoder
+
+_log = logging.getLogger("kvcar.models")
+
+_WINDOW_TOKENS = 24
+_PROBE_POSITIONS = (0, 1, 100)
+_TOLERANCE = 1e-4
+# Share of a key's size that may depend on the position after the right rotation is taken back. Rounding through many layers
+# of a 16-bit model leaves a few hundredths.
+_LARGEST_REST = 0.1
+# A guess counts as good as the best one within this factor: then the simpler one, or the module's own, is taken.
+_AS_GOOD = 3.0
+
+
+class Rotation(NamedTuple):
+    """One guess: angles per position, a factor, and which elements turn together."""
+
+    inverse_frequency: Tensor
+    attention_scale: float
+    style: RotaryStyle
+
+
+@torch.no_grad()
+def learn_rotations(model: PreTrainedModel, geometry: KVGeometry) -> dict[int, RotaryTable]:
+    """Find the rotation of every layer that may be coded; one pass over a window of a repeated token.
+
+    Args:
+        model: a causal language model; it is only run.
+        geometry: its cache.
+
+    Returns:
+        A table for each layer whose keys rotate; layers with the same rotation share one. A layer that is left out does
+        not rotate its keys, or does so in a way that cannot be undone (the log says which): its keys are coded as they are.
+    """
+    if not geometry.rotary:
+        return {}
+    parts = find_decoder(model, geometry.layers)
+    keys, calls, own = _watched_pass(model, parts, geometry)
+    guesses = {call: _guesses_of(*call_parts) for call, call_parts in calls.items()}
+    tables: dict[tuple[bytes, float, str], RotaryTable] = {}
+    found: dict[int, RotaryTable] = {}
+    for layer, side in keys.items():
+        ordered = [*guesses.get(own.get(layer, ""), ()), *(g for call in guesses for g in guesses[call])]
+        rotation = _best_of(layer, side, ordered)
+        if rotation is not None:
+            key = (rotation.inverse_frequency.cpu().numpy().tobytes(), rotation.attention_scale, rotation.style)
+            if key not in tables:
+                tables[key] = RotaryTable(*rotation)
+            found[layer] = tables[key]
+    return found
+
+
+_Call = tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]
+"""A rotary module and the arguments that chose what it computed."""
+
+
+def _watched_pass(
+    model: PreTrainedModel, parts: DecoderParts, geometry: KVGeometry
+) -> tuple[dict[int, Tensor], dict[str, _Call], dict[int, str]]:
+    """Run the window once.
+
+    Returns:
+        Keys after RoPE ``[H, T, D]`` by layer; what rotary modules were called with, by a name of the call; and by layer
+        the name of the call whose (cos, sin) its attention was given, where that can be seen.
+    """
+    keys: dict[int, Tensor] = {}
+    calls: dict[str, _Call] = {}
+    own: dict[int, str] = {}
+    outputs: dict[int, tuple[Tensor, str]] = {}
+
+    def note_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], Tensor):
+            chosen = (
+                tuple(a for a in args if isinstance(a, str)),
+                {k: v for k, v in kwargs.items() if isinstance(v, str)},
+            )
+            name = f"{id(module)} {chosen}"
+            calls[name] = (module, *chosen)
+            outputs[id(output[0])] = (output[0], name)
+
+    def note_use(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        del args
+        given = kwargs.get("position_embeddings")
+        if isinstance(given, tuple) and id(given[0]) in outputs:
+            own[int(module.layer_idx)] = outputs[id(given[0])][1]  # pyright: ignore[reportArgumentType]
+
+    def take(layer: int, layer_keys: Tensor, values: Tensor) -> None:
+        del values
+        keys[layer] = layer_keys[0]
+
+    rotary = [m for m in parts.decoder.modules() if "rotary" in type(m).__name__.lower()]
+    handles = [m.register_forward_hook(note_call, with_kwargs=True) for m in rotary]
+    handles += [m.register_forward_pre_hook(note_use, with_kwargs=True) for m in parts.attention]
+    ids = torch.ones(1, _WINDOW_TOKENS, dtype=torch.int64, device=parts.device)
+    try:
+        with evaluating(model):
+            parts.decoder(input_ids=ids, past_key_values=WatchingCache(geometry, take), use_cache=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return keys, calls, own
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model without dropout; modules that were in training are again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _best_of(layer: int, keys: Tensor, guesses: list[Rotation]) -> Rotation | None:
+    """The guess that makes the keys ``[H, T, D]`` of equal tokens equal; None for no rotation."""
+    size = float(keys.float().square().mean().sqrt())
+    positions = torch.arange(keys.shape[1], device=keys.device)[None]
+
+    def rest(guess: Rotation | None) -> float:
+        taken_back = keys.float() if guess is None else RotaryTable(*guess).unrotate(keys[None], positions)[0]
+        return float((taken_back - taken_back.mean(1, keepdim=True)).square().mean().sqrt())
+
+    options: list[Rotation | None] = [None, *guesses]
+    rests = [rest(option) for option in options]
+    best = min(rests)
+    if not math.isfinite(best + size):
+        return None  # whoever runs the model refuses NaN with a better message
+    if best > _LARGEST_REST * size:
+        _log.warning(
+            "keys of layer %d depend on the position in a way that kvcar cannot take back (%.0f %% of their size remains); "
+            "they are coded as they are, which takes more bits",
+            layer,
+            100 * best / max(size, 1e-12),
+        )
+        return None
+    return next(o for o, left in zip(options, rests, strict=True) if left <= max(_AS_GOOD * best, 1e-6 * size))
+
+
+def _guesses_of(module: nn.Module, extra: tuple[Any, ...], named: Mapping[str, Any]) -> list[Rotation]:
+    """What a rotary module may do to keys: its own pairing first, then the other one, then both turned backwards."""
+    found = _angles_of(module, extra, named)
+    if found is None:
+        return []
+    frequency, scale, style = found
+    styles: tuple[RotaryStyle, ...] = ("half", "interleaved") if style == "half" else ("interleaved", "half")
+    return [Rotation(sign * frequency, scale, each) for sign in (1, -1) for each in styles]
+
+
+def _angles_of(module: nn.Module, extra: tuple[Any, ...], named: Mapping[str, Any]) -> Rotation | None:
+    """Frequencies behind a module's (cos, sin): the buffer of its own that, times the position, gives its angles."""
+    buffers = [b for n, b in module.named_buffers() if "inv_freq" in n and "original" not in n]
+    if not buffers:
+        return None
+    device = buffers[0].device
+    positions = torch.tensor([_PROBE_POSITIONS], device=device)
+    # `forward` itself, so that the probing call does not come back through hooks.
+    cos, sin = module.forward(torch.zeros(1, device=device), positions, *extra, **named)
+    pairs = _once_each(cos[0].double(), sin[0].double())
+    if pairs is None:
+        return None
+    style, cos, sin = pairs
+    scale = float(cos[0, 0])
+    for buffer in buffers:
+        frequency = buffer.double()
+        if frequency.shape != cos.shape[1:]:
+            continue
+        angles = positions[0, :, None] * frequency
+        same = [torch.allclose(f(angles) * scale, c, atol=_TOLERANCE) for f, c in ((torch.cos, cos), (torch.sin, sin))]
+        if all(same):
+            return Rotation(frequency, scale, style)
+    return None
+
+
+def _once_each(cos: Tensor, sin: Tensor) -> tuple[RotaryStyle, Tensor, Tensor] | None:
+    """The pairing that repeated angles suggest, and cos and sin once for each pair ``[positions, F]``."""
+    half = cos.shape[-1] // 2
+    if torch.equal(cos[:, :half], cos[:, half:]):
+        return "half", cos[:, :half], sin[:, :half]
+    if torch.equal(cos[:, 0::2], cos[:, 1::2]):
+        return "interleaved", cos[:, 0::2], sin[:, 0::2]
+    return None

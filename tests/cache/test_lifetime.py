@@ -1,0 +1,107 @@
+"""What caches and attachments share, and when they go."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from bundles import by_hand, exact, fitted
+from tiny import tiny_model, token_ids
+
+import kvcar
+from kvcar.cache.attach import attachment_of
+from kvcar.cache.cache import KVCarCache
+from kvcar.cache.snapshot import fork_of
+from kvcar.geometry import Slot
+
+
+def filled(model, bundle, tokens, batch=1, window=None):
+    cache = KVCarCache(bundle, window)
+    with torch.no_grad():
+        model(input_ids=token_ids(tokens, batch), past_key_values=cache)
+    return cache
+
+
+def go_on(model, cache, count, seed):
+    with torch.no_grad():
+        return model(input_ids=token_ids(count, cache.batch_size, seed), past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("cropped", [0, 1, 90, 150])
+def test_a_fork_and_its_origin_do_not_change_each_other(cropped):
+    model = tiny_model("llama")
+    bundle = fitted(model, times_smaller=3)
+    with kvcar.attach(model, bundle):
+        origin, twin = filled(model, bundle, 300), filled(model, bundle, 300)
+        fork = fork_of(origin)
+        before = [arena.clone() for arena in fork._pages.arenas]
+        if cropped:
+            origin.crop(-cropped)
+            twin.crop(-cropped)
+        torch.testing.assert_close(go_on(model, origin, 200, 5), go_on(model, twin, 200, 5), atol=0, rtol=0)
+        assert all(torch.equal(a, b) for a, b in zip(fork._pages.arenas, before, strict=True))
+        alone = filled(model, bundle, 300)
+        torch.testing.assert_close(go_on(model, fork, 200, 6), go_on(model, alone, 200, 6), atol=0, rtol=0)
+
+
+def test_a_fork_shares_pages_until_one_of_the_two_writes_to_them():
+    model = tiny_model("llama")
+    bundle = fitted(model, times_smaller=3)
+    with kvcar.attach(model, bundle):
+        origin = filled(model, bundle, 200)
+        fork = fork_of(origin)
+        assert all(a is b for a, b in zip(origin._pages.arenas, fork._pages.arenas, strict=True))
+        go_on(model, fork, 64, 1)
+        assert any(a is not b for a, b in zip(origin._pages.arenas, fork._pages.arenas, strict=False))
+
+
+def test_threads_on_one_attached_model_each_have_their_own_cache():
+    model = tiny_model("llama")
+    bundle = by_hand(model, [tuple(Slot(i, h, k) for h in (0, 1) for k in ("key", "value")) for i in range(4)])
+    prompts = [token_ids(40 + 25 * i, seed=i) for i in range(4)]
+    got, wrong = {}, []
+
+    def run(index):
+        try:
+            got[index] = model.generate(prompts[index], max_new_tokens=40, do_sample=False)
+        except BaseException as error:
+            wrong.append(error)
+
+    with kvcar.attach(model, bundle):
+        expected = [model.generate(prompt, max_new_tokens=40, do_sample=False) for prompt in prompts]
+        for _ in range(3):
+            threads = [threading.Thread(target=run, args=(i,)) for i in range(len(prompts))]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert not wrong
+            assert all(torch.equal(got[i], expected[i]) for i in range(len(prompts)))
+
+
+def test_a_model_that_is_dropped_while_attached_goes():
+    model = tiny_model("llama")
+    kvcar.attach(model, exact(model))
+    assert attachment_of(model) is not None
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_equal_bundles_are_made_ready_once(tmp_path):
+    model = tiny_model("llama")
+    bundle = fitted(model, times_smaller=3)
+    with kvcar.attach(model, bundle) as attached:
+        again = type(bundle)(bundle.plan, bundle.blocks, bundle.fingerprint, bundle.model, bundle.fit)
+        assert attached.coder(again) is attached.coder(bundle)
+
+
+def test_attaching_says_in_one_line_what_was_attached(caplog):
+    model = tiny_model("gemma3")
+    with caplog.at_level("INFO", logger="kvcar"), kvcar.attach(model, fitted(model, bits=4, layers=(1,))):
+        lines = [record.getMessage() for record in caplog.records if record.name == "kvcar"]
+    assert len(lines) == 1
+    for part in ("times smaller at 512 tokens", "codecs of 0.0 MB", "kernels: ", "exact layers: 0, 2, 3"):
+        assert part in lines[0]
