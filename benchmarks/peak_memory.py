@@ -20,7 +20,7 @@ from kvcar.cache.attach import attach
 from kvcar.cache.cache import KVCarCache
 from kvcar.cache.attach import PREFILL_CHUNK_TOKENS
 from kvcar.errors import InputError
-from kvcar.evaluate.memory import forget_peak, held_elements, resident_bytes, run_child, status_bytes
+from kvcar.evaluate.memory import forget_peak, kept_elements, resident_bytes, run_child, status_bytes
 from kvcar.models.load import load_model
 
 _WARM_UP_TOKENS = 700
@@ -114,7 +114,7 @@ def _child(given: dict[str, Any]) -> MemoryRun:
     cache = new_cache()
     _run(loaded.model, cache, tokens, decode)
     peak = status_bytes("VmHWM")
-    held = cache.stored_bytes() if isinstance(cache, KVCarCache) else held_elements(cache) * loaded.model.dtype.itemsize
+    held = cache.stored_bytes() if isinstance(cache, KVCarCache) else kept_elements(cache) * loaded.model.dtype.itemsize
     return MemoryRun(tokens, peak - before, held)
 
 

@@ -15,7 +15,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcar.errors import InputError
-from kvcar.evaluate.memory import held_bytes
+from kvcar.evaluate.memory import kept_bytes
 from kvcar.geometry import BFLOAT16_BYTES, KINDS, Kind, KVGeometry
 from kvcar.kernels.rotary import RotaryTable
 
@@ -61,7 +61,7 @@ class BaselineCache(Cache):
         seen = self._full[0].get_seq_length()
         elements = len(self._full) * self._geometry.kv_heads * self._geometry.head_dim
         exact = sum(self._method.places[kind].exact(seen) for kind in KINDS) * elements * BFLOAT16_BYTES
-        return exact + -(-self._code_bits // 8) + held_bytes(Cache(layers=list(self._sliding)))
+        return exact + -(-self._code_bits // 8) + kept_bytes(Cache(layers=list(self._sliding)))
 
     @torch.no_grad()
     def _code_what_left(self) -> None:

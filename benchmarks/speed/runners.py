@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer
 from kvcar.bundle import Bundle
 from kvcar.cache.cache import KVCarCache
 from kvcar.errors import InputError
-from kvcar.evaluate.memory import held_bytes
+from kvcar.evaluate.memory import kept_bytes
 
 from .device import now
 
@@ -79,7 +79,7 @@ class Runner:
     @property
     def held_bytes(self) -> int:
         """Bytes that it holds, what is floating point in transformers' caches counted as bfloat16."""
-        return self.cache.stored_bytes() if isinstance(self.cache, KVCarCache) else held_bytes(self.cache)
+        return self.cache.stored_bytes() if isinstance(self.cache, KVCarCache) else kept_bytes(self.cache)
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:

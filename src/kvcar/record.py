@@ -88,7 +88,7 @@ class Record:
     provenance: dict[str, Any] = field(default_factory=provenance)
 
     def as_dict(self) -> dict[str, Any]:
-        """Figures at the top level, the rest below names of their own."""
+        """Put figures at the top level, the rest below names of their own."""
         return {"kind": self.kind, **self.figures, "config": self.config, "provenance": self.provenance}
 
     def write(self, path: Path) -> None:

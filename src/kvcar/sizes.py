@@ -28,12 +28,12 @@ SizeOf = Callable[[int, int], int]
 
 
 def next_arena_pages(pages: int) -> int:
-    """Pages to allocate at once when ``pages`` are full: an eighth more, so that waste stays below an eighth."""
+    """Count pages to allocate at once when ``pages`` are full: an eighth more, so that waste stays below an eighth."""
     return max(_FEWEST_PAGES, -(-pages // _GROWTH_DIVISOR))
 
 
 def allocated_pages(pages: int) -> int:
-    """Pages that exist in memory when ``pages`` hold tokens."""
+    """Count pages that exist in memory when ``pages`` hold tokens."""
     total = 0
     while total < pages:
         total += next_arena_pages(total)
@@ -41,29 +41,29 @@ def allocated_pages(pages: int) -> int:
 
 
 def coded_tokens(tokens: int, window: int, page_tokens: int) -> int:
-    """Tokens, of ``tokens`` seen, that lie in pages; full pages leave the window, or every token without one."""
+    """Count the tokens, of ``tokens`` seen, that lie in pages; full pages leave the window, or every token without one."""
     if window == 0:
         return tokens
     return max(0, tokens - window) // page_tokens * page_tokens
 
 
-def window_capacity(held: int) -> int:
-    """Tokens that a window's buffer has room for when it holds ``held``."""
-    return -(-held // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
+def window_capacity(tokens: int) -> int:
+    """Count the tokens that a window's buffer has room for when ``tokens`` are in it."""
+    return -(-tokens // WINDOW_STEP_TOKENS) * WINDOW_STEP_TOKENS
 
 
 def exact_element_bytes(plan: Plan, model_bytes: int) -> int:
-    """Bytes of an element kept exactly, for a model that computes in ``model_bytes`` bytes per element."""
+    """Count the bytes of an element kept exactly, for a model that computes in ``model_bytes`` bytes per element."""
     return model_bytes if plan.exact_dtype == "model" else BFLOAT16_BYTES
 
 
 def rotary_table_entries(positions: int) -> int:
-    """Entries of the coarse table of angles for ``positions`` positions: a power of two of ``FINE_POSITIONS``."""
+    """Count entries of the coarse table of angles for ``positions`` positions: a power of two of ``FINE_POSITIONS``."""
     return 1 << max(0, -(-positions // FINE_POSITIONS) - 1).bit_length()
 
 
 def table_bytes(plan: Plan, tokens: int, batch: int) -> int:
-    """Bytes of position tables: padding and offset of each sequence, and angles where the model rotates keys.
+    """Count the bytes of position tables: padding and offset of each sequence, and angles where the model rotates keys.
 
     Angles are counted for one kind of rotation of the whole head; rotating less of it takes less.
     """
@@ -74,7 +74,7 @@ def table_bytes(plan: Plan, tokens: int, batch: int) -> int:
 
 
 def stored_bytes(plan: Plan, tokens: int, model_bytes: int, batch: int = 1) -> int:
-    """Bytes of the compressed cache's tensors for ``batch`` sequences of ``tokens`` tokens.
+    """Count the bytes of the compressed cache's tensors for ``batch`` sequences of ``tokens`` tokens.
 
     Counts pages (as allocated), sinks, window (as allocated), position tables, and the ordinary cache of layers that
     are not coded.
@@ -126,12 +126,12 @@ def codecs_in_words(plan: Plan, codec_bytes: int) -> str:
 
 
 def full_size(geometry: KVGeometry) -> SizeOf:
-    """Bytes of the model's own cache in bfloat16."""
+    """Make a function that counts the bytes of the model's own cache in bfloat16."""
     return lambda tokens, batch: geometry.full_bytes(tokens) * batch
 
 
 def compressed_size(plan: Plan, model_bytes: int) -> SizeOf:
-    """Bytes of a compressed cache, everything counted, for a model that computes in ``model_bytes`` per element."""
+    """Make a function that counts the bytes of a compressed cache, everything in it, for a model that computes in ``model_bytes`` per element."""
     return lambda tokens, batch: stored_bytes(plan, tokens, model_bytes, batch)
 
 
@@ -151,7 +151,7 @@ class Fits:
 
 
 def what_fits(size_of: SizeOf, memory_bytes: int, batch: int, tokens: int, max_positions: int) -> Fits:
-    """Longest sequence for ``batch`` and largest batch for ``tokens`` in ``memory_bytes``, weights left out."""
+    """Find the longest sequence for ``batch`` and largest batch for ``tokens`` in ``memory_bytes``, weights left out."""
     longest = _largest(lambda n: size_of(n, batch), memory_bytes, max_positions)
     room = memory_bytes // max(1, size_of(tokens, 1))
     batches = _largest(lambda n: size_of(tokens, n), memory_bytes, 2 * room + 1)
@@ -159,7 +159,7 @@ def what_fits(size_of: SizeOf, memory_bytes: int, batch: int, tokens: int, max_p
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of ``24GiB``, ``512 MiB``, ``80GB`` or a plain number; raises InputError."""
+    """Read the bytes of ``24GiB``, ``512 MiB``, ``80GB`` or a plain number; raises InputError."""
     stripped = text.strip()
     digits = stripped.rstrip("KMGTiB ")
     unit = stripped[len(digits) :].strip()
@@ -173,7 +173,7 @@ def parse_bytes(text: str) -> int:
 
 
 def _largest(size: Callable[[int], int], budget: int, limit: int) -> int:
-    """Largest ``n`` of 0 to ``limit`` whose size is within the budget; sizes never fall as ``n`` grows by much.
+    """Find the largest ``n`` of 0 to ``limit`` whose size is within the budget; sizes never fall as ``n`` grows by much.
 
     Allocation in steps makes sizes wobble a little, so the result of bisection is checked downwards.
     """

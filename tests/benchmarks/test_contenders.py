@@ -11,7 +11,7 @@ from transformers import DynamicCache, QuantizedCache
 import kvcar
 from kvcar.errors import InputError
 from kvcar.evaluate.fidelity import measure_fidelity, stored_bytes
-from kvcar.evaluate.memory import bfloat16_bytes, held_bytes
+from kvcar.evaluate.memory import bfloat16_bytes, kept_bytes
 from kvcar.models.geometry import read_geometry
 
 LAYERS, HEADS, DIM = 4, 2, 16
@@ -33,7 +33,7 @@ def test_the_full_cache_holds_what_bfloat16_takes(family):
     model = tiny_model(family)
     cache = DynamicCache(config=model.config)
     step(model, cache, 100)
-    assert held_bytes(cache) == stored_bytes(cache) == bfloat16_bytes(cache) > 0
+    assert kept_bytes(cache) == stored_bytes(cache) == bfloat16_bytes(cache) > 0
 
 
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])
@@ -43,7 +43,7 @@ def test_quantised_bytes_are_packed_codes_scales_and_zero_points(backend, bits):
     cache = QuantizedCache(backend, model.config, nbits=bits, axis_key=0, axis_value=0, q_group_size=16)
     step(model, cache, 64)  # the first pass is quantised whole, and nothing is unpacked yet
     elements = 2 * LAYERS * HEADS * 64 * DIM
-    assert held_bytes(cache) == elements * bits // 8 + elements // 16 * (2 + 2)
+    assert kept_bytes(cache) == elements * bits // 8 + elements // 16 * (2 + 2)
 
 
 @pytest.mark.parametrize(("tokens", "residual"), [(64, 0), (128, 64), (192, 0), (256, 64), (300, 108)])
@@ -52,7 +52,7 @@ def test_the_residual_counts_as_bfloat16(tokens, residual):
     cache = hqq_contenders(model)[0].make()
     step(model, cache, tokens)
     coded = 2 * LAYERS * HEADS * (tokens - residual) * DIM
-    assert held_bytes(cache) == coded * 4 // 8 + coded // 16 * 4 + 2 * LAYERS * HEADS * residual * DIM * 2
+    assert kept_bytes(cache) == coded * 4 // 8 + coded // 16 * 4 + 2 * LAYERS * HEADS * residual * DIM * 2
 
 
 def test_the_quantised_part_is_read():

@@ -7,7 +7,7 @@ from tiny import tiny_model, token_ids
 from transformers import DynamicCache
 
 from kvcar.cache.attach import attach
-from kvcar.evaluate.memory import Bfloat16Cache, held_bytes, hold_in_bfloat16
+from kvcar.evaluate.memory import Bfloat16Cache, kept_bytes, keep_in_bfloat16
 from kvcar.geometry import Slot
 
 
@@ -34,7 +34,7 @@ def test_its_room_is_less_than_a_step_larger_than_what_it_holds():
     model = tiny_model("llama")
     cache = Bfloat16Cache(model.config)
     logits(model, cache, token_ids(129, batch=2), [64, 64, 1])
-    assert held_bytes(cache) == 129 * 2 * 4 * 2 * 2 * 16 * 2
+    assert kept_bytes(cache) == 129 * 2 * 4 * 2 * 2 * 16 * 2
     assert tensor_bytes(cache) == 192 * 2 * 4 * 2 * 2 * 16 * 2
 
 
@@ -62,7 +62,7 @@ def test_layers_that_a_bundle_does_not_code_hold_bfloat16_too():
     bundle = by_hand(model, blocks, bits=8, window=0)
     with attach(model, bundle) as attachment:
         wide, narrow = attachment.new_cache(), attachment.new_cache()
-        hold_in_bfloat16(narrow)
+        keep_in_bfloat16(narrow)
         a, b = (logits(model, cache, ids, [64, 64]) for cache in (wide, narrow))
     assert torch.allclose(a, b, atol=0.2)
     plain = [cache.stored_bytes_by_part()["plain"] for cache in (wide, narrow)]

@@ -53,7 +53,7 @@ def progress_bars() -> Iterator[OnProgress]:
 
 
 def step_teller() -> Callable[[dict[str, Any]], None]:
-    """Prints, at every validation of a training, where it stands: the mean loss since the last one and what it found."""
+    """Print, at every validation of a training, where it stands: the mean loss since the last one and what it found."""
     losses: list[float] = []
 
     def tell(entry: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ _HEADINGS = (
 
 
 def fidelity_table(results: Mapping[str, Fidelity]) -> Table:
-    """A row for each cache."""
+    """Make a table with a row for each cache."""
     first = next(iter(results.values()))
     table = Table(
         title=f"stepped through the cache, {first.windows} windows of {first.context:,} tokens", title_justify="left"

@@ -63,14 +63,14 @@ def generate(
     given = _prompt(prompt, prompt_file)
     if context is not None and chat:
         raise InputError("a chat template begins a text, so it cannot follow a stored context; leave out --chat")
-    padding, held_before = (0, 0) if context is None else _context_tokens(context)
+    padding, tokens_before = (0, 0) if context is None else _context_tokens(context)
     loaded_bundle = Bundle.load(bundle)
     check_writable(json)
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
-    inputs = _encode(loaded, given, chat, padding, held_before)
+    inputs = _encode(loaded, given, chat, padding, tokens_before)
     tokens = inputs["input_ids"].shape[1]
-    _check_length(held_before + tokens, max_new_tokens, loaded_bundle.plan.geometry.max_positions)
+    _check_length(tokens_before + tokens, max_new_tokens, loaded_bundle.plan.geometry.max_positions)
     torch.manual_seed(seed)
     with attach(loaded.model, loaded_bundle, window) as attachment:
         cache = attachment.new_cache()
@@ -85,20 +85,20 @@ def generate(
             streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True), **sampling,
         )  # fmt: skip
         seconds = time.perf_counter() - began
-        held, stored = cache.get_seq_length(), cache.stored_bytes()
-    full = loaded_bundle.plan.geometry.full_bytes(held)
+        cached, stored = cache.get_seq_length(), cache.stored_bytes()
+    full = loaded_bundle.plan.geometry.full_bytes(cached)
     new = result.shape[1] - tokens
-    before = f"{held_before} stored + " if held_before else ""
+    before = f"{tokens_before} stored + " if tokens_before else ""
     errors.print(
-        f"{before}{tokens} prompt + {new} new tokens in {seconds:.1f} s; cache of {held} tokens: {stored:,} bytes, "
+        f"{before}{tokens} prompt + {new} new tokens in {seconds:.1f} s; cache of {cached} tokens: {stored:,} bytes, "
         f"{full / stored:.2f} times smaller than full (bfloat16); codecs {loaded_bundle.codec_bytes:,} bytes, once",
         highlight=False,
     )
     if json is not None:
         text = loaded.tokenizer.decode(result[0, tokens:], skip_special_tokens=True)
         figures = {
-            "text": text, "context_tokens": held_before, "prompt_tokens": tokens, "new_tokens": new, "seconds": seconds,
-            "cache_tokens": held, "stored_bytes": stored, "full_bytes": full, "times_smaller": full / stored,
+            "text": text, "context_tokens": tokens_before, "prompt_tokens": tokens, "new_tokens": new, "seconds": seconds,
+            "cache_tokens": cached, "stored_bytes": stored, "full_bytes": full, "times_smaller": full / stored,
             "codec_bytes": loaded_bundle.codec_bytes,
         }  # fmt: skip
         config = {"model": model, "bundle": bundle.name, "prompt": given, "seed": seed}
@@ -129,8 +129,8 @@ def _context_tokens(context: Path) -> tuple[int, int]:
     return header.padding[0], header.tokens
 
 
-def _encode(loaded: LoadedModel, prompt: str, chat: bool, padding: int, held: int) -> Any:
-    """Inputs of ``generate``; after ``held`` tokens of a stored context, the mask covers those too."""
+def _encode(loaded: LoadedModel, prompt: str, chat: bool, padding: int, before: int) -> Any:
+    """Make the inputs of ``generate``; after ``before`` tokens of a stored context, the mask covers those too."""
     tokenizer = loaded.tokenizer
     if chat:
         if not tokenizer.chat_template:
@@ -141,13 +141,13 @@ def _encode(loaded: LoadedModel, prompt: str, chat: bool, padding: int, held: in
         )
     else:
         # What begins a text stands at the beginning of the context already.
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not held)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not before)
     if not inputs["input_ids"].shape[1]:
         raise InputError("the prompt has no tokens to continue; give some text")
-    if held:
+    if before:
         import torch
 
-        inputs["attention_mask"] = (torch.arange(held + inputs["input_ids"].shape[1]) >= padding).long()[None]
+        inputs["attention_mask"] = (torch.arange(before + inputs["input_ids"].shape[1]) >= padding).long()[None]
     return inputs.to(loaded.model.device)
 
 

@@ -23,7 +23,7 @@ from ..cache.cache import KVCarCache
 from ..errors import InputError
 from ..progress import OnProgress, counter, silent
 from ..text import Texts, evaluation_texts, token_windows
-from .memory import bfloat16_bytes, held_bytes
+from .memory import bfloat16_bytes, kept_bytes
 
 CHUNK_TOKENS = 64
 _CONTEXT = 2048
@@ -43,7 +43,7 @@ class Estimate:
 
 
 def estimate_figures(x: object, names: Sequence[str]) -> dict[str, float]:
-    """``name`` and ``name_stderr`` of attributes of ``x`` that are estimates, in this order."""
+    """Collect ``name`` and ``name_stderr`` of attributes of ``x`` that are estimates, in this order."""
     figures: dict[str, float] = {}
     for name in names:
         estimate: Estimate = getattr(x, name)
@@ -52,14 +52,14 @@ def estimate_figures(x: object, names: Sequence[str]) -> dict[str, float]:
 
 
 def mean_of(x: Tensor) -> Estimate:
-    """Mean of ``x`` ``[N]``; the standard error of a single token is not known and said to be NaN."""
+    """Take the mean of ``x`` ``[N]``; the standard error of a single token is not known and said to be NaN."""
     if len(x) < 2:
         return Estimate(float(x.mean()), math.nan)
     return Estimate(float(x.mean()), float(x.std() / math.sqrt(len(x))))
 
 
 def ratio_of(nll: Tensor, nll_reference: Tensor) -> Estimate:
-    """Ratio of two perplexities on the same tokens; pairing the tokens makes its error far smaller than theirs."""
+    """Take the ratio of two perplexities on the same tokens; pairing the tokens makes its error far smaller than theirs."""
     return mean_of(nll - nll_reference).exponential()
 
 
@@ -68,13 +68,13 @@ class CountsBytes(Protocol):
     """A cache that says itself what it stores, as ``KVCarCache`` does."""
 
     def stored_bytes(self) -> int:
-        """Bytes of everything that this cache stores, or would store, for the tokens it has seen."""
+        """Count the bytes of everything that this cache stores, or would store, for the tokens it has seen."""
         ...
 
 
 def stored_bytes(cache: Cache) -> int:
-    """Bytes of any cache: its own count where it has one, the tensors it holds where it is one of transformers'."""
-    return cache.stored_bytes() if isinstance(cache, CountsBytes) else held_bytes(cache)
+    """Count the bytes of any cache: as it does itself, or its tensors where it is one of transformers'."""
+    return cache.stored_bytes() if isinstance(cache, CountsBytes) else kept_bytes(cache)
 
 
 @dataclass
@@ -255,13 +255,13 @@ def measure_fidelity(
 
 
 def _chunks(window: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token ids of each chunk and the tokens that follow them (one fewer at the end of the window)."""
+    """Cut into token ids of each chunk and the tokens that follow them (one fewer at the end of the window)."""
     for start in range(0, len(window), chunk):
         yield window[start : start + chunk], window[start + 1 : start + chunk + 1]
 
 
 def step_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
-    """Logits ``[T, V]`` of one step over ``ids`` int64 ``[T]``, which the cache then holds too."""
+    """Compute logits ``[T, V]`` of one step over ``ids`` int64 ``[T]``, which are in the cache then."""
     return model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
 
 
@@ -289,7 +289,7 @@ def _summarise(
 
 
 def fidelity_figures(f: Fidelity) -> dict[str, Any]:
-    """Figures for a record; names carry units, divergences are in nats per token."""
+    """Collect figures for a record; names carry units, divergences are in nats per token."""
     names = ("perplexity", "perplexity_full", "perplexity_ratio", "kl_divergence", "same_top")
     return estimate_figures(f, names) | {
         "kl_divergence_worst_1_percent": f.kl_divergence_worst_1_percent,

@@ -23,50 +23,50 @@ from ..geometry import BFLOAT16_BYTES
 from ..models.load import load_model
 
 # Where layers of transformers keep tokens; masks and sizes that they also keep as tensors are no part of the cache.
-_HELD = ("keys", "values", "_quantized_keys", "_quantized_values")
+_KEPT = ("keys", "values", "_quantized_keys", "_quantized_values")
 # Little, because room that is not filled yet counts against the full cache that it is measured for.
 _ROOM_STEP_TOKENS = 64
 _FILL_CHUNK_TOKENS = 64
 
 
-def held_elements(cache: Cache) -> int:
-    """Elements of all keys and values that a cache of transformers holds."""
+def kept_elements(cache: Cache) -> int:
+    """Count elements of all keys and values in a cache of transformers."""
     sides = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     return sum(side.numel() for side in sides if side is not None)
 
 
 def bfloat16_bytes(cache: Cache) -> int:
-    """Bytes that they take in bfloat16, whatever dtype the model runs in."""
-    return held_elements(cache) * BFLOAT16_BYTES
+    """Count the bytes that they take in bfloat16, whatever dtype the model runs in."""
+    return kept_elements(cache) * BFLOAT16_BYTES
 
 
-def held_bytes(cache: Cache) -> int:
-    """Bytes of every tensor in which a cache of transformers holds tokens, quantised or not.
+def kept_bytes(cache: Cache) -> int:
+    """Count the bytes of every tensor in which a cache of transformers keeps tokens, quantised or not.
 
     Packed codes count as they are. Whatever is floating point (keys, values, the residual, scales, zero points) counts
     as in a model that runs in bfloat16, as the full cache does.
     """
-    return sum(_tensor_bytes(getattr(layer, name, None)) for layer in cache.layers for name in _HELD)
+    return sum(_tensor_bytes(getattr(layer, name, None)) for layer in cache.layers for name in _KEPT)
 
 
-def _tensor_bytes(held: object) -> int:
-    """Of a tensor, of the tensors inside a tensor subclass, or of all in a container."""
-    if isinstance(held, Mapping):
-        return sum(map(_tensor_bytes, held.values()))
-    if isinstance(held, list | tuple):
-        return sum(map(_tensor_bytes, held))
-    if not isinstance(held, Tensor):
+def _tensor_bytes(kept: object) -> int:
+    """Count those of a tensor, of the tensors inside a tensor subclass, or of all in a container."""
+    if isinstance(kept, Mapping):
+        return sum(map(_tensor_bytes, kept.values()))
+    if isinstance(kept, list | tuple):
+        return sum(map(_tensor_bytes, kept))
+    if not isinstance(kept, Tensor):
         return 0
-    flatten = getattr(held, "__tensor_flatten__", None)
+    flatten = getattr(kept, "__tensor_flatten__", None)
     if flatten is not None:
-        return sum(_tensor_bytes(getattr(held, name)) for name in flatten()[0])
-    if held.is_floating_point():
-        return held.numel() * min(held.itemsize, BFLOAT16_BYTES)
-    return held.nbytes
+        return sum(_tensor_bytes(getattr(kept, name)) for name in flatten()[0])
+    if kept.is_floating_point():
+        return kept.numel() * min(kept.itemsize, BFLOAT16_BYTES)
+    return kept.nbytes
 
 
 class Bfloat16Layer(DynamicLayer):
-    """A full layer held in bfloat16, whatever dtype the model computes in.
+    """A full layer in bfloat16, whatever dtype the model computes in.
 
     Attention gets a copy in the model's dtype, which is gone when the layer is done. ``keys`` and ``values`` are views
     ``[B, H, N, D]`` of buffers that grow in steps.
@@ -77,12 +77,12 @@ class Bfloat16Layer(DynamicLayer):
         self._buffers: dict[str, Tensor] = {}
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """As its base does, in bfloat16."""
+        """Begin as its base does, in bfloat16."""
         super().lazy_initialization(key_states, value_states)
         self.keys, self.values = _narrow(self.keys), _narrow(self.values)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add tokens ``[B, H, T, D]``; gives all of them in the dtype of these."""
+        """Add tokens ``[B, H, T, D]``; give all of them in the dtype of these."""
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -95,25 +95,25 @@ class Bfloat16Layer(DynamicLayer):
         super().reset()
         self._buffers.clear()
 
-    def _appended(self, side: str, held: Tensor | None, new: Tensor) -> Tensor:
-        seen = 0 if held is None or held.numel() == 0 else held.shape[2]
+    def _appended(self, name: str, side: Tensor | None, new: Tensor) -> Tensor:
+        seen = 0 if side is None or side.numel() == 0 else side.shape[2]
         total = seen + new.shape[2]
-        buffer = self._buffers.get(side)
-        if buffer is None or not _begins(held, buffer) or buffer.shape[2] < total:
+        buffer = self._buffers.get(name)
+        if buffer is None or not _begins(side, buffer) or buffer.shape[2] < total:
             room = -(-total // _ROOM_STEP_TOKENS) * _ROOM_STEP_TOKENS
             buffer = torch.empty(*new.shape[:2], room, new.shape[3], dtype=torch.bfloat16, device=new.device)
-            if held is not None and seen:
-                buffer[:, :, :seen] = held
-            self._buffers[side] = buffer
+            if side is not None and seen:
+                buffer[:, :, :seen] = side
+            self._buffers[name] = buffer
         buffer[:, :, seen:total] = new
         return buffer[:, :, :total]
 
 
 class Bfloat16SlidingLayer(DynamicSlidingWindowLayer):
-    """A sliding layer that holds its window in bfloat16."""
+    """A sliding layer that keeps its window in bfloat16."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As its base does; what is kept is narrowed afterwards."""
+        """Add tokens as its base does; what is kept is narrowed afterwards."""
         # Joining the kept window with wider tokens widens it for this pass alone.
         given = super().update(key_states, value_states, *args, **kwargs)
         self.keys, self.values = _narrow(self.keys), _narrow(self.values)
@@ -121,15 +121,15 @@ class Bfloat16SlidingLayer(DynamicSlidingWindowLayer):
 
 
 class Bfloat16Cache(DynamicCache):
-    """Transformers' full cache, held in bfloat16 while a model computes in float32."""
+    """Transformers' full cache, in bfloat16 while a model computes in float32."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
-        hold_in_bfloat16(self)
+        keep_in_bfloat16(self)
 
 
-def hold_in_bfloat16(cache: Cache) -> None:
-    """Let the full layers of an empty cache hold bfloat16; layers of other kinds stay as they are."""
+def keep_in_bfloat16(cache: Cache) -> None:
+    """Let the full layers of an empty cache keep bfloat16; layers of other kinds stay as they are."""
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[index] = Bfloat16Layer()
@@ -137,14 +137,14 @@ def hold_in_bfloat16(cache: Cache) -> None:
             cache.layers[index] = Bfloat16SlidingLayer(sliding_window=layer.sliding_window)
 
 
-def _begins(held: Tensor | None, buffer: Tensor) -> bool:
-    """Whether ``held`` is still a view of the buffer; picking sequences makes a tensor of its own of it."""
-    return held is not None and held.data_ptr() == buffer.data_ptr() and len(held) == len(buffer)
+def _begins(side: Tensor | None, buffer: Tensor) -> bool:
+    """Tell whether ``side`` is still a view of the buffer; picking sequences makes a tensor of its own of it."""
+    return side is not None and side.data_ptr() == buffer.data_ptr() and len(side) == len(buffer)
 
 
-def _narrow(held: Tensor | None) -> Tensor | None:
+def _narrow(side: Tensor | None) -> Tensor | None:
     # A copy, also of a narrow view: the wider tensor that it is a part of must not stay.
-    return None if held is None else held.to(torch.bfloat16).contiguous()
+    return None if side is None else side.to(torch.bfloat16).contiguous()
 
 
 def fill_memory(
@@ -201,11 +201,11 @@ def run_child(
 
 
 def status_bytes(field: str) -> int:
-    """A size from the kernel's account of this process, such as VmRSS (resident now) or VmHWM (its peak)."""
+    """Read a size from the kernel's account of this process, such as VmRSS (resident now) or VmHWM (its peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise InputError(f"this system does not tell {field}; peak memory is measured on Linux only")
+    raise InputError(f"this system does not report {field}; peak memory is measured on Linux only")
 
 
 def forget_peak() -> None:
@@ -224,7 +224,7 @@ def trim_heap() -> None:
 
 
 def resident_bytes() -> int:
-    """Resident size of this process without what was freed."""
+    """Read the resident size of this process without what was freed."""
     trim_heap()
     return status_bytes("VmRSS")
 
@@ -237,14 +237,14 @@ def _fill_child(given: dict[str, Any]) -> dict[str, int]:
     batch, wide = int(given["batch"]), loaded.model.dtype == torch.float32
     text_config = loaded.model.config.get_text_config()
     vocabulary = text_config.vocab_size
-    most = text_config.max_position_embeddings // _FILL_CHUNK_TOKENS * _FILL_CHUNK_TOKENS
+    positions = text_config.max_position_embeddings // _FILL_CHUNK_TOKENS * _FILL_CHUNK_TOKENS
 
     def new_cache() -> Cache:
         if attachment is None:
             return Bfloat16Cache(loaded.model.config) if wide else DynamicCache(config=loaded.model.config)
         cache = attachment.new_cache()
         if wide:
-            hold_in_bfloat16(cache)  # its layers that are not coded
+            keep_in_bfloat16(cache)  # its layers that are not coded
         return cache
 
     def step(cache: Cache) -> None:
@@ -255,16 +255,16 @@ def _fill_child(given: dict[str, Any]) -> dict[str, int]:
     for _ in range(8):
         step(warm)
     del warm
-    before, cache, tokens, held, growth = resident_bytes(), new_cache(), 0, 0, 0
-    while tokens < most:
+    before, cache, tokens, stored, growth = resident_bytes(), new_cache(), 0, 0, 0
+    while tokens < positions:
         step(cache)
         grown = resident_bytes() - before
         if grown > int(given["memory"]):
             break
         tokens, growth = tokens + _FILL_CHUNK_TOKENS, grown
-        held = cache.stored_bytes() if isinstance(cache, KVCarCache) else bfloat16_bytes(cache)
+        stored = cache.stored_bytes() if isinstance(cache, KVCarCache) else bfloat16_bytes(cache)
     return {
-        "tokens": tokens, "cache_bytes": held, "resident_growth_bytes": growth, "limited_by_positions": int(tokens >= most)
+        "tokens": tokens, "cache_bytes": stored, "resident_growth_bytes": growth, "limited_by_positions": int(tokens >= positions)
     }  # fmt: skip
 
 

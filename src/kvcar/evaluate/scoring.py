@@ -63,8 +63,8 @@ class Scorer:
             moved = rows.step(start, ids[:, span].tolist())
             if moved is not None:
                 cache.batch_select_indices(torch.tensor(moved, device=self._device))
-            held = (rows.texts, rows.row_of_text, rows.text_of_row)
-            alive, row, one_text = (torch.tensor(x, device=self._device) for x in held)
+            places = (rows.texts, rows.row_of_text, rows.text_of_row)
+            alive, row, one_text = (torch.tensor(x, device=self._device) for x in places)
             given = {"input_ids": ids[one_text, span], "past_key_values": cache, "use_cache": True}
             wanted = targets[alive, span]
             asked = wanted >= 0
@@ -103,7 +103,7 @@ class _Rows:
         return [self._row[text] for text in self.texts]
 
     def step(self, start: int, tokens: Sequence[Sequence[int]]) -> list[int] | None:
-        """Take in the next tokens of all texts; says which old row each new one continues, None where nothing changes."""
+        """Take in the next tokens of all texts; say which old row each new one continues, None where nothing changes."""
         before = len(self.text_of_row)
         self.texts = [text for text, length in enumerate(self._lengths) if length > start]
         self.text_of_row = []
@@ -119,12 +119,12 @@ class _Rows:
 
 
 def _laid_out(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
-    """Ids ``[B, T]`` padded on the right, where padding reaches no token that is scored, and the token to be scored after
+    """Lay out ids ``[B, T]`` padded on the right, where padding reaches no token that is scored, and the token to be scored after
     each, -1 for none.
     """
-    most = max(len(context) + len(continuation) for context, continuation in texts) - 1
-    ids = torch.zeros(len(texts), most, dtype=torch.int64)
-    targets = torch.full((len(texts), most), -1, dtype=torch.int64)
+    longest = max(len(context) + len(continuation) for context, continuation in texts) - 1
+    ids = torch.zeros(len(texts), longest, dtype=torch.int64)
+    targets = torch.full((len(texts), longest), -1, dtype=torch.int64)
     for row, (context, continuation) in enumerate(texts):
         whole = torch.tensor([*context, *continuation])
         ids[row, : len(whole) - 1] = whole[:-1]
@@ -133,7 +133,7 @@ def _laid_out(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
 
 
 def alike_together(texts: Sequence[Text]) -> list[int]:
-    """An order in which texts that begin alike are neighbours, and longer ones come first.
+    """Order texts so that those that begin alike are neighbours, and longer ones come first.
 
     What does not fit into memory fails at once then, and the rows of a batch end at about the same step. Texts begin alike
     if they follow each other and share half of the shorter one.
@@ -151,7 +151,7 @@ def alike_together(texts: Sequence[Text]) -> list[int]:
 
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that two texts begin with."""
+    """Count the tokens that two texts begin with."""
     for place, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             return place

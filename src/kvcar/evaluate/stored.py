@@ -92,7 +92,7 @@ def measure_continuation(
         new_cache: makes an empty cache.
         prefill_chunk: tokens of the context computed at once, with both caches.
         chunk: following tokens fed at once.
-        on_window: told after every window how many are done.
+        on_window: called after every window with how many are done.
 
     Raises:
         InputError: windows that leave nothing to follow.
@@ -153,7 +153,7 @@ def time_context(
 
 
 def continuation_figures(c: Continuation) -> dict[str, Any]:
-    """Figures for a record; names carry units, divergences are in nats per token."""
+    """Collect figures for a record; names carry units, divergences are in nats per token."""
     names = ("perplexity", "perplexity_full", "perplexity_ratio", "kl_divergence", "same_top")
     return estimate_figures(c, names) | {
         "window_kl_divergences": list(c.window_kl_divergences),

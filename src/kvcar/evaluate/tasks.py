@@ -83,7 +83,7 @@ class KVCarLM(_HFLM):
             self._attachment.detach()
 
     def new_cache(self) -> Cache:
-        """An empty cache of the kind that is measured."""
+        """Make an empty cache of the kind that is measured."""
         if self._bundle is None:
             return DynamicCache(config=self.model.config)
         return KVCarCache(self._bundle, self._window, keep_decoded=True)
@@ -91,7 +91,7 @@ class KVCarLM(_HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood and whether it is greedy, of each continuation in ``requests``, in their order."""
+        """Find log-likelihood and whether it is greedy, of each continuation in ``requests``, in their order."""
         size = override_bs or int(self.batch_size)
         texts = [self._cut(context, continuation) for _, context, continuation in requests]
         order = alike_together(texts)
@@ -107,7 +107,7 @@ class KVCarLM(_HFLM):
         return [found[index] for index in range(len(texts))]
 
     def _cut(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
-        """A text's end, as the harness cuts what is longer than the model's positions."""
+        """Take a text's end, as the harness cuts what is longer than the model's positions."""
         kept = self.max_length + 1 - len(continuation)
         if kept < 1:
             raise InputError(
@@ -118,7 +118,7 @@ class KVCarLM(_HFLM):
 
 
 def local_task(path: Path) -> dict[str, Any]:
-    """A task of the harness from a local ``.jsonl`` file.
+    """Make a task of the harness from a local ``.jsonl`` file.
 
     Lines are either ``query``, ``choices``, ``gold`` (PIQA's kind: which choice follows) or ``context_options``,
     ``continuation``, ``gold`` (WinoGrande's kind: after which context the continuation is likelier).
@@ -156,7 +156,7 @@ def local_task(path: Path) -> dict[str, Any]:
 
 
 def run_tasks(lm: KVCarLM, tasks: Sequence[str | Path], limit: int | None = None, seed: int = 0) -> dict[str, Any]:
-    """Zero-shot results by task: ``acc``, ``acc_stderr``, ``acc_norm`` where there is one, ``items``.
+    """Measure zero-shot results by task: ``acc``, ``acc_stderr``, ``acc_norm`` where there is one, ``items``.
 
     Args:
         lm: the model and cache to measure.
