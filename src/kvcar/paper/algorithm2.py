@@ -138,7 +138,9 @@ def l1_distances(
         (upper layer, kind) -> float64 ``[H, H]``, row: head of the upper layer, column: head of the lower.
     """
     geometry = read_geometry(model.config)
-    pairs = [(below, layer, kind) for below, layer in _layer_pairs(geometry) for kind in KINDS]
+    pairs: list[tuple[int, int, Kind]] = [
+        (below, layer, kind) for below, layer in _layer_pairs(geometry) for kind in KINDS
+    ]
     sums = [torch.zeros(geometry.kv_heads, geometry.kv_heads, dtype=torch.float64) for _ in pairs]
     blocks = [
         tuple(Slot(each, head, kind) for each in (below, layer) for head in range(geometry.kv_heads))
