@@ -2,8 +2,8 @@
 
 python benchmarks/attention.py --name cpu
 
-One layer, no model: codes, keys and values are random. Everyone reads memory that no cache still holds, as a model's other layers
-would have left it.
+One layer, no model: codes, keys and values are random. Everyone reads memory that no cache still holds, as a model's
+other layers would have left it.
 """
 
 from __future__ import annotations

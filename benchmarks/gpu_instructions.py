@@ -1,14 +1,15 @@
-"""Instructions of a decode step's kernels on an H100, counted in their machine code: no GPU is needed, and none has run them.
+"""Count the instructions of a decode step's kernels on an H100 in their machine code; no GPU has run them.
 
 python benchmarks/gpu_instructions.py --name NAME
 
-One layer and one sequence of 32,768 tokens at Llama-3.1-8B's shape, all in pages, bfloat16 queries. The kernels are compiled for sm_90,
-disassembled, and every instruction is counted as often as it runs: the loop over blocks of latents or tiles of tokens by its
-length, what a class of planes needs by the share of blocks that have it. The kernels at both ends of a step, over the exact tokens and for merging, are
-left out: they do not grow with the sequence. Assumed: instructions whose predicate is false cost an
-issue too; every warp of the grid runs to its end; latents' bits as in a fit by the profile ``fast`` (shares of the demo model's),
-``wide`` as a block of four heads might have. From these come two times that no H100 can be faster than with this code: the
-schedulers', each issuing an instruction a cycle, and that of the busiest unit. Waiting for memory, banks in conflict and barriers come on top.
+One layer and one sequence of 32,768 tokens at Llama-3.1-8B's shape, all in pages, bfloat16 queries. The kernels are
+compiled for sm_90, disassembled, and every instruction is counted as often as it runs: the loop over blocks of latents
+or tiles of tokens by its length, what a class of planes needs by the share of blocks that have it. The kernels at both
+ends of a step, over the exact tokens and for merging, are left out: they do not grow with the sequence. Assumed:
+instructions whose predicate is false cost an issue too; every warp of the grid runs to its end; latents' bits as in a
+fit by the profile ``fast`` (shares of the demo model's), ``wide`` as a block of four heads might have. From these come
+two times that no H100 can be faster than with this code: the schedulers', each issuing an instruction a cycle, and that
+of the busiest unit. Waiting for memory, banks in conflict and barriers come on top.
 """
 
 from __future__ import annotations
@@ -109,8 +110,8 @@ def _widths(found: Code, classes: list[int]) -> list[int]:
     """Width of the planes that each branch is for.
 
     The widest planes have one branch, the others one to load words and, later, one to unpack them. A branch with few
-    loads may be none in machine code: its loads have predicates then, and count always. So branches that load are told by how many loads
-    they have, and those that do not by their order.
+    loads may be none in machine code: its loads have predicates then, and count always. So branches that load are told
+    by how many loads they have, and those that do not by their order.
     """
     loads = [0] * found.branches
     for _, branch, part in found.parts:

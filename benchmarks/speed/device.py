@@ -13,12 +13,12 @@ import torch
 
 
 def processor_name() -> str:
-    """What the processor calls itself."""
+    """Return the processor's name."""
     return _cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def _cpu_field(name: str) -> str:
-    """What Linux says of the first processor; nothing elsewhere."""
+    """Read a field of the first processor on Linux; nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -33,14 +33,14 @@ def use_threads(threads: int | None) -> None:
 
 
 def device_config(device: torch.device) -> dict[str, Any]:
-    """What of the device belongs into a record, beside its provenance."""
+    """Describe the device for a record."""
     allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor_name()}, {cpu_instructions()}"
     return {"device": name, "usable_cores": len(allowed(0)), "threads": torch.get_num_threads()}
 
 
 def cpu_instructions() -> str:
-    """The widest vectors that torch finds, such as AVX2, and whether bfloat16 is multiplied natively: processors' names do not tell."""
+    """Name the widest vectors that torch finds, such as AVX2, and whether bfloat16 is multiplied natively."""
     flags = f"{_cpu_field('flags')} {_cpu_field('Features')}".split()  # on x86, on ARM
     multiplies_bfloat16 = not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)
     return torch.backends.cpu.get_cpu_capability() + (" with bfloat16" if multiplies_bfloat16 else "")

@@ -1,7 +1,8 @@
 """Kernels of a call, compiled for an H100 (sm_90) down to machine code where there is no GPU.
 
-Launches are caught, their arguments' types taken as the launcher would take them, and the kernels compiled. Needs Triton;
-runs without TRITON_INTERPRET alone. Functions replace what the kernels' modules launch, for the rest of the process.
+Launches are caught, their arguments' types taken as the launcher would take them, and the kernels compiled. Needs
+Triton; runs without TRITON_INTERPRET alone. Functions replace what the kernels' modules launch, for the rest of the
+process.
 """
 
 from __future__ import annotations

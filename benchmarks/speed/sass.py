@@ -1,9 +1,9 @@
 """Machine code of a kernel (sm_90) as instructions by class, and how often each of them runs.
 
-A kernel is a straight line with loops that run a known number of times; in a loop, a forward branch skips what a class of
-planes needs where a block of latents has none. Ahead of the loops a branch may lead past a way out, for programs that have nothing
-to do; it is taken here. Whatever has another shape is refused rather than counted wrongly.
-An instruction counts once for every warp that issues it, whether its predicate holds or not.
+A kernel is a straight line with loops that run a known number of times; in a loop, a forward branch skips what a class
+of planes needs where a block of latents has none. Ahead of the loops a branch may lead past a way out, for programs
+that have nothing to do; it is taken here. Whatever has another shape is refused rather than counted wrongly. An
+instruction counts once for every warp that issues it, whether its predicate holds or not.
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ def _random_block(block: Block, head_dim: int, generator: torch.Generator) -> Co
 class RandomPast:
     """Makes pasts of ``tokens`` tokens for ``batch`` sequences; they share one coder, as a model's caches do.
 
-    Sinks and window are exact and the rest lies in pages of random bytes, in arenas as a cache would have allocated them.
+    Sinks and window are exact and the rest lies in pages of random bytes, in arenas as a cache would have allocated
+    them.
 
     Args:
         bundle: of ``random_bundle``.
@@ -146,7 +147,7 @@ class RandomPast:
         return self._batch * (pages * self.coder.layout.page_bytes + exact)
 
     def operations(self) -> int:
-        """Multiplications and additions of one step as the tiled kernel goes about it: keys decoded, values summed as latents."""
+        """Count multiplications and additions of one step: keys decoded, values summed as latents."""
         geometry = self._plan.geometry
         tokens, heads, dim = self.coded_tokens, geometry.query_heads, geometry.head_dim
         decoded = sum(block.latents * len(block.slots) * dim for block in self._plan.blocks if block.kind == "key")

@@ -1,8 +1,8 @@
-"""Where the bits of a page lie. ``docs/format.md`` describes the same thing in words.
+"""Lay out a page, bit by bit. ``docs/format.md`` describes the same thing in words.
 
-A page holds ``page_tokens`` tokens of everything a cache stores packed. It is a row of segments, one per unit (a
+A page has ``page_tokens`` tokens of everything a cache stores packed. It is a row of segments, one per unit (a
 block, or the exact slots of a mixed layer), each starting at a multiple of 16 bytes. A segment is a row of planes. A
-plane holds ``bits`` bits of a range of latents: byte ``[row, latent]`` packs the tokens ``row``, ``row + rows``, ...
+plane has ``bits`` bits of a range of latents: byte ``[row, latent]`` packs the tokens ``row``, ``row + rows``, ...
 with the first in the lowest bits, ``rows = page_tokens * bits / 8``. Packing along tokens needs no padding of latents
 and unpacks with a shift and a mask, without a gather.
 """
@@ -47,7 +47,7 @@ class SegmentLayout:
         latents: values stored per token: ``R`` and any dynamic scales, or the width ``W`` of a lossless segment.
         raw: leading latents stored as float16, token by token.
         planes: planes of the packed latents.
-        lossless: whether the segment holds ``[page_tokens, W]`` elements of the exact dtype instead.
+        lossless: whether the segment has ``[page_tokens, W]`` elements of the exact dtype instead.
     """
 
     offset: int
@@ -65,7 +65,7 @@ class SegmentLayout:
 
 
 def coded_segment(groups: Sequence[BitGroup], page_tokens: int, offset: int, scale_latents: int = 0) -> SegmentLayout:
-    """Layout of a block with packed or raw latents; dynamic scales come first, as raw latents."""
+    """Lay out a block with packed or raw latents; dynamic scales come first, as raw latents."""
     raw = scale_latents + sum(group.count for group in groups if group.bits == RAW_BITS)
     size = raw * page_tokens * 2
     planes: list[Plane] = []
@@ -78,18 +78,18 @@ def coded_segment(groups: Sequence[BitGroup], page_tokens: int, offset: int, sca
 
 
 def lossless_segment(width: int, element_bytes: int, page_tokens: int, offset: int) -> SegmentLayout:
-    """Layout of slots kept as they are."""
+    """Lay out slots kept as they are."""
     size = page_tokens * width * element_bytes
     return SegmentLayout(offset, size, page_tokens, width, lossless=True)
 
 
 def aligned(offset: int) -> int:
-    """The next multiple of the segment alignment."""
+    """Round up to a multiple of the segment alignment."""
     return -(-offset // SEGMENT_ALIGNMENT_BYTES) * SEGMENT_ALIGNMENT_BYTES
 
 
 def _merge_ranges(groups: Sequence[BitGroup], first: int) -> list[tuple[int, int, int, int]]:
-    """(bits, shift, start, stop) of all planes; neighbouring groups that share a plane width share the plane."""
+    """List (bits, shift, start, stop) of all planes; neighbouring groups that share a plane width share the plane."""
     ranges: list[tuple[int, int, int, int]] = []
     start = first
     for group in groups:
@@ -109,7 +109,7 @@ def _merge_ranges(groups: Sequence[BitGroup], first: int) -> list[tuple[int, int
 
 @dataclass(frozen=True)
 class PageUnit:
-    """What one segment of a page holds: a block of the plan, or the exact slots of a layer that is partly coded.
+    """The contents of one segment of a page: a block of the plan, or the exact slots of a layer that is partly coded.
 
     Attributes:
         slots: slots side by side, ``W = len(slots) * head_dim``.
@@ -131,7 +131,7 @@ class PageLayout:
 
 
 def page_layout(plan: Plan, exact_bytes: int) -> PageLayout:
-    """Layout of the pages of ``plan`` when an exact element takes ``exact_bytes`` bytes."""
+    """Lay out the pages of ``plan`` when an exact element takes ``exact_bytes`` bytes."""
     units: list[PageUnit] = []
     end = 0
     for index, block in enumerate(plan.blocks):

@@ -1,7 +1,7 @@
 """Compiles for an H100 what a call would launch there, with no GPU at hand: ``python gpu_compile.py``.
 
-Prints a line for each kernel: name, shared memory in bytes, registers, bytes spilled. Run without TRITON_INTERPRET, with
-``benchmarks/`` on the path.
+Prints a line for each kernel: name, shared memory in bytes, registers, bytes spilled. Run without TRITON_INTERPRET,
+with ``benchmarks/`` on the path.
 """
 
 from __future__ import annotations

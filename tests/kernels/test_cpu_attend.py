@@ -1,7 +1,6 @@
-"""The C kernel of attention against the specification; its 8-bit decoders; which backend runs."""
+"""The C kernel of attention against the specification; its 8-bit decoders; how it is compiled."""
 
 import gc
-import logging
 import os
 import platform
 from pathlib import Path
@@ -13,8 +12,7 @@ from structures import HEAD_DIM, MODEL, STRUCTURES, paged_past, slots
 from tiny import tiny_model
 
 from kvcar.cache.coder import PageCoder
-from kvcar.errors import InputError, KernelError
-from kvcar.kernels import backend
+from kvcar.errors import KernelError
 from kvcar.kernels.attend import Buffered, ExactPast, attend, cpu, naive
 from kvcar.kernels.attend.cpu_decoders import decoder_in_8_bits, latent_bits
 from kvcar.kernels.native import build, find_compiler, native_library
@@ -56,7 +54,7 @@ def compilers():
     ids=lambda param: f"{Path(param[0].path).name} {param[1]}",
 )
 def without(request, monkeypatch, tmp_path_factory):
-    """What is compiled depends on compiler and CPU: kernels as CPUs get them that lack one of this one's sets of instructions."""
+    """Kernels as CPUs get them that lack one of this one's sets of instructions, by each compiler."""
     compiler, lacking = request.param
     monkeypatch.setenv("KVCAR_KERNEL_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
     monkeypatch.setattr(build, "find_compiler", lambda: compiler)
@@ -109,7 +107,7 @@ def test_older_cpus_get_the_same(without, head_dim, query_heads):
 
 @pytest.mark.parametrize("page_tokens", [64, 96, 128, 256])
 def test_pages_of_several_tiles(without, page_tokens):
-    """Tiles that begin amid a byte's tokens or are not filled; sequences that begin in a page's second tile, or end in its first."""
+    """Tiles that begin amid a byte's tokens or are not filled; sequences that begin or end in any tile of a page."""
     bundle = by_hand(
         MODEL,
         [slots(range(4), "key"), slots(range(4), "value")],
@@ -232,7 +230,7 @@ def test_a_query_that_sees_nothing_gives_zeros():
 
 
 def latents_together(without):
-    """How many latents 8-bit decoders multiply at once on this CPU, lacking ``without`` too: 4 with AVX-512's dot products, 2 with AVX2."""
+    """Latents that 8-bit decoders multiply at once here without a set: 4 with AVX-512's dot products, 2 with AVX2."""
     has = set(build._cpu().split())  # as Linux names them; of other CPUs there is nothing of the kind among it
     if "avx2" not in has or without == "avx2":
         return 0
@@ -296,53 +294,6 @@ def test_sums_of_16_bits_cannot_overflow():
         assert (-own).clamp_min(0).sum(0).max() <= 32767
         start = stop
     assert 2 * start >= 101
-
-
-# Backends
-
-
-@pytest.fixture
-def fresh_choice():
-    backend._backend.cache_clear()
-    backend._log_fallback.cache_clear()
-    yield
-    backend._backend.cache_clear()
-
-
-def test_the_default_on_a_cpu_with_a_compiler_is_c(fresh_choice, monkeypatch, caplog):
-    monkeypatch.delenv(backend.VARIABLE, raising=False)
-    with caplog.at_level(logging.INFO, "kvcar.kernels"):
-        assert backend.backend_for(torch.device("cpu")) == "cpu"
-    assert find_compiler().version in caplog.text
-
-
-def test_without_a_compiler_it_is_pytorch_and_said_so(fresh_choice, monkeypatch, caplog):
-    monkeypatch.delenv(backend.VARIABLE, raising=False)
-    monkeypatch.setattr(backend, "find_compiler", lambda: None)
-    assert backend.backend_for(torch.device("cpu")) == "torch"
-    assert "no C compiler" in caplog.text
-
-
-def test_a_choice_that_cannot_be_is_refused(fresh_choice, monkeypatch):
-    monkeypatch.setenv(backend.VARIABLE, "fast")
-    with pytest.raises(InputError, match="must be one of naive, torch, cpu, triton"):
-        backend.backend_for(torch.device("cpu"))
-    monkeypatch.setenv(backend.VARIABLE, "cpu")
-    with pytest.raises(KernelError, match="the model is on cuda"):
-        backend.backend_for(torch.device("cuda"))
-
-
-@pytest.mark.parametrize("name", ["naive", "torch", "cpu"])
-def test_the_variable_decides(fresh_choice, monkeypatch, name, caplog):
-    coder = PageCoder(STRUCTURES["autoencoder"](), torch.device("cpu"), torch.float32)
-    paged = paged_past(coder, 0, 100, 1, rotary("half"), [0])  # packed by the default backend, which is told too
-    monkeypatch.setenv(backend.VARIABLE, name)
-    query, exact = torch.randn(1, 4, 1, 16), ExactPast(torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3, 16), None)
-    with caplog.at_level(logging.INFO, "kvcar.kernels"):
-        got = attend(query, exact, paged, 0.25)
-    assert f"kernels on cpu: {name}" in caplog.text
-    assert ("does not support this: a codec is not affine" in caplog.text) == (name == "cpu")
-    torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
 
 
 def test_kernels_are_compiled_once_into_the_folder_that_is_named(monkeypatch, tmp_path):

@@ -1,15 +1,16 @@
 """The registry of kernels: which implementations an operation has, and which of them runs.
 
-An implementation registers with its ``Operation`` under the name of a backend, in a file of the operation's folder that is
-named after the backend (PyTorch's and the specification's are always imported, the others when they are first asked for):
+An implementation registers with its ``Operation`` under the name of a backend, in a file of the operation's folder that
+is named after the backend (PyTorch's and the specification's are always imported, the others when they are first asked
+for):
 
 - ``naive``: the specification, slow.
 - ``torch``: PyTorch alone, on any device; takes whatever another backend has no implementation for.
 - ``cpu``: compiled C. The default on CPUs with a C compiler.
 - ``triton``: Triton. The default on GPUs where Triton is installed.
 
-The device chooses the backend (``backend_for``), ``KVCAR_KERNELS`` overrides it. The choice, and every input that a kernel
-does not support, is logged once.
+The device chooses the backend (``backend_for``), ``KVCAR_KERNELS`` overrides it. The choice, and every input that a
+kernel does not support, is logged once.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Operation:
     def register(
         self, backend: Backend, *cases: str, unsupported: Callable[..., str | None] | None = None
     ) -> Callable[[_Run], _Run]:
-        """Return a decorator that makes a function the implementation of ``backend`` for ``cases``; for all if none is named."""
+        """Return a decorator that registers a function for ``backend`` and ``cases``, for all cases if none is named."""
 
         def registered(run: _Run) -> _Run:
             own = Implementation(run, unsupported)  # pyright: ignore[reportArgumentType]
@@ -84,7 +85,7 @@ class Operation:
         return found
 
     def choose(self, backend: Backend, case: str, *inputs: object) -> Callable[..., torch.Tensor]:
-        """Return the function that computes ``case``: the backend's, or PyTorch's where it has none or cannot take ``inputs``.
+        """Choose the function for ``case``: the backend's, or PyTorch's where it has none or cannot take ``inputs``.
 
         Args:
             backend: of ``backend_for``.
@@ -164,7 +165,7 @@ def _refuse_missing(name: Backend, device: str, interpreted: str) -> None:
         raise KernelError(f"{VARIABLE}=triton, but Triton is not installed; pip install 'kvcar[triton]'")
     if device == "cpu" and interpreted != "1":
         raise KernelError(
-            f"{VARIABLE}=triton runs on a CPU in Triton's interpreter only: set TRITON_INTERPRET=1 too (slow; for tests)"
+            f"{VARIABLE}=triton runs on a CPU in Triton's interpreter only: set TRITON_INTERPRET=1 too (slow)"
         )
 
 

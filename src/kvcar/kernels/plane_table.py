@@ -54,7 +54,7 @@ class PlaneTable:
 
 
 def segment_fields(segment: SegmentLayout, element_bytes: int = _RAW_BYTES) -> Tensor:
-    """Fields int32 ``[5, 3, latents]`` of a segment; ``element_bytes`` are those of a lossless one's elements."""
+    """Make fields int32 ``[5, 3, latents]`` of a segment; ``element_bytes`` are those of a lossless one's elements."""
     fields = _absent(segment.latents)
     elements = segment.latents if segment.lossless else segment.raw
     size = element_bytes if segment.lossless else _RAW_BYTES
@@ -69,7 +69,7 @@ def segment_fields(segment: SegmentLayout, element_bytes: int = _RAW_BYTES) -> T
 
 
 def word_slots(segment: SegmentLayout) -> Tensor:
-    """Slots int64 ``[latents]`` of a coded segment's latents such that every four slots hold latents of the same planes.
+    """Assign slots int64 ``[latents]`` to a coded segment's latents; every four slots have latents of the same planes.
 
     So four latents can be read as a word. They stand there in the order 0, 2, 1, 3, as ``triton_unpack.py`` puts them.
     """
@@ -84,17 +84,18 @@ def word_slots(segment: SegmentLayout) -> Tensor:
 
 
 def spread(fields: Tensor, slots: Tensor) -> Tensor:
-    """Fields of latents ``[..., latents]`` in their slots, whole words of them; nothing in between."""
+    """Put fields of latents ``[..., latents]`` in their slots, whole words of them; nothing in between."""
     out = _absent(-(-(int(slots.max()) + 1) // _WORD) * _WORD)
     out[..., slots] = fields
     return out
 
 
 def word_fields(fields: Tensor) -> Tensor:
-    """Fields int32 ``[4, 5, slots / 4]`` of words from those of latents in their slots, for the four plane widths.
+    """Make fields int32 ``[4, 5, slots / 4]`` of words from those of latents in their slots, for the four plane widths.
 
-    They are the offset of the first latent's byte, the stride, the shift, by how many bytes the last latent's lies behind the first's,
-    and the bits that the class has in the word. Where a word has nothing in a class it reads the page's first bytes, and keeps no bits.
+    They are the offset of the first latent's byte, the stride, the shift, by how many bytes the last latent's lies
+    behind the first's, and the bits that the class has in the word. Where a word has nothing in a class it reads the
+    page's first bytes, and keeps no bits.
     """
     parts = fields[:_ELEMENT].unflatten(-1, (-1, _WORD))
     offset, stride, shift = parts[..., 0].unbind(1)
@@ -112,7 +113,7 @@ def has_elements(fields: Tensor) -> bool:
 
 
 def highest_codes(fields: Tensor) -> Tensor:
-    """The highest code float32 ``[latents]`` that the planes of each latent can hold."""
+    """Find the highest code float32 ``[latents]`` that the planes of each latent have room for."""
     width = torch.tensor(WIDTHS[:_ELEMENT])[:, None]
     return torch.where(fields[:_ELEMENT, 0] >= 0, (2**width - 1) << fields[:_ELEMENT, 2].long(), 0).sum(0).float()
 
@@ -123,7 +124,7 @@ def block_latents(counts: Sequence[int], longest: int) -> int:
 
 
 def joined(parts: Sequence[Tensor], block: int, device: torch.device) -> PlaneTable:
-    """Table of several segments' fields, each filled up to the same number of blocks with latents that have no bits."""
+    """Join several segments' fields, each filled up to the same number of blocks with latents that have no bits."""
     blocks = max(-(-fields.shape[-1] // block) for fields in parts)
     filled = [torch.cat([fields, _absent(blocks * block - fields.shape[-1])], dim=-1) for fields in parts]
     fields = torch.cat(filled, dim=-1)

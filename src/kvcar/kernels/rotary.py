@@ -38,7 +38,7 @@ class RotaryTable:
         return 2 * len(self.inverse_frequency)
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, float32 ``[..., F]``, unscaled, of integer ``positions`` ``[...]``.
+        """Compute cosines and sines, float32 ``[..., F]``, unscaled, of integer ``positions`` ``[...]``.
 
         By angle addition from two small tables; negative positions (padding) count as 0.
         """
@@ -50,7 +50,7 @@ class RotaryTable:
         return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
 
     def tables(self, positions: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(cos, sin) float32 ``[FINE_POSITIONS, F]`` of single steps and (cos, sin) float32 ``[n, F]`` of multiples of
+        """Return (cos, sin) ``[FINE_POSITIONS, F]`` of single steps and (cos, sin) ``[n, F]``, float32, of multiples of
         ``FINE_POSITIONS``, which together reach all positions below ``positions``; not scaled.
         """
         if positions > FINE_POSITIONS * len(self._coarse[0]):
@@ -73,7 +73,7 @@ class RotaryTable:
         return angles.cos().float(), angles.sin().float()
 
     def rotate(self, keys: Tensor, positions: Tensor) -> Tensor:
-        """Rotated keys float32 ``[B, H, N, D]`` of keys before RoPE; ``positions`` is int64 ``[B, N]``."""
+        """Rotate keys before RoPE to float32 ``[B, H, N, D]``; ``positions`` is int64 ``[B, N]``."""
         cos, sin = (part[:, None] for part in self.cos_sin(positions))
         return self._turn(keys.float(), cos * self.attention_scale, sin * self.attention_scale)
 

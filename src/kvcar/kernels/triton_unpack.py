@@ -1,17 +1,18 @@
 """Triton code that unpacks a block of latents of a tile of tokens, and finds a token's page.
 
-Two ways: a byte or element at a time (``unpack_block``), and four latents at a time as 32-bit words (``unpack_words``), for tiles
-of whole pages. A page's tokens are (s, rho): token ``s * step + rho`` with 8 values of ``s`` and ``step = page_tokens / 8``.
-A plane of ``b`` bits has rows ``k * step + rho`` with ``b`` values of ``k``, and a row's byte has the tokens whose ``s`` is ``k``
-modulo ``b``. So whoever takes one ``rho`` and four latents reads every byte of theirs once, ``b`` words a plane, for all 8 tokens.
+Two ways: a byte or element at a time (``unpack_block``), and four latents at a time as 32-bit words (``unpack_words``),
+for tiles of whole pages. A page's tokens are (s, rho): token ``s * step + rho`` with 8 values of ``s`` and ``step =
+page_tokens / 8``. A plane of ``b`` bits has rows ``k * step + rho`` with ``b`` values of ``k``, and a row's byte has
+the tokens whose ``s`` is ``k`` modulo ``b``. So whoever takes one ``rho`` and four latents reads every byte of theirs
+once, ``b`` words a plane, for all 8 tokens.
 
-Planes may start anywhere and rows follow each other without gaps, so the four bytes of a word lie in two aligned words. Which,
-and how far to turn them, depends on the latents and ``rho`` alone, as ``step`` is a multiple of four rows.
+Planes may start anywhere and rows follow each other without gaps, so the four bytes of a word lie in two aligned words.
+Which, and how far to turn them, depends on the latents and ``rho`` alone, as ``step`` is a multiple of four rows.
 
 Imported by the Triton backends alone; needs the extra ``kvcar[triton]``.
 """
 # pyright: basic, reportOperatorIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
-# ruff: noqa: SIM102, RET505, SIM300 - conditions that are known when compiling stand for themselves, and names of constants are upper case.
+# ruff: noqa: SIM102, RET505, SIM300 - conditions known when compiling stand for themselves, constants are upper case.
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 from functools import cache
@@ -28,7 +29,7 @@ _PRODUCT_SIZE = 16
 
 
 def cannot_run_on(device_type: str) -> str | None:
-    """Why kernels cannot run where tensors are, or None if they can."""
+    """Say why kernels cannot run where tensors are, or None if they can."""
     # Triton's own functions were made when it was first imported, ours when this was; both must be interpreted.
     interpreted = isinstance(tl.sum, InterpretedFunction) and isinstance(unpack_block, InterpretedFunction)
     if device_type == "cuda" or interpreted:
@@ -41,13 +42,13 @@ def cannot_run_on(device_type: str) -> str | None:
 
 @triton.jit
 def page_address(pages, page_count, batch, token, seen, PAGE_TOKENS: tl.constexpr):
-    """Addresses int64 ``[N]`` of the pages of tokens ``[N]``, from a table int64 ``[B, page_count]``."""
+    """Look up addresses int64 ``[N]`` of the pages of tokens ``[N]``, from a table int64 ``[B, page_count]``."""
     return tl.load(pages + batch * page_count + token // PAGE_TOKENS, mask=seen, other=0)
 
 
 @triton.jit
 def _plane(address, inside, seen, table, latent, latents, KLASS: tl.constexpr, PAGE_TOKENS: tl.constexpr):
-    """The bits int32 ``[N, BLOCK_R]`` that one plane width adds to the codes; class k is plane width 2**k."""
+    """Read the bits int32 ``[N, BLOCK_R]`` that one plane width adds to the codes; class k is plane width 2**k."""
     BITS: tl.constexpr = 1 << KLASS
     ROWS: tl.constexpr = PAGE_TOKENS * BITS // 8
     field = table + KLASS * 3 * latents + latent
@@ -66,7 +67,7 @@ def _plane(address, inside, seen, table, latent, latents, KLASS: tl.constexpr, P
 
 @triton.jit
 def _elements(address, inside, seen, table, latent, latents, ELEMENT: tl.constexpr):
-    """Elements ``[N, BLOCK_R]`` stored as they are, in their dtype; 0 where a latent is none."""
+    """Read elements ``[N, BLOCK_R]`` stored as they are, in their dtype; 0 where a latent is none."""
     field = table + 4 * 3 * latents + latent
     offset = tl.load(field)
     stride = tl.load(field + latents)
@@ -91,7 +92,7 @@ def unpack_block(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Stored values ``[BLOCK_N, BLOCK_R]`` of one block of latents as OPERAND; 0 for tokens that are not seen.
+    """Unpack stored values ``[BLOCK_N, BLOCK_R]`` of one block of latents as OPERAND; 0 for tokens that are not seen.
 
     Args:
         address: int64 ``[BLOCK_N]`` of each token's page.
@@ -126,7 +127,7 @@ def unpack_block(
 
 @triton.jit
 def code_scale(WORDS: tl.constexpr, OPERAND: tl.constexpr):
-    """What unpacked values must be multiplied by."""
+    """Return what unpacked values must be multiplied by."""
     return HALF_SCALE if WORDS and OPERAND == tl.float16 else 1.0
 
 
@@ -137,10 +138,10 @@ def _turned(x, RIGHT: tl.constexpr):
 
 @triton.jit
 def _place(table, word, words, rho, KLASS: tl.constexpr, STEP: tl.constexpr):
-    """Where words uint32 ``[W, I]`` of a class lie in any page.
+    """Find where words uint32 ``[W, I]`` of a class lie in any page.
 
-    Offsets of both aligned words, bytes from a value of k to the next, which bytes are the first word's, how far to turn
-    right, and the bits of the class.
+    Offsets of both aligned words, bytes from a value of k to the next, which bytes are the first word's, how far to
+    turn right, and the bits of the class.
     """
     field = table + KLASS * WORD_FIELDS * words + word
     offset, stride = tl.load(field), tl.load(field + words)
@@ -155,7 +156,7 @@ def _place(table, word, words, rho, KLASS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def _rows(address, place, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Both aligned words uint32 ``[W, I, 2, ...]`` of rows ``k * step + rho``, k from FIRST on.
+    """Load both aligned words uint32 ``[W, I, 2, ...]`` of rows ``k * step + rho``, k from FIRST on.
 
     There is an axis for each binary digit of k, the lowest first.
     """
@@ -175,7 +176,7 @@ def _rows(address, place, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def _nothing(address, BITS: tl.constexpr):
-    """What ``_rows`` would give, of zeros."""
+    """Give what ``_rows`` would, of zeros."""
     if BITS == 4:
         zero = tl.zeros([address.shape[0], address.shape[1], 2, 2], tl.uint32)
     elif BITS == 2:
@@ -187,7 +188,7 @@ def _nothing(address, BITS: tl.constexpr):
 
 @triton.jit
 def _repeated(x, BITS: tl.constexpr):
-    """``[W, I]`` with an axis of two for each binary digit of a number below BITS."""
+    """Repeat ``[W, I]`` along an axis of two for each binary digit of a number below BITS."""
     if BITS >= 2:
         x = tl.join(x, x)
     if BITS >= 4:
@@ -199,7 +200,7 @@ def _repeated(x, BITS: tl.constexpr):
 
 @triton.jit
 def _class_bits(rows, place, BITS: tl.constexpr):
-    """What a class adds to codes uint32 ``[W, I, 2, 2, 2]``, four latents a word; axes are the digits of s."""
+    """Compute what a class adds to codes uint32 ``[W, I, 2, 2, 2]``, four latents a word; axes are the digits of s."""
     low, high = rows
     _, _, _, keep, turn, mask = place
     keep, turn = _repeated(keep, BITS), _repeated(turn, BITS)
@@ -216,8 +217,9 @@ def _class_bits(rows, place, BITS: tl.constexpr):
 
 @triton.jit
 def _operand(code, has, OPERAND: tl.constexpr):
-    """Codes uint32 ``[..., 2, 2, 2]`` as OPERAND ``[..., 2, 2, 2, 2, 2]``: axes are the digits of the byte, the high one first."""
-    # ``has`` is below 256, which the compiler does not know: it would take the two bytes apart and put them together again.
+    """Turn codes uint32 ``[..., 2, 2, 2]`` into OPERAND ``[..., 2, 2, 2, 2, 2]``, by the byte's digits, high one first."""
+    # ``has`` is below 256, which the compiler does not know: it would take the two bytes apart and put them together
+    # again.
     bytes_of_halves = 0x00FF00FF + (has >> 8).to(tl.uint32)
     even, odd = code & bytes_of_halves, (code >> 8) & bytes_of_halves
     parts = tl.join(
@@ -230,7 +232,7 @@ def _operand(code, has, OPERAND: tl.constexpr):
 def word_places(
     table, block, latents, WIDTHS: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """For each class of planes, 8 bits first, where the words of a block lie in any page; 0 for a class that no block has."""
+    """Find where a block's words lie in any page, for planes of 8, 4, 2 and 1 bits; 0 for a class that no block has."""
     STEP: tl.constexpr = PAGE_TOKENS // 8
     word = block * (BLOCK_R // 4) + tl.arange(0, BLOCK_R // 4)
     rho = tl.arange(0, BLOCK_N // 8) % STEP
@@ -246,7 +248,7 @@ def unpack_words(
     address, places, has, WIDTHS: tl.constexpr, OPERAND: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Codes ``[BLOCK_N, BLOCK_R]`` of a tile of whole pages and a block of latents as OPERAND, divided by ``code_scale``.
+    """Unpack codes ``[BLOCK_N, BLOCK_R]`` of a tile of whole pages as OPERAND, divided by ``code_scale``.
 
     Four latents of a word stand in the order 0, 2, 1, 3, as two of them in a register are then a mask away.
 

@@ -30,10 +30,10 @@ def attend(
 
 
 def case_of(query: Tensor, kv_heads: int, has_pages: bool = True) -> str:
-    """Name the case: "step" for one query token or at most ``STEP_ROWS`` query rows of a KV head over pages, else "chunk".
+    """Name the case: "step" for one query token or at most ``STEP_ROWS`` query rows of a KV head, else "chunk".
 
-    A step reads every byte of the pages for few rows, so kernels unpack, use and forget them. In a chunk's many rows products
-    over whole tiles are faster; without pages there is nothing to unpack.
+    A step reads every byte of the pages for few rows, so kernels unpack, use and forget them. In a chunk's many rows
+    products over whole tiles are faster; without pages there is nothing to unpack.
     """
     rows = query.shape[1] // kv_heads * query.shape[2]
     return "step" if has_pages and (query.shape[2] == 1 or rows <= STEP_ROWS) else "chunk"

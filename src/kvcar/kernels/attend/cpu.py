@@ -1,7 +1,7 @@
 """Decode attention over pages in compiled C, for CPUs: one pass over the packed bytes, split among torch's threads.
 
-For steps, passes of few query tokens. A tile's keys are decoded once for all query heads that share them, rotated and scored
-while they are in cache; values are summed as latents. Keys of models without rotary positions are never decoded.
+For steps, passes of few query tokens. A tile's keys are decoded once for all query heads that share them, rotated and
+scored while they are in cache; values are summed as latents. Keys of models without rotary positions are never decoded.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ _local = threading.local()
 
 
 def _scratch(floats: int) -> Tensor:
-    """Return memory for sums, float32 of at least ``floats`` elements: of this thread, the same for all layers and models."""
+    """Return this thread's memory for sums, float32 of at least ``floats`` elements, the same for all layers."""
     scratch = getattr(_local, "scratch", None)
     if scratch is None or len(scratch) < floats:
         scratch = _local.scratch = torch.empty(floats)

@@ -1,8 +1,9 @@
 """Decoders of a layer as the C kernel takes them, those of keys rounded to 8 bits, and queries in the same order.
 
-Codes are small integers already, so of a product in integers only the decoder is rounded, for every element of a head to its
-own step. Latents of many bits have large codes, under which that error would show; they stay in float. The rounding's effect
-on the middle code of each latent goes into the bias. What is left is a few hundredths of the codes' own rounding noise.
+Codes are small integers already, so of a product in integers only the decoder is rounded, for every element of a head
+to its own step. Latents of many bits have large codes, under which that error would show; they stay in float. The
+rounding's effect on the middle code of each latent goes into the bias. What is left is a few hundredths of the codes'
+own rounding noise.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class NativeReader(ctypes.Structure):
     _fields_ = [
         ("offset", _I64),
         *((name, _I32) for name in ("latents", "planes", "heads", "exact", "stops_stride", "spare")),
-        *((name, _POINTER) for name in ("plane", "head", "matrix", "bias", "narrow", "scale", "stops", "query", "constant")),
-        ("sums", _POINTER),
+        *((name, _POINTER) for name in ("plane", "head", "matrix", "bias", "narrow", "scale", "stops")),
+        *((name, _POINTER) for name in ("query", "constant", "sums")),
     ]  # fmt: skip
 
 
@@ -42,7 +43,8 @@ class Decoder8(NamedTuple):
         exact: leading latents that stay in float.
         rounded: int8 ``[R - exact, D]``.
         scale, bias: float32 ``[D]``.
-        stops: pairs of latents, counted from ``exact`` on, after which sums of 16 bits must be widened; the last is all.
+        stops: pairs of latents, counted from ``exact`` on, after which sums of 16 bits must be widened; the last is
+            all.
     """
 
     exact: int
@@ -75,7 +77,7 @@ def decoder_in_8_bits(matrix: Tensor, bias: Tensor, bits: Tensor) -> Decoder8:
 
 
 def _stops(rounded: Tensor, highest: Tensor) -> list[int]:
-    """Find the pairs after which to widen, so that no sum of codes up to ``highest`` leaves 16 bits, whatever the codes."""
+    """Find the pairs after which to widen, so that no sum of codes up to ``highest`` leaves 16 bits."""
     if len(rounded) % 2:
         rounded = torch.cat([rounded, rounded.new_zeros(1, rounded.shape[1])])
         highest = torch.cat([highest, highest[:1]])
@@ -179,7 +181,7 @@ class NativeDecoders:
         )  # fmt: skip
 
     def _by_head(self, reader: Reader, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Split into decoder ``[heads, R, padded D]`` and bias ``[heads, padded D]``, elements of a head in ``order``."""
+        """Split by head: decoder ``[heads, R, padded D]``, bias ``[heads, padded D]``, elements in ``order``."""
         assert reader.affine is not None
         matrix, bias = reader.affine
         heads, extra = len(reader.heads), self._width - self._head_dim

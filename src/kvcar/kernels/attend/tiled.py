@@ -1,11 +1,12 @@
 """Attention over pages tile by tile with an online softmax; the past's keys and values never exist at once.
 
-In PyTorch, for any device, codec and number of query tokens. Keys are decoded a tile at a time and rotated. Values are summed
-as latents and decoded once per query where that takes fewer multiplications than decoding the tile (one query token: nearly
-always). Keys of models without rotary positions are not decoded either where their decoder is affine: it folds into the query.
+In PyTorch, for any device, codec and number of query tokens. Keys are decoded a tile at a time and rotated. Values are
+summed as latents and decoded once per query where that takes fewer multiplications than decoding the tile (one query
+token: nearly always). Keys of models without rotary positions are not decoded either where their decoder is affine: it
+folds into the query.
 
-Many query rows on a CPU (prefill) go to PyTorch's fused attention: keys and values of a tile are decoded, scores never exist.
-The fused operation returns the log-sum-exp of its scores, with which a tile joins the others.
+Many query rows on a CPU (prefill) go to PyTorch's fused attention: keys and values of a tile are decoded, scores never
+exist. The fused operation returns the log-sum-exp of its scores, with which a tile joins the others.
 """
 
 from __future__ import annotations
@@ -171,7 +172,7 @@ def _fold_query(q: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
 
 
 def _can_fuse(q: Tensor, softcap: float | None) -> bool:
-    """Whether queries ``[B, H, Q, D]`` are many enough, and PyTorch has a fused operation that returns the log-sum-exp."""
+    """Whether queries ``[B, H, Q, D]`` are many enough, and PyTorch has an operation for them."""
     return (
         _FUSED_OPERATION is not None and q.device.type == "cpu" and softcap is None and q.shape[2] >= FEWEST_FUSED_ROWS
     )
@@ -221,7 +222,7 @@ class OnlineSoftmax:
         self._sum += self.weights(scores, mask) @ values
 
     def weights(self, scores: Tensor, mask: Tensor | None) -> Tensor:
-        """Turn a piece's scores into unnormalised weights, in place; all earlier sums are rescaled to the new maximum."""
+        """Turn a piece's scores into unnormalised weights, in place; rescale earlier sums to the new maximum."""
         if self._softcap is not None:
             scores.div_(self._softcap).tanh_().mul_(self._softcap)
         if mask is not None:
@@ -258,7 +259,7 @@ class OnlineSoftmax:
         self._latent[reader] = (latents, mass)
 
     def merge_output(self, output: Tensor, log_sum: Tensor) -> None:
-        """Take in attention over other tokens: its output ``[B, H, Q, D]`` and log-sum-exp of scores ``[B, H, Q, 1]``."""
+        """Take in attention over other tokens: output ``[B, H, Q, D]`` and log-sum-exp ``[B, H, Q, 1]`` of scores."""
         top = torch.maximum(self._maximum, log_sum)
         mine, theirs = torch.exp(self._maximum - top), torch.exp(log_sum - top)
         self._maximum = top

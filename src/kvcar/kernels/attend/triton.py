@@ -1,13 +1,14 @@
 """Attention over pages with Triton: for decoding on a GPU, and under Triton's interpreter for tests on a CPU.
 
 For steps, passes of few query tokens. Imported by the registry when the backend is asked for, as it needs the extra
-``kvcar[triton]``. ``TRITON_INTERPRET=1`` in the environment, before Triton is first imported, runs the kernels on the CPU, slowly.
+``kvcar[triton]``. ``TRITON_INTERPRET=1`` in the environment, before Triton is first imported, runs the kernels on the
+CPU, slowly.
 
 Two launches for a span of tokens, whatever the number of arenas: keys are decoded tile by tile for all query rows of
 their heads, rotated, scored and thrown away; then each split of the span sums the stored values under its own online
-softmax. One more attends to sinks and window, and a last one merges it with all splits by their log-sum-exp and decodes the
-sums once per query row. Where keys need no rotation, queries are taken to the space of the stored values instead and no key
-is decoded. ``docs/kernels.md`` says why in this order.
+softmax. One more attends to sinks and window, and a last one merges it with all splits by their log-sum-exp and decodes
+the sums once per query row. Where keys need no rotation, queries are taken to the space of the stored values instead
+and no key is decoded. ``docs/kernels.md`` says why in this order.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The jitted kernels of attention over pages; ``triton_paged.py`` launches them and ``triton.py`` says what they compute.
+"""The jitted kernels of attention over pages, which ``triton_paged.py`` launches.
 
-Every kernel works on items: rows of a small int32 table that say which heads a program serves through which blocks of
+Every kernel works on items: rows of a small int32 table that say which heads a program computes through which blocks of
 latents. Query rows of a KV head are its query heads times the query tokens; rows of an item are those of its heads
 one after the other.
 """
@@ -31,7 +31,7 @@ def anchor_of(maximum):
 
 @triton.jit
 def _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows):
-    """Row int64 ``[Q]`` of all heads' query rows that an item's own row is."""
+    """Find the row int64 ``[Q]`` of all heads' query rows that an item's own row is."""
     own = row // query_rows
     head = tl.load(heads + head_start + own, mask=row_ok, other=0)
     return (batch * layer_heads + head) * query_rows + (row - own * query_rows)
@@ -50,7 +50,7 @@ def _places(
     table, block, latents, WORDS: tl.constexpr, WIDTHS: tl.constexpr, PAGE_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """What ``_unpack`` needs of a block of latents whatever the tile of tokens."""
+    """Find what ``_unpack`` needs of a block of latents whatever the tile of tokens."""
     return word_places(table, block, latents, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R) if WORDS else 0
 
 
@@ -60,7 +60,7 @@ def _unpack(
     WIDTHS: tl.constexpr, ELEMENT: tl.constexpr, OPERAND: tl.constexpr, PAGE_TOKENS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Stored values ``[BLOCK_N, BLOCK_R]`` of tokens from ``begin`` and a block of latents, divided by ``code_scale``."""
+    """Unpack stored values ``[BLOCK_N, BLOCK_R]`` of tokens from ``begin``, divided by ``code_scale``."""
     if WORDS:
         token = begin + tl.arange(0, BLOCK_N // 8) // (PAGE_TOKENS // 8) * PAGE_TOKENS
         # Pages behind the last are read as it: any codes do for tokens that are not seen.
@@ -78,7 +78,7 @@ def _unpack(
 
 @triton.jit
 def _split_pairs(keys):
-    """First and second elements ``[N, P]`` of pairs whose columns ``[N, 2 P]`` are 8 first ones, 8 second ones, and so on.
+    """Split pairs into first and second elements ``[N, P]``; columns ``[N, 2 P]`` are 8 first ones, 8 second ones, etc.
 
     In that order a thread of the matrix units holds both elements of a pair, where they must be for the next product.
     """
@@ -90,7 +90,7 @@ def _split_pairs(keys):
 
 @triton.jit
 def _angle(fine, coarse, coarse_rows, position, pair, PAIRS: tl.constexpr, FINE: tl.constexpr):
-    """Cosines and sines float32 ``[P]`` of pairs at one position, by angle addition from two small tables."""
+    """Compute cosines and sines float32 ``[P]`` of pairs at one position, by angle addition from two small tables."""
     # A tile may begin in the padding, at a negative position, though nothing is seen there.
     distance = tl.abs(position)
     at_coarse = coarse + (distance // FINE) * PAIRS + pair
@@ -145,11 +145,12 @@ def decode_scores(
     BLOCK_PAIRS: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    """Scores of the tokens ``start`` to ``stop`` through keys that are decoded, rotated and thrown away.
+    """Score the tokens ``start`` to ``stop`` through keys that are decoded, rotated and thrown away.
 
-    A program decodes the keys of TILES tiles of tokens for the heads of one item, once for all their query rows. The decoder's columns are the heads' rotated pairs, in the order of ``_split_pairs`` whatever the model's style, then what is not
-    rotated; the query has its pairs' first elements, their second ones, and the rest.
-    Heads stand side by side in the columns; a query row is zero outside its own head's.
+    A program decodes the keys of TILES tiles of tokens for the heads of one item, once for all their query rows. The
+    decoder's columns are the heads' rotated pairs, in the order of ``_split_pairs`` whatever the model's style, then
+    what is not rotated; the query has its pairs' first elements, their second ones, and the rest. Heads stand side by
+    side in the columns; a query row is zero outside its own head's.
 
     Args:
         scores: float32 ``[B, layer_heads * query_rows, stop - start]``, written.
@@ -282,7 +283,7 @@ def direct_scores(
     BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Scores of the tokens ``start`` to ``stop`` as products of stored values with queries in their space.
+    """Score the tokens ``start`` to ``stop`` by products of stored values with queries in their space.
 
     Args:
         scores: float32 ``[B, layer_heads * query_rows, stop - start]``, written.
@@ -346,7 +347,7 @@ def latent_sums(
     BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """Sums of stored values under the softmax of one split's scores, with an online softmax over its tiles.
+    """Sum stored values under the softmax of one split's scores, with an online softmax over its tiles.
 
     Args:
         sums: float32 ``[B, splits, I, BLOCK_Q, BLOCK_R]``, written: weights are ``exp(score - maximum)``.

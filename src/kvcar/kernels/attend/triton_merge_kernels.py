@@ -43,7 +43,8 @@ def exact_piece(
     """Attend to the tokens kept exactly, not yet normalised.
 
     Args:
-        maximum_out, mass_out: float32 ``[B, H, query_rows]``, written: maximum of the scores, sum of ``exp(score - maximum)``.
+        maximum_out, mass_out: float32 ``[B, H, query_rows]``, written: maximum of the scores, sum of ``exp(score -
+            maximum)``.
         total_out: float32 ``[B, H, query_rows, HEAD_DIM]``, written: values under these weights.
         query: float32 ``[B, H, query_rows, HEAD_DIM]``, scaled; row ``r`` is of query token ``r % query_tokens``.
         keys, values: ``[B, H, tokens, HEAD_DIM]`` of any float dtype, with strides of batch, head and token.
@@ -90,7 +91,7 @@ def exact_piece(
 
 @triton.jit
 def _splits_from(start, splits, split_stride, split_place, row_ok, SPLITS: tl.constexpr):
-    """Places int64 ``[SPLITS, ROWS]`` of rows in splits from ``start`` on, and which of them are there."""
+    """Find places int64 ``[SPLITS, ROWS]`` of rows in splits from ``start`` on, and which of them are there."""
     split = start + tl.arange(0, SPLITS)
     place = split.to(tl.int64)[:, None] * split_stride + split_place[None, :]
     return place, (split < splits)[:, None] & row_ok[None, :]
@@ -101,7 +102,7 @@ def _split_sums(
     sums, stats, split_place, split_stride, splits, row_ok, anchor, column, column_ok,
     SPLITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Sums ``[ROWS, COLUMNS]`` of some columns of a block of latents over all splits, under one anchor."""
+    """Add up ``[ROWS, COLUMNS]`` of some columns of a block of latents over all splits, under one anchor."""
     out = tl.zeros([ROWS, COLUMNS], tl.float32)
     start = 0
     while start < splits:
@@ -138,7 +139,7 @@ def merge_pieces(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Attention output of some columns of one head: splits merged with the exact piece, sums of latents decoded.
+    """Merge splits with the exact piece, decode the sums of latents: the output of some columns of one head.
 
     Args:
         out: ``[B, layer_heads, query_rows, HEAD_DIM]`` of any float dtype, written.

@@ -198,7 +198,7 @@ class ValueSums:
 
 
 def _in_pairs(q: Tensor, rotary: RotaryTable) -> Tensor:
-    """Queries ``[..., D]`` with the elements of a head in the order of ``split_pairs``, scaled as the model scales angles."""
+    """Order the elements of queries ``[..., D]`` as ``split_pairs`` does, scaled as the model scales angles."""
     scale = rotary.attention_scale
     if rotary.style == "half" and scale == 1.0:
         return q
@@ -207,34 +207,34 @@ def _in_pairs(q: Tensor, rotary: RotaryTable) -> Tensor:
 
 
 def precision_of(half: bool) -> str:
-    """See ``Call.precision``."""
+    """Name the precision of products; see ``Call.precision``."""
     return "tf32" if half else "tf32x3"
 
 
 def tile_tokens(call: Call, keys: bool) -> int:
-    """Tokens of a tile: many where programs run in turn."""
+    """Choose the tokens of a tile: many where programs run in turn."""
     return gpu_tile_tokens(call, keys) if call.q.device.type == "cuda" or keys else _INTERPRETER_TILE_TOKENS
 
 
 def gpu_tile_tokens(call: Call, keys: bool) -> int:
-    """Tokens of a tile on a GPU: 64 where a program holds decoded keys or float32 operands, and keys of one page."""
+    """Choose the tokens of a tile on a GPU: 64 of decoded keys, all of one page, or float32 operands."""
     return min(64, call.page_tokens & -call.page_tokens) if keys else 128 if call.half else 64
 
 
 def tiles_of_a_program(programs: int, tiles: int, items: int) -> int:
-    """How many tiles a program takes in turn, so that the machine is full; a power of two, as each is compiled for itself."""
+    """Choose how many tiles a program takes in turn: a power of two, as each is compiled, that fills the machine."""
     return 1 << (-(-tiles // max(1, programs // items)) - 1).bit_length()
 
 
 def programs(device: torch.device) -> int:
-    """Programs that fill the machine."""
+    """Count the programs that fill the machine."""
     if device.type != "cuda":
         return _INTERPRETER_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_PER_PROCESSOR
 
 
 def query_block(rows: int) -> int:
-    """Query rows of a program: a power of two from 4 to 64; matrix units take them as columns of 8."""
+    """Choose the query rows of a program: a power of two from 4 to 64; matrix units take them as columns of 8."""
     return max(4, min(64, 1 << (rows - 1).bit_length()))
 
 
@@ -248,7 +248,7 @@ def _decodes(call: Call, bank: Bank) -> bool:
 
 
 def _fold(call: Call, bank: Bank) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Operand, constant, items and block of query rows of ``direct_scores``."""
+    """Make operand, constant, items and block of query rows of ``direct_scores``."""
     batch, heads, rows = call.q.shape[:3]
     constant = torch.zeros(batch, heads, rows, device=call.q.device)
     parts = []

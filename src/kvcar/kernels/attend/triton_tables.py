@@ -1,4 +1,4 @@
-"""Tables that the Triton kernels read: a layer's readers in banks, where its pages lie, and angles; made once and kept."""
+"""Tables that the Triton kernels read, made once and kept: a layer's readers in banks, where its pages lie, angles."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from ..plane_table import (
 from ..rotary import RotaryTable
 from .inputs import Reader
 
-# Latents of a block. A page of 64 tokens and 64 latents is a word and eight tokens for each of 128 threads; every block of values reads
-# the scores anew, so they come in larger ones, where they are unpacked by words and leave the registers.
+# Latents of a block. A page of 64 tokens and 64 latents is a word and eight tokens for each of 128 threads; every block
+# of values reads the scores anew, so they come in larger ones, where they are unpacked by words and leave the
+# registers.
 LONGEST_BLOCK = 64
 LONGEST_WORD_BLOCK = 128
 # Columns of keys that a program of the decoding kernel has as float32, at most.

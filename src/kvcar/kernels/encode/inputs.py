@@ -17,7 +17,7 @@ ENCODING = Operation("encoding", __package__ or "")
 
 
 class AffineEncoder(NamedTuple):
-    """``(x - centre) @ matrix``, then ``(z - zero) / scale`` rounded: all float32, ``[W, R]``, ``[W]``, ``[R]`` twice."""
+    """``(x - centre) @ matrix``, then ``(z - zero) / scale`` rounded; float32 ``[W, R]``, ``[W]``, ``[R]``, ``[R]``."""
 
     matrix: Tensor
     centre: Tensor

@@ -1,4 +1,4 @@
-"""The specification: codec, quantiser and the packing of ``docs/format.md``, page by page, in plain float32; too slow to run."""
+"""The specification: codec, quantiser and the packing of ``docs/format.md``, page by page, in float32."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Encoding into pages with Triton: matrix product, quantiser and packing of the planes in one launch.
 
-Imported by the registry when the backend is asked for, as it needs the extra ``kvcar[triton]``. ``TRITON_INTERPRET=1`` in the
-environment, before Triton is first imported, runs the kernel on the CPU, slowly.
+Imported by the registry when the backend is asked for, as it needs the extra ``kvcar[triton]``. ``TRITON_INTERPRET=1``
+in the environment, before Triton is first imported, runs the kernel on the CPU, slowly.
 """
 # pyright: basic, reportOperatorIssue=false, reportArgumentType=false
 # ruff: noqa: SIM102 - the outer condition is known when compiling, the inner one is not.
@@ -139,7 +139,8 @@ def encode_block(
     """Encode one page's tokens into one block of latents, quantise, and pack their planes.
 
     A page's tokens are taken as (s, rho): token ``s * STEP + rho`` with 8 values of ``s``, ``STEP = page_tokens / 8``.
-    ``STEP`` is padded to a power of two, so that planes of every width are sums over a leading axis for every page size.
+    ``STEP`` is padded to a power of two, so that planes of every width are sums over a leading axis for every page
+    size.
 
     Args:
         out: uint8 ``[B, pages, size]``, written.

@@ -20,13 +20,14 @@
 
 /* How a segment of the page gives some heads.
  *
- * Keys that rotate: `matrix` is [heads][blocks of COLUMNS][exact latents][COLUMNS], `bias` [heads][padded head dim], `query`
- * [batch][heads of the layer][rows][padded head dim], unscaled, all in the order (first of each rotated pair, second, the rest).
+ * Keys that rotate: `matrix` is [heads][blocks of COLUMNS][exact latents][COLUMNS], `bias` [heads][padded head dim],
+ * `query` [batch][heads of the layer][rows][padded head dim], unscaled, all in the order (first of each rotated pair,
+ * second, the rest).
  * Or, where `narrow` is given, `matrix` is [heads][exact latents][padded head dim] and the decoder of the latents after
- * those is `narrow` [heads][groups of DECODE8_LATENTS latents][padded head dim][DECODE8_LATENTS] times `scale` [heads][padded head dim]; `stops`
- * [heads][stops_stride], count first: see decode8.h.
- * Keys that do not rotate: `matrix` is null, `query` [batch][heads of the layer][rows][latents] holds the decoder already and
- * `constant` [batch][heads of the layer][rows] is what its bias adds to a score.
+ * those is `narrow` [heads][groups of DECODE8_LATENTS latents][padded head dim][DECODE8_LATENTS] times `scale`
+ * [heads][padded head dim]; `stops` [heads][stops_stride], count first: see decode8.h.
+ * Keys that do not rotate: `matrix` is null, `query` [batch][heads of the layer][rows][latents] holds the decoder
+ * already and `constant` [batch][heads of the layer][rows] is what its bias adds to a score.
  * Values: `matrix` [heads][latents][padded head dim], `bias` [heads][padded head dim]; `sums` [batch][splits][heads *
  * rows][padded latents] is written. */
 typedef struct {
@@ -68,13 +69,13 @@ typedef struct {
     int32_t key_readers, value_readers, arenas;
     const Reader *keys, *values;
     const Arena *arena;
-    float *maximum, *mass;                                /* [batch][splits + 1][heads * rows], the last of what is exact */
+    float *maximum, *mass;                             /* [batch][splits + 1][heads * rows], the last of what is exact */
     const float *query;                                /* [batch][heads][rows][head dim] in the model's order */
     const Part *part;                                  /* tokens kept exactly, one part after the other */
     const uint8_t *mask;                               /* null: all may be attended */
     int64_t mask_batch_stride, mask_row_stride, mask_token_stride;
     int32_t mask_rows, parts;                          /* row r of the queries has row r % mask_rows of the mask */
-    float *out;                                        /* [batch][heads][rows][head dim]; holds exact sums meanwhile */
+    float *out;                                        /* [batch][heads][rows][head dim]; has exact sums meanwhile */
 } Job;
 
 typedef struct {
@@ -125,8 +126,8 @@ static void turn_queries(const Job *job, const float *query, int64_t position, f
     }
 }
 
-/* out[i * TILE + t] = score of `rows` rows of queries with `tokens` keys, turned by the cosines `c` and sines `n` of their places:
- * both in one pass where the pairs fill vectors. */
+/* out[i * TILE + t] = score of `rows` rows of queries with `tokens` keys, turned by the cosines `c` and sines `n` of
+ * their places: both in one pass where the pairs fill vectors. */
 static inline __attribute__((always_inline)) void score_keys(
     const int tokens, const int rows, const int pairs, const int width, const float *q, const float *k, const float *c, const float *n,
     float *out)
@@ -245,7 +246,7 @@ static void decode_and_score(const Job *job, const Reader *reader, int b, int64_
     }
 }
 
-/* Scores without decoding: the queries hold the decoder already. */
+/* Scores without decoding: the queries have the decoder already. */
 static void score_folded(const Job *job, const Reader *reader, int b, int low, int high, Scratch *s)
 {
     const int latents = reader->latents, stride = rounded_up(latents);
@@ -284,8 +285,8 @@ static void sum_values(const Job *job, const Reader *reader, int low, int high, 
 
 static int64_t pages_of(const Job *job) { return (job->tokens + job->page_tokens - 1) / job->page_tokens; }
 
-/* Codes of tokens `low` to `high` of a page's segment; the same segment of the page at `next` is called for meanwhile, null: there is none. A page
- * holds all layers, so that a layer's segments are too far apart for the CPU to foresee. */
+/* Codes of tokens `low` to `high` of a page's segment; the same segment of the page at `next` is called for meanwhile,
+ * null: there is none. A page has all layers, so that a layer's segments are too far apart for the CPU to foresee. */
 static void unpack_segment(
     const Reader *reader, const uint8_t *data, const uint8_t *end, const uint8_t *next, int low, int high, uint8_t *codes)
 {
@@ -362,7 +363,8 @@ static int attend_split(const Job *job, int b, int split)
     s.weights = s.turned + turned;
     s.shrink = s.weights + weights;
     s.codes = (uint8_t *)(s.shrink + all);
-    start_rows(all, job->maximum + ((long)b * (job->splits + 1) + split) * all, job->mass + ((long)b * (job->splits + 1) + split) * all);
+    const long statistics = ((long)b * (job->splits + 1) + split) * all;
+    start_rows(all, job->maximum + statistics, job->mass + statistics);
     for (int r = 0; r < job->value_readers; r++) {
         const long size = (long)job->values[r].heads * job->rows * rounded_up(job->values[r].latents);
         memset(job->values[r].sums + ((long)b * job->splits + split) * size, 0, size * sizeof(float));
@@ -395,7 +397,8 @@ static int attend_exact(const Job *job, int b)
     int64_t tokens = 0;
     for (int p = 0; p < job->parts; p++)
         tokens += job->part[p].tokens;
-    float *maximum = job->maximum + ((long)b * (job->splits + 1) + job->splits) * all, *mass = job->mass + ((long)b * (job->splits + 1) + job->splits) * all;
+    const long statistics = ((long)b * (job->splits + 1) + job->splits) * all;
+    float *maximum = job->maximum + statistics, *mass = job->mass + statistics;
     float *room = malloc(sizeof(float) * (rows * tokens + dim));
     if (!room)
         return 1;

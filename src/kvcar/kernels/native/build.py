@@ -1,7 +1,8 @@
 """Compiling the C kernels on first use, for the very CPU they run on.
 
-As Triton and torch.compile do, this needs a C compiler where the library runs; none is needed to install it. What is compiled
-is kept in a cache folder under a name that holds a hash of sources, compiler, flags and CPU, and never anything else.
+As Triton and torch.compile do, this needs a C compiler where the library runs; none is needed to install it. What is
+compiled is kept in a cache folder under a name that holds a hash of sources, compiler, flags and CPU, and never
+anything else.
 """
 
 from __future__ import annotations
@@ -38,26 +39,26 @@ class Compiler:
 
 @cache
 def find_compiler() -> Compiler | None:
-    """The C compiler in the variable CC, or cc, gcc or clang on the path; None where there is none."""
+    """Find the C compiler in the variable CC, or cc, gcc or clang on the path; None where there is none."""
     found = (compiler_at(name) for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name)
     return next((compiler for compiler in found if compiler is not None), None)
 
 
 def compiler_at(name: str) -> Compiler | None:
-    """The compiler of that name or path; None where there is none, or none that runs."""
+    """Find the compiler of that name or path; None where there is none, or none that runs."""
     path = shutil.which(name)
     if path is None:
         return None
     try:
-        told = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=30)
+        found = subprocess.run([path, "--version"], capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
         return None
-    return Compiler(path, (told.stdout.splitlines() or [""])[0])
+    return Compiler(path, (found.stdout.splitlines() or [""])[0])
 
 
 @cache
 def native_library() -> ctypes.CDLL:
-    """The compiled kernels.
+    """Load the kernels, compiled if need be.
 
     Raises:
         KernelError: there is no C compiler, or it fails, or torch was built without OpenMP.
@@ -65,8 +66,8 @@ def native_library() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise KernelError(
-            "the CPU kernels need a C compiler (cc, gcc, clang or the one CC names) and none was found; install one, or "
-            "set KVCAR_KERNELS=torch"
+            "the CPU kernels need a C compiler (cc, gcc, clang or the one CC names) and none was found; install one "
+            "or set KVCAR_KERNELS=torch"
         )
     flags = (*_FLAGS, *_architecture_flags())
     target = _cache_folder() / f"kernels-{_digest(compiler, flags)}.so"
@@ -76,7 +77,7 @@ def native_library() -> ctypes.CDLL:
 
 
 def _load(target: Path) -> ctypes.CDLL:
-    """With torch's threads, which are found by name (``parallel.h``): torch, imported
+    """Load with torch's threads, which are found by name (``parallel.h``): torch, imported
     by whoever has tensors for the kernels, made its OpenMP runtime known to all.
     """
     try:
@@ -88,7 +89,7 @@ def _load(target: Path) -> ctypes.CDLL:
 
 
 def _architecture_flags() -> tuple[str, ...]:
-    """For this CPU; clang on Apple's CPUs calls it otherwise."""
+    """Return flags for this CPU; clang on Apple's CPUs calls it otherwise."""
     return ("-mcpu=native",) if platform.machine() in ("arm64", "aarch64") else ("-march=native",)
 
 
@@ -100,7 +101,7 @@ def _digest(compiler: Compiler, flags: tuple[str, ...]) -> str:
 
 
 def _cpu() -> str:
-    """What tells apart CPUs that need other code; a cache folder may be shared by several machines."""
+    """Describe what distinguishes CPUs that need other code; a cache folder may be shared by several machines."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -111,7 +112,7 @@ def _cpu() -> str:
 
 
 def _cache_folder() -> Path:
-    """Where compiled kernels are kept; a folder of this process alone where that cannot be written to."""
+    """Return where compiled kernels are kept; a folder of this process alone where that cannot be written to."""
     given = os.environ.get(_CACHE_VARIABLE)
     folder = (
         Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcar" / "kernels"

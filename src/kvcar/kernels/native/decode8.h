@@ -1,6 +1,6 @@
-/* Decoding codes with 8-bit decoders: codes (unsigned) times decoder (signed). AVX-512's dot products of bytes do it in decode8_wide.h; AVX2
- * takes two latents at a time, in 16-bit sums that are widened before they can overflow: `stops` says where, worked out from the
- * decoder itself. Elsewhere decoders stay float. */
+/* Decoding codes with 8-bit decoders: codes (unsigned) times decoder (signed). AVX-512's dot products of bytes do it in
+ * decode8_wide.h; AVX2 takes two latents at a time, in 16-bit sums that are widened before they can overflow: `stops`
+ * says where, worked out from the decoder itself. Elsewhere decoders stay float. */
 #ifndef KVCAR_DECODE8_H
 #define KVCAR_DECODE8_H
 
@@ -15,7 +15,8 @@
 #define DECODE8_LATENTS 0
 #endif
 
-/* The decoder of one head's keys: keys[width] = bias + codes[exact] matrix + (codes after those) decoder scale; there is at least one group. */
+/* The decoder of one head's keys: keys[width] = bias + codes[exact] matrix + (codes after those) decoder scale; there
+ * is at least one group. */
 typedef struct {
     int width, exact, groups;
     const float *matrix;   /* [exact][width] */

@@ -1,5 +1,5 @@
-/* Decoding codes with 8-bit decoders by AVX-512's dot products: four latents at a time, summed in 32 bits, so that nothing can
- * overflow; a row of the decoder is read once for four tokens. */
+/* Decoding codes with 8-bit decoders by AVX-512's dot products: four latents at a time, summed in 32 bits, so that
+ * nothing can overflow; a row of the decoder is read once for four tokens. */
 #ifndef KVCAR_DECODE8_WIDE_H
 #define KVCAR_DECODE8_WIDE_H
 
@@ -8,8 +8,8 @@
 #define LANES8 16 /* elements of a head in one vector of 32-bit sums */
 #define TOKENS8 4 /* decoded together */
 
-/* sums += products of four unsigned bytes of `u` and four signed ones of `d`. Written out, as compilers copy sums about around the
- * intrinsic and then run out of registers. */
+/* sums += products of four unsigned bytes of `u` and four signed ones of `d`. Written out, as compilers copy sums about
+ * around the intrinsic and then run out of registers. */
 static inline __attribute__((always_inline)) __m512i add_products(__m512i sums, const __m512i u, const __m512i d)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(u), "v"(d));

@@ -1,7 +1,8 @@
 /* Jobs split among the threads of torch's own OpenMP runtime.
  *
- * It is called by the name that GCC's has for it, and LLVM's and Intel's have as well. A pragma compiled by clang would ask for LLVM's runtime
- * instead, which may not be installed and whose threads would run beside torch's. Nothing is linked: torch has loaded its runtime for all to see. */
+ * It is called by the name that GCC's has for it, and LLVM's and Intel's have as well. A pragma compiled by clang would
+ * ask for LLVM's runtime instead, which may not be installed and whose threads would run beside torch's. Nothing is
+ * linked: torch has loaded its runtime for all to see. */
 #ifndef KVCAR_PARALLEL_H
 #define KVCAR_PARALLEL_H
 
@@ -27,7 +28,8 @@ static void take_jobs(void *data)
     __atomic_fetch_or(&work->failed, failed, __ATOMIC_RELAXED);
 }
 
-/* Call `job` for 0 to `jobs`; 0, or what is not 0 of what it returned. All is done, and seen by the caller, when this returns. */
+/* Call `job` for 0 to `jobs`; 0, or what is not 0 of what it returned. All is done, and seen by the caller, when this
+ * returns. */
 static int in_parallel(int threads, int64_t jobs, int (*job)(const void *context, int64_t i), const void *context)
 {
     Work work = { job, context, jobs, 0, 0 };

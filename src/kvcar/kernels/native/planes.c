@@ -5,8 +5,8 @@
 #include "tile.h"
 #include "unpack.h"
 
-/* Segments of pages [outer][inner], by strides in bytes, and their stored values float [outer][inner][tokens][width], of which
- * the first `raw` are not in planes and not touched here. Planes count latents from `raw` on. */
+/* Segments of pages [outer][inner], by strides in bytes, and their stored values float [outer][inner][tokens][width],
+ * of which the first `raw` are not in planes and not touched here. Planes count latents from `raw` on. */
 typedef struct {
     uint8_t *data;
     int64_t outer, inner, outer_stride, inner_stride, size;

@@ -54,7 +54,7 @@ static inline float largest(const float *scores, int64_t n, float x)
     return x;
 }
 
-/* Scores of one row to weights, the running maximum and mass brought up to date; returns what earlier sums shrink by. */
+/* Scores of one row to weights, the running maximum and mass brought up to date; returns by what earlier sums shrink. */
 static inline float soften(float *scores, int64_t low, int64_t high, float softcap, float *maximum, float *mass)
 {
     if (softcap > 0)

@@ -15,8 +15,8 @@ typedef struct {
 
 typedef uint32_t words __attribute__((vector_size(16), aligned(1), may_alias));
 
-/* Bits of `from` above `down` under `mask`, moved up by `shift`, for as many bytes as a word or vector has: what crosses a
- * byte's border is masked off. */
+/* Bits of `from` above `down` under `mask`, moved up by `shift`, for as many bytes as a word or vector has: what
+ * crosses a byte's border is masked off. */
 #define PART(from, down, mask, shift) ((((from) >> (down)) & ((mask) * 0x01010101u)) << (shift))
 
 static inline void unpack_words(const uint8_t *from, const int down, const uint32_t mask, const int shift, uint8_t *to)
@@ -27,7 +27,8 @@ static inline void unpack_words(const uint8_t *from, const int down, const uint3
     *(words *)to = part;
 }
 
-/* The same of the first `count` bytes alone, the rest of the 16 at `to` staying as they are; `of_count` has ones in those bytes. */
+/* The same of the first `count` bytes alone, the rest of the 16 at `to` staying as they are; `of_count` has ones in
+ * those bytes. */
 static inline void unpack_few(
     const uint8_t *from, const words of_count, const int down, const uint32_t mask, const int shift, uint8_t *to)
 {
@@ -45,8 +46,8 @@ static inline words first_bytes(int count)
     return mask;
 }
 
-/* to[j] = (or |=, where `shift`) the part of from[j], `count` bytes. The last vector may overlap the one before: doing a byte
- * twice changes nothing. Nothing is read at `end` or beyond; up to 16 bytes at `to` are written as they were. */
+/* to[j] = (or |=, where `shift`) the part of from[j], `count` bytes. The last vector may overlap the one before: doing
+ * a byte twice changes nothing. Nothing is read at `end` or beyond; up to 16 bytes at `to` are written as they were. */
 static inline __attribute__((always_inline)) void unpack_row(
     const uint8_t *from, const uint8_t *end, const int count, const words of_count, const int down, const uint32_t mask,
     const int shift, uint8_t *to)
@@ -85,8 +86,8 @@ static inline __attribute__((always_inline)) void unpack_plane(
     }
 }
 
-/* Codes [high - low][stride], and room for 16 more, of tokens `low` to `high` of the segment at `data` in a page that ends at `end`. Planes of
- * low bits come before those that add to them. */
+/* Codes [high - low][stride], and room for 16 more, of tokens `low` to `high` of the segment at `data` in a page that
+ * ends at `end`. Planes of low bits come before those that add to them. */
 static void unpack(
     const uint8_t *data, const uint8_t *end, const Plane *planes, int n, int low, int high, uint8_t *out, int stride)
 {

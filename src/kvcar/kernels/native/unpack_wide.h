@@ -1,5 +1,5 @@
-/* Packed planes of a page to codes with AVX-512: a token's codes are put together in a register, from all planes, and stored
- * once. A masked load puts a plane's bytes where its latents are, and reads nothing else. */
+/* Packed planes of a page to codes with AVX-512: a token's codes are put together in a register, from all planes, and
+ * stored once. A masked load puts a plane's bytes where its latents are, and reads nothing else. */
 #ifndef KVCAR_UNPACK_WIDE_H
 #define KVCAR_UNPACK_WIDE_H
 
@@ -9,8 +9,8 @@
 #define WIDE 64 /* latents in a vector */
 #define WIDE_PLANES_LIMIT 16
 
-/* What a plane adds to a vector of latents of some tokens: `first` is where the page's first token would be if the plane began with
- * the first of these latents, `from` the same of the first of these tokens. */
+/* What a plane adds to a vector of latents of some tokens: `first` is where the page's first token would be if the
+ * plane began with the first of these latents, `from` the same of the first of these tokens. */
 typedef struct {
     const uint8_t *first, *from;
     long step;
@@ -29,7 +29,8 @@ static inline __mmask64 lanes_between(int start, int stop)
     return (stop == WIDE ? ~0ull : (1ull << stop) - 1) & ~((1ull << start) - 1);
 }
 
-/* Some tokens of an eighth of the page. Turning whole words moves a byte's bits to where they belong; what came from its neighbours is masked off. */
+/* Some tokens of an eighth of the page. Turning whole words moves a byte's bits to where they belong; what came from
+ * its neighbours is masked off. */
 static inline __attribute__((always_inline)) void unpack_eighth(
     const int n, const WidePart *parts, const int tokens, uint8_t *out, const int stride, const int is_half)
 {
@@ -79,8 +80,8 @@ static int wide_parts(const uint8_t *data, const Plane *planes, int n, int first
     return found;
 }
 
-/* Turn to token `first` of an eighth of the page, `tokens` each. Widths are powers of two: the rest of a division by one, and the
- * whole part times it, are bits of the eighth. */
+/* Turn to token `first` of an eighth of the page, `tokens` each. Widths are powers of two: the rest of a division by
+ * one, and the whole part times it, are bits of the eighth. */
 static inline void turn_to(WidePart *parts, int n, int tokens, int eighth, int first)
 {
     for (int p = 0; p < n; p++) {

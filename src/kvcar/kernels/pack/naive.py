@@ -1,4 +1,4 @@
-"""The specification of packing: one bit at a time, straight from the words of ``docs/format.md``; far too slow to run."""
+"""The specification of packing: one bit at a time, straight from the words of ``docs/format.md``."""
 
 from __future__ import annotations
 
