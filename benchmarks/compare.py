@@ -28,13 +28,13 @@ from kvcar.bundle import Bundle
 from kvcar.cache.attach import attach
 from kvcar.cli.console import errors, out, progress_bars
 from kvcar.cli.figures import fidelity_table
-from kvcar.cli.fit import fit_windows
 from kvcar.errors import InputError, KVCarError
 from kvcar.evaluate.fidelity import fidelity_figures
 from kvcar.models.load import load_model
 from kvcar.progress import counter
 from kvcar.record import Record
-from kvcar.text import TextSource, joined, read_text, token_windows
+from kvcar.fit.options import DEFAULT_PROFILE, PROFILES
+from kvcar.text import TextSource, joined, read_text, token_windows, windows_of_all
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -64,7 +64,8 @@ def main(
         floor, lossless = noise_floor(loaded.model, model)
         names = _chosen([floor.name, *bundles, *QUANTIZED, *BASELINES], only)
         pending = [row for row in names if again or not _record(results, text_name, row).exists()]
-        calibration = Calibration(loaded.model, fit_windows(loaded, sources), tell)
+        fitted = windows_of_all(loaded.tokenizer, sources, 1024, PROFILES[DEFAULT_PROFILE].fit_tokens // 1024)
+        calibration = Calibration(loaded.model, fitted, tell)
         contenders = _contenders(pending, floor, bundles, calibration)
         ids = token_windows(loaded.tokenizer, source.text, context, windows)
         on_chunk = counter(tell, "compare", ids.numel() * len(groups(contenders, side_by_side)))

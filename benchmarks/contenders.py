@@ -25,8 +25,7 @@ from kvcar.bundle import Bundle
 from kvcar.cache.cache import KVCarCache
 from kvcar.errors import InputError
 from kvcar.evaluate.fidelity import Fidelity, measure_fidelity
-from kvcar.fit.fit import fit_bundle
-from kvcar.fit.options import FitOptions
+from kvcar.fit.fit import lossless
 from kvcar.geometry import KVGeometry
 from kvcar.registry import Registry
 from kvcar.text import TextSource
@@ -80,9 +79,7 @@ def noise_floor(model: PreTrainedModel, name: str) -> tuple[Contender, Bundle]:
 
     Its bundle serves to attach the model.
     """
-    unread = torch.zeros(1, 2, dtype=torch.int64)  # a lossless bundle is fitted on nothing
-    nothing = TextSource("none", "", "0" * 64)
-    bundle = fit_bundle(model, name, unread, nothing, FitOptions(codec="identity"))
+    bundle = lossless(model, name=name)
     return Contender(NOISE_FLOOR, "noise floor", lambda: KVCarCache(bundle)), bundle
 
 
@@ -129,7 +126,7 @@ def named_bundles(given: Sequence[str]) -> dict[str, Bundle]:
             raise InputError(
                 f"two rows would be called {name!r}; give bundles names of their own with --bundle NAME={path}"
             )
-        bundles[name] = Bundle.load(path)
+        bundles[name] = Bundle.from_pretrained(path)
     return bundles
 
 

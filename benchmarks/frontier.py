@@ -15,14 +15,12 @@ import typer
 from kvcar.bundle import Bundle
 from kvcar.cache.attach import attach
 from kvcar.cache.cache import KVCarCache
-from kvcar.cli.texts import windows_of_all
 from kvcar.evaluate.fidelity import fidelity_figures, measure_fidelity
-from kvcar.fit.profile_fit import fit_profiles
-from kvcar.fit.profiles import PROFILES, ProfileOptions
+from kvcar.fit.fit import fit_bundles
+from kvcar.fit.options import PROFILES, FitOptions
 from kvcar.models.load import LoadedModel, load_model
 from kvcar.record import Record
-from kvcar.report.card import model_card
-from kvcar.text import TextSource, joined, read_text, token_windows
+from kvcar.text import TextSource, joined, read_text, token_windows, windows_of_all
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = {
@@ -51,7 +49,6 @@ def fit(
     only: Only = None,
     model: str = "demo",
     tokens: int | None = None,
-    tune_steps: int = 0,
 ) -> None:
     """Fit the bundles from shared statistics, those for stored contexts from their own; a record of each goes into ``results/``.
 
@@ -63,7 +60,7 @@ def fit(
     for stored in (False, True):
         names = [name for name in chosen if PROFILES[SETTINGS[name][0]].entropy_coded == stored]
         if names:
-            _fit_together(folder, loaded, sources, names, model, tokens, tune_steps)
+            _fit_together(folder, loaded, sources, names, model, tokens)
 
 
 def _fit_together(
@@ -73,33 +70,27 @@ def _fit_together(
     names: list[str],
     model: str,
     tokens: int | None,
-    tune_steps: int,
 ) -> None:
     most = tokens or PROFILES[SETTINGS[names[0]][0]].fit_tokens
     windows = windows_of_all(loaded.tokenizer, sources, 1024, most // 1024)
-    options = [
-        ProfileOptions(profile=SETTINGS[name][0], times_smaller=SETTINGS[name][1], tune_steps=tune_steps)
-        for name in names
-    ]
-    found = fit_profiles(loaded.model, model, windows, joined(sources), options, _tell)
+    options = [FitOptions(profile=SETTINGS[name][0], times_smaller=SETTINGS[name][1]) for name in names]
+    bundles = fit_bundles(loaded.model, windows, options, joined(sources), model, _tell)
     for name, option in zip(names, options, strict=True):
         began = time.perf_counter()
-        result = next(found)
+        bundle = next(bundles)
         seconds = time.perf_counter() - began
-        result.bundle.save(folder / name, model_card(result.bundle, None), overwrite=True)
+        bundle.save_pretrained(folder / name, overwrite=True)
         figures = {
-            "held_back_kl": result.held_kl,
-            "tuned_kl": result.tuned_kl,
-            "curve": [[p.times_smaller, p.predicted_kl] for p in result.curve],
-            "tuning": list(result.history),
+            "two_pass_kl": bundle.figures["two_pass_kl"],
+            "curve": bundle.figures["curve"],
             "seconds": seconds,
-            "codec_bytes": result.bundle.codec_bytes,
-            "blocks": [[b.kind, sorted({s.layer for s in b.slots})] for b in result.bundle.plan.blocks],
+            "codec_bytes": bundle.codec_bytes,
+            "blocks": [[b.kind, sorted({s.layer for s in b.slots})] for b in bundle.plan.blocks],
         }
         Record("frontier-fit", figures, {"model": model, "name": name, **option.as_dict()}).write(
             RESULTS / f"frontier-fit-{name}.json"
         )
-        print(f"{name}: held-back KL {result.held_kl:.5f}, tuned {result.tuned_kl:.5f}, {seconds:.0f} s", flush=True)
+        print(f"{name}: two-pass KL {figures['two_pass_kl']:.5f}, {seconds:.0f} s", flush=True)
 
 
 @app.command()
@@ -115,7 +106,7 @@ def evaluate(
     """Evaluate the bundles on a text, side by side; a record of each goes into ``results/``."""
     source, loaded = read_text(text), load_model(model, "float32")
     ids = token_windows(loaded.tokenizer, source.text, context, windows)
-    bundles = {n: Bundle.load(folder / n) for n in SETTINGS if (not only or n in only) and (folder / n).exists()}
+    bundles = {n: Bundle.from_pretrained(folder / n) for n in SETTINGS if (not only or n in only) and (folder / n).exists()}
     # A stored context keeps no window: all of it but the sinks is read from codes.
     caches = {
         n: (lambda b=bundle, w=(0 if SETTINGS[n][0] == "stored" else None): KVCarCache(b, w, keep_decoded=True))

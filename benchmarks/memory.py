@@ -72,7 +72,7 @@ def _explained(
     transients: list[int],
 ) -> dict[str, Any]:
     """Peaks against cache and one chunk's derived transient; and what a first chunk needs with the full cache."""
-    plan, config = Bundle.load(bundle).plan, load_config(model)
+    plan, config = Bundle.from_pretrained(bundle).plan, load_config(model)
     past = max(0, tokens - PREFILL_CHUNK_TOKENS)
     derived = prefill_transient(plan, config, past, _ELEMENT_BYTES[dtype])
     expected = cache_bytes + derived.nbytes

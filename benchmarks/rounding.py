@@ -47,7 +47,7 @@ def main(
     for name, each in found.items():
         print(f"{name}: KL divergence {each.kl_divergence.value:.6f} ± {each.kl_divergence.stderr:.6f}")
     config = {
-        "model": model, "bundle": bundle.name, "bundle_sha256": Bundle.load(bundle).digest, "text": source.name,
+        "model": model, "bundle": bundle.name, "bundle_sha256": Bundle.from_pretrained(bundle).digest, "text": source.name,
         "text_sha256": source.sha256, "context": context, "following": following, "windows": windows,
         "latents_multiplied_together": together, **device_config(ids.device),
     }  # fmt: skip
@@ -58,7 +58,7 @@ def main(
 
 def _measure(loaded: LoadedModel, folder: Path, ids: Any, following: int, in_8_bits: bool) -> Attended:
     """All pages attended to. A bundle that is loaded anew has kernels' jobs of its own, made as the switch says."""
-    cpu.IN_8_BITS, bundle = in_8_bits, Bundle.load(folder)
+    cpu.IN_8_BITS, bundle = in_8_bits, Bundle.from_pretrained(folder)
     with attach(loaded.model, bundle):
         return measure_attended(loaded.model, bundle, ids, [], following)[None]
 

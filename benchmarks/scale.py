@@ -73,10 +73,10 @@ def _fit(layers: int, profile: str, tokens: int) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from kvcar.evaluate.memory import forget_peak, status_bytes
-    from kvcar.fit.budget import times_smaller
-    from kvcar.fit.profile_fit import fit_profile
-    from kvcar.fit.profiles import PROFILES, ProfileOptions
-    from kvcar.fit.search import bands
+    from kvcar.fit.fit import fit_bundles
+    from kvcar.fit.options import PROFILES, FitOptions
+    from kvcar.fit.partition import searched_bands
+    from kvcar.sizes import times_smaller
     from kvcar.text import TextSource
 
     torch.manual_seed(0)
@@ -88,16 +88,16 @@ def _fit(layers: int, profile: str, tokens: int) -> dict[str, float]:
     windows = torch.randint(3, 2048, (tokens // 512, 512), generator=torch.Generator().manual_seed(1))
     forget_peak()
     before, began = status_bytes("VmRSS"), time.perf_counter()
-    options = ProfileOptions(profile=profile, times_smaller=6.0, effect_tokens=512, tune_steps=0)
-    found = fit_profile(model, "random-8b-width", windows, TextSource("random tokens", "", "0" * 64), options)
-    plan = found.bundle.plan
-    band, shared_band = bands(plan.geometry, PROFILES[profile])
+    options, source = FitOptions(6.0, profile=profile, effect_tokens=512), TextSource("random tokens", "", "0" * 64)
+    bundle = next(fit_bundles(model, windows, [options], source, "random-8b-width"))
+    plan = bundle.plan
+    band, shared_band = searched_bands(plan.geometry, PROFILES[profile])
     return {
         "band": band,
         "shared_band": shared_band,
         "peak_growth_bytes": status_bytes("VmHWM") - before,
         "model_bytes": sum(p.nbytes for p in model.parameters()),
-        "codec_bytes": found.bundle.codec_bytes,
+        "codec_bytes": bundle.codec_bytes,
         "seconds": time.perf_counter() - began,
         "times_smaller": times_smaller(plan, 4),
         "blocks": len(plan.blocks),

@@ -38,7 +38,7 @@ def main(
 ) -> None:
     """Measure quality over ``windows`` windows, times ``repeats`` times in turn on the first; one record for both."""
     check_store()
-    source, loaded_bundle, loaded = read_text(text), Bundle.load(bundle), load_model(model)
+    source, loaded_bundle, loaded = read_text(text), Bundle.from_pretrained(bundle), load_model(model)
     ids = token_windows(loaded.tokenizer, source.text, context + following + 1, windows)
     with attach(loaded.model, loaded_bundle) as attachment:
         times = time_context(loaded.model, ids[:1, :context], attachment.new_cache, repeats, prefill_chunk)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from typing import Any
+
 import torch
 from tiny import POSITIONS, token_ids
 from transformers import PreTrainedModel
 
 from kvcar.bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity
-from kvcar.fit.capture import capture
-from kvcar.fit.fit import fit_bundle
-from kvcar.fit.moments import Moments
-from kvcar.fit.options import FitOptions
-from kvcar.fit.solve import groups_of, linear_codec, principal_basis
+from kvcar.fit.basis import groups_of, linear_codec
+from kvcar.fit.fit import fit_bundles
+from kvcar.fit.options import FitOptions, Structure
+from kvcar.fit.statistics import bands_of, collect_statistics
 from kvcar.text import TextSource
 from kvcar.models.fingerprint import fingerprint
 from kvcar.models.geometry import read_geometry
@@ -22,10 +24,16 @@ SOURCE = TextSource("random tokens", "random tokens", "0" * 64)
 
 
 def fitted(model: PreTrainedModel, **options: object) -> Bundle:
-    """A bundle fitted on random tokens."""
-    given = {"page_tokens": 32, "window": 32} | options
-    windows = token_ids(256, batch=8, seed=7)
-    return fit_bundle(model, "tiny", windows, SOURCE, FitOptions(**given))  # pyright: ignore[reportArgumentType]
+    """A bundle of a given structure fitted on random tokens; options of ``FitOptions``, ``Structure`` and ``CacheConfig``."""
+    return next(fit_bundles(model, token_ids(256, batch=8, seed=7), [fit_options(**options)], SOURCE, "tiny"))
+
+
+def fit_options(**options: object) -> FitOptions:
+    """Options of a given structure from names of any of the three; small pages and window unless they say otherwise."""
+    given: dict[str, Any] = {"page_tokens": 32, "window": 32} | options
+    cache = CacheConfig(**{f.name: given.pop(f.name) for f in fields(CacheConfig) if f.name in given})
+    structure = Structure(**{f.name: given.pop(f.name) for f in fields(Structure) if f.name in given})
+    return FitOptions(structure=structure, cache=cache, **given)
 
 
 def by_hand(
@@ -37,16 +45,14 @@ def by_hand(
 ) -> Bundle:
     """A bundle with linear codecs for the given blocks, every latent at ``bits`` or at a cycle of bits."""
     geometry = read_geometry(model.config)
-    moments = [Moments(len(block) * geometry.head_dim, 4) for block in blocks]
-    for _ in capture(model, geometry, token_ids(256, batch=4, seed=9), blocks, 4, lambda i, x: moments[i].add(x)):
-        pass
+    statistics = collect_statistics(model, geometry, token_ids(256, batch=4, seed=9), bands_of(geometry, blocks), stride=4)
     planned, coded = [], []
-    for block, stats in zip(blocks, moments, strict=True):
-        basis = principal_basis(stats.mean, stats.covariance)
+    for block in blocks:
+        basis = statistics.basis(block, "std")
         width = len(basis.mean)
         cycle = [bits] if isinstance(bits, int) else bits
         own = torch.tensor([cycle[i % len(cycle)] for i in range(width)])
-        coded.append(CodedBlock(*linear_codec(basis, own, stats.sample)))
+        coded.append(CodedBlock(*linear_codec(basis, own, statistics.sample(block))))
         planned.append(Block(codec="linear", slots=block, groups=groups_of(own)))
     dtype = {name: plan.pop(name) for name in ("exact_dtype",) if name in plan}
     config = CacheConfig(**({"page_tokens": 32, "window": 32} | plan))  # pyright: ignore[reportArgumentType]

@@ -40,7 +40,7 @@ def text_file(tmp_path_factory):
 @pytest.fixture(scope="session")
 def bundle(model_folder, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bundles") / "tiny-4x"
-    run("fit", model_folder, "-o", folder, "--text", text_file, "--bits", 4, "--layers-per-block", 2)
+    run("fit-structure", model_folder, "-o", folder, "--text", text_file, "--bits", 4, "--layers-per-block", 2)
     return folder
 
 

@@ -3,18 +3,20 @@
 import hashlib
 import json
 import os
+import shutil
 
+import huggingface_hub
 import pytest
 import torch
-from bundles import by_hand, fitted
+from bundles import by_hand, fit_options, fitted
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, token_ids
 
 import kvcar
 from kvcar.bundle import CODECS_FILE, PLAN_FILE, Bundle
+from kvcar.bundle.files import FILES, manifest_digest
 from kvcar.codecs import CODECS
 from kvcar.errors import BundleError, ModelMismatchError, PlanError
-from kvcar.fit.options import FitOptions
 from kvcar.geometry import Slot
 
 MODEL = tiny_model("llama")
@@ -27,14 +29,14 @@ def bundle():
 
 @pytest.fixture
 def folder(bundle, tmp_path):
-    return bundle.save(tmp_path / "bundle", "a card")
+    return bundle.save_pretrained(tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("codec", list(CODECS))
 def test_every_codec_comes_back_as_it_was(codec, tmp_path):
     options = {"identity": {"bits": 4.5}, "autoencoder": {"bits": 4, "steps": 3}}.get(codec, {"bits": 3})
     made = fitted(MODEL, codec=codec, **options)
-    again = Bundle.load(made.save(tmp_path / "b", "card"))
+    again = Bundle.from_pretrained(made.save_pretrained(tmp_path / "b"))
     assert (again.plan, again.model, again.fit) == (made.plan, made.model, made.fit)
     for a, b in zip(again.blocks, made.blocks, strict=True):
         x = torch.randn(5, 32)
@@ -50,7 +52,7 @@ def test_a_loaded_bundle_generates_the_same(bundle, folder):
 
 
 def test_saving_is_deterministic(bundle, tmp_path):
-    first, second = (bundle.save(tmp_path / name, "card") for name in "ab")
+    first, second = (bundle.save_pretrained(tmp_path / name) for name in "ab")
     for name in (PLAN_FILE, CODECS_FILE):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
@@ -59,6 +61,7 @@ def edit_manifest(folder, change):
     path = folder / PLAN_FILE
     data = json.loads(path.read_text())
     change(data)
+    data["sha256"] = manifest_digest(data)  # so that only the checks behind it can notice
     path.write_text(json.dumps(data))
 
 
@@ -76,16 +79,16 @@ def test_truncated_and_tampered_codecs_are_refused(folder):
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
     with pytest.raises(BundleError, match="truncated or was changed"):
-        Bundle.load(folder)
+        Bundle.from_pretrained(folder)
     changed = bytearray(whole)
     changed[-5] ^= 1
     path.write_bytes(bytes(changed))
     with pytest.raises(BundleError, match="truncated or was changed"):
-        Bundle.load(folder)
+        Bundle.from_pretrained(folder)
     path.write_bytes(b"not safetensors")
     edit_manifest(folder, lambda d: d.update(codecs_sha256=hashlib.sha256(b"not safetensors").hexdigest()))
     with pytest.raises(BundleError, match="not a readable safetensors file"):
-        Bundle.load(folder)
+        Bundle.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -102,37 +105,40 @@ def test_truncated_and_tampered_codecs_are_refused(folder):
 def test_codecs_that_do_not_fit_the_plan_are_refused(folder, change, message):
     edit_codecs(folder, change)
     with pytest.raises(BundleError, match=message):
-        Bundle.load(folder)
+        Bundle.from_pretrained(folder)
 
 
 def test_a_raw_latent_must_not_be_scaled(tmp_path):
     slots = tuple(Slot(0, h, "key") for h in (0, 1))
-    folder = by_hand(MODEL, [slots], bits=[16, 4]).save(tmp_path / "b", "card")
+    folder = by_hand(MODEL, [slots], bits=[16, 4]).save_pretrained(tmp_path / "b")
     edit_codecs(folder, lambda t: t["blocks.0.quantizer.scale"].fill_(2.0))
     with pytest.raises(BundleError, match="raw latent"):
-        Bundle.load(folder)
+        Bundle.from_pretrained(folder)
 
 
 def test_unknown_versions_and_codecs_are_refused(folder):
     edit_manifest(folder, lambda d: d["plan"]["blocks"][0].update(codec="magic"))
     with pytest.raises(PlanError, match="uses codec 'magic'"):
-        Bundle.load(folder)
+        Bundle.from_pretrained(folder)
     edit_manifest(folder, lambda d: d.update(format_version=99))
-    with pytest.raises(PlanError, match=r"version 99.*reads version 1"):
-        Bundle.load(folder)
-    edit_manifest(folder, lambda d: (d.update(format_version=1), d["plan"].update(format_version=7)))
+    with pytest.raises(PlanError, match=r"format 99, and this kvcar reads format 2; upgrade"):
+        Bundle.from_pretrained(folder)
+    edit_manifest(folder, lambda d: d.update(format_version=1))
+    with pytest.raises(PlanError, match=r"format 1, and this kvcar reads format 2; fit the bundle again"):
+        Bundle.from_pretrained(folder)
+    edit_manifest(folder, lambda d: (d.update(format_version=2), d["plan"].update(format_version=7)))
     with pytest.raises(PlanError, match="version 7"):
-        Bundle.load(folder)
+        Bundle.from_pretrained(folder)
 
 
 def test_folders_that_are_no_bundles(tmp_path):
     with pytest.raises(BundleError, match="no bundle at"):
-        Bundle.load(tmp_path / "nowhere")
+        Bundle.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(BundleError, match=r"has no plan\.json"):
-        Bundle.load(tmp_path)
+        Bundle.from_pretrained(tmp_path)
     (tmp_path / PLAN_FILE).write_text("{")
     with pytest.raises(BundleError, match="cannot be read"):
-        Bundle.load(tmp_path)
+        Bundle.from_pretrained(tmp_path)
 
 
 def test_a_pickle_is_never_opened(folder):
@@ -140,7 +146,7 @@ def test_a_pickle_is_never_opened(folder):
     digest = hashlib.sha256((folder / CODECS_FILE).read_bytes()).hexdigest()
     edit_manifest(folder, lambda d: d.update(codecs_sha256=digest))
     with pytest.raises(BundleError, match="not a readable safetensors file"):
-        Bundle.load(folder)
+        Bundle.from_pretrained(folder)
 
 
 def test_the_wrong_model_is_refused_and_says_what_differs(bundle):
@@ -165,15 +171,16 @@ def test_the_same_weights_in_another_dtype_are_welcome(bundle, dtype):
 
 def test_what_is_there_is_not_overwritten_unasked(bundle, folder, tmp_path):
     before = (folder / PLAN_FILE).read_bytes()
+    other = bundle.with_figures({"more": 1})
     with pytest.raises(BundleError, match="already holds a bundle"):
-        bundle.save(folder, "card")
+        bundle.save_pretrained(folder)
     assert (folder / PLAN_FILE).read_bytes() == before
-    bundle.save(folder, "another card", overwrite=True)
-    assert (folder / "README.md").read_text() == "another card"
+    other.save_pretrained(folder, overwrite=True)
+    assert Bundle.from_pretrained(folder).figures["more"] == 1
     (tmp_path / "diary").mkdir()
     (tmp_path / "diary" / "monday.txt").write_text("dear diary")
     with pytest.raises(BundleError, match="not a bundle"):
-        bundle.save(tmp_path / "diary", "card", overwrite=True)
+        bundle.save_pretrained(tmp_path / "diary", overwrite=True)
     assert (tmp_path / "diary" / "monday.txt").exists()
 
 
@@ -183,12 +190,12 @@ def test_an_interrupted_save_leaves_nothing(bundle, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        bundle.save(tmp_path / "bundle", "card")
+        bundle.save_pretrained(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_interrupted_overwrite_keeps_what_was_there(bundle, folder, tmp_path, monkeypatch):
-    real, calls = os.replace, []
+    real, calls, before = os.replace, [], (folder / PLAN_FILE).read_bytes()
 
     def second_fails(source, target):
         calls.append(target)
@@ -198,15 +205,15 @@ def test_an_interrupted_overwrite_keeps_what_was_there(bundle, folder, tmp_path,
 
     monkeypatch.setattr(os, "replace", second_fails)
     with pytest.raises(KeyboardInterrupt):
-        bundle.save(folder, "new card", overwrite=True)
-    assert (folder / "README.md").read_text() == "a card"
+        bundle.with_figures({"more": 1}).save_pretrained(folder, overwrite=True)
+    assert (folder / PLAN_FILE).read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_an_unwritable_place_is_told(bundle, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BundleError, match="cannot write to"):
-        bundle.save(tmp_path / "file" / "bundle", "card")
+        bundle.save_pretrained(tmp_path / "file" / "bundle")
 
 
 def test_options_that_make_no_sense_are_refused():
@@ -220,9 +227,69 @@ def test_options_that_make_no_sense_are_refused():
         ({"times_smaller": -1.0}, "above 0"),
         ({"latent_bits": 12}, "1 to 8, or 16"),
         ({"steps": -1}, "negative"),
-        ({"window": 33}, "multiple of the page size, 64"),
+        ({"window": 33, "page_tokens": 64}, "multiple of the page size, 64"),
         ({"page_tokens": 48}, "multiple of 32"),
-        ({"sinks": 65}, "sinks must be 0 to 64"),
+        ({"page_tokens": 64, "window": 64, "sinks": 65}, "sinks must be 0 to 64"),
+        ({"profile": "small"}, "profile and max_kl search the structure"),
+        ({"key_latents": 3}, "together"),
+        ({"key_latents": 3, "value_latents": 3, "times_smaller": 4.0}, "no times_smaller"),
     ]:
         with pytest.raises(InputError, match=message):
-            FitOptions(**wrong)
+            fit_options(**wrong)
+
+
+def test_a_flipped_bit_in_the_manifest_is_noticed(folder):
+    path = folder / PLAN_FILE
+    text = path.read_text()
+    assert '"window": 32' in text
+    path.write_text(text.replace('"window": 32', '"window": 96'))
+    with pytest.raises(BundleError, match="was changed"):
+        Bundle.from_pretrained(folder)
+
+
+def test_figures_come_back_and_are_on_the_card(bundle, tmp_path):
+    assert bundle.figures["times_smaller"] > 3
+    card = (bundle.save_pretrained(tmp_path / "a") / "README.md").read_text()
+    assert "Not measured" in card
+    assert "| 512 |" in card
+    assert "base_model" not in card, "'tiny' is no name on the hub"
+    names = ("kl_divergence", "same_top", "perplexity_full", "perplexity", "perplexity_ratio")
+    held_out = {n + s: 0.125 for n in names for s in ("", "_stderr")} | {"tokens": 99, "context": 50, "times_smaller": 4.0}
+    measured = bundle.with_figures({"held_out": held_out, "curve": [[3.0, 0.5]]})
+    folder = measured.save_pretrained(tmp_path / "b")
+    assert Bundle.from_pretrained(folder).figures == measured.figures
+    assert "| KL divergence (nats per token) | 0.12500 | 0.12500 |" in (folder / "README.md").read_text()
+    assert Bundle.from_pretrained(folder).digest == bundle.digest, "contexts stay readable whatever was measured"
+
+
+def test_bundles_are_pushed_to_the_hub_and_loaded_from_it(bundle, tmp_path, monkeypatch):
+    hub, asked = tmp_path / "hub", []
+
+    class Api:
+        def __init__(self, token=None):
+            asked.append(token)
+
+        def create_repo(self, repo_id, private=None, exist_ok=False):
+            assert exist_ok
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, revision, commit_message, create_pr):
+            assert sorted(p.name for p in folder_path.iterdir()) == sorted(allow_patterns) == sorted(FILES)
+            shutil.copytree(folder_path, hub / repo_id)
+
+    def download(repo_id, allow_patterns, revision, **options):
+        asked.append(revision)
+        if not (hub / repo_id).is_dir():
+            raise huggingface_hub.errors.LocalEntryNotFoundError("nothing of that name")
+        return str(hub / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert bundle.push_to_hub("me/b", token="secret") == "https://huggingface.co/me/b"
+    for source, revision in (("me/b", None), ("me/b@v2", "v2")):
+        again = Bundle.from_pretrained(source)
+        assert (again.plan, again.figures) == (bundle.plan, bundle.figures)
+        assert asked[-1] == revision
+    with pytest.raises(BundleError, match=r"no folder me/c.*nothing of that name"):
+        Bundle.from_pretrained("me/c")
+    assert asked[0] == "secret"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvcar.errors import PlanError
 from kvcar.plan import BitGroup, Block, Plan, Reuse
-from kvcar.fit.blocks import regular_blocks
+from kvcar.fit.partition import regular_blocks
 from kvcar.geometry import KVGeometry, Slot
 
 GEOMETRY = KVGeometry(

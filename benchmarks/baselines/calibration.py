@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,13 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcar.fit.capture import capture
-from kvcar.fit.moments import Moments
+from kvcar.fit.statistics import Statistics, collect_statistics, sample_stride
 from kvcar.geometry import Slot
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.models.geometry import read_geometry
 from kvcar.models.rotation import learn_rotations
-from kvcar.progress import OnProgress, counter, silent
+from kvcar.progress import OnProgress, silent
 
 SINKS = 4
 _SAMPLE_TOKENS = 512
@@ -52,24 +50,22 @@ class Calibration:
         self.model, self.windows = model, windows
         self.geometry = read_geometry(model.config)
         self._tell = on_progress
-        self._moments: dict[Block, Moments] = {}
         self._principal: dict[Block, Principal] = {}
 
-    def moments(self, blocks: Sequence[Block]) -> list[Moments]:
-        """Moments and a sample of each block's vectors, keys before RoPE; captured once for each block."""
-        missing = [block for block in blocks if block not in self._moments]
-        if missing:
-            self._capture(missing)
-        return [self._moments[block] for block in blocks]
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Moments and a sample of any block of one kind's vectors, keys before RoPE."""
+        stride = sample_stride(self.windows, SINKS, _SAMPLE_TOKENS)
+        bands = (len(self.geometry.codable_layers), 0)
+        return collect_statistics(self.model, self.geometry, self.windows, bands, SINKS, stride, on_progress=self._tell)
 
     def principal(self, block: Block) -> Principal:
         """Principal directions of a block's vectors; computed once for each block."""
         if block not in self._principal:
-            moments = self.moments([block])[0]
             # In float32, twice as fast: directions whose variance drowns in its rounding are given no bits anyway.
-            directions = torch.linalg.eigh(moments.covariance.float()).eigenvectors.flip(1)
-            mean = moments.mean.float()
-            self._principal[block] = Principal(mean, directions, (moments.sample - mean) @ directions)
+            directions = torch.linalg.eigh(self.statistics.covariance(block).float()).eigenvectors.flip(1)
+            mean = self.statistics.mean(block).float()
+            self._principal[block] = Principal(mean, directions, (self.statistics.sample(block) - mean) @ directions)
         return self._principal[block]
 
     @cached_property
@@ -92,15 +88,3 @@ class Calibration:
             for handle in handles:
                 handle.remove()
         return tables
-
-    def _capture(self, blocks: Sequence[Block]) -> None:
-        total = self.windows.shape[0] * (self.windows.shape[1] - SINKS)
-        stride = max(1, total // _SAMPLE_TOKENS)
-        found = [Moments(len(block) * self.geometry.head_dim, stride) for block in blocks]
-        count = counter(self._tell, f"capture {len(blocks)} blocks for baselines", total)
-        take = found.__getitem__
-        for tokens in capture(
-            self.model, self.geometry, self.windows, blocks, SINKS, lambda index, x: take(index).add(x)
-        ):
-            count(tokens)
-        self._moments |= dict(zip(blocks, found, strict=True))

@@ -88,7 +88,6 @@ class Kvtc(Method):
 
 def fit(calibration: Calibration, times: float) -> Kvtc:
     """KVTC whose codes are ``times`` smaller than bfloat16 before entropy coding."""
-    calibration.moments([_block(calibration, kind) for kind in KINDS])  # both from one pass over the text
     return Kvtc(calibration.geometry, {kind: _transform(calibration, kind, times) for kind in KINDS}, times)
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcar.fit.blocks import regular_blocks
-from kvcar.fit.moments import Moments
+from kvcar.fit.partition import regular_blocks
+from kvcar.fit.statistics import Statistics
 from kvcar.geometry import Kind, KVGeometry
 
 from .base import Method
@@ -93,7 +93,7 @@ def fit(calibration: Calibration, kept: float, bits: int) -> Palu:
     blocks = tuple(regular_blocks(calibration.geometry, layers_per_block=1, heads_per_block=heads))
     full = [len(block) * calibration.geometry.head_dim for block in blocks]
     ranks = share_ranks(fisher_of_blocks(calibration, blocks), full, kept)
-    bases = [_subspace(m, rank) for m, rank in zip(calibration.moments(blocks), ranks, strict=True)]
+    bases = [_subspace(calibration.statistics, block, rank) for block, rank in zip(blocks, ranks, strict=True)]
     return Palu(
         calibration.geometry,
         blocks,
@@ -103,9 +103,10 @@ def fit(calibration: Calibration, kept: float, bits: int) -> Palu:
     )
 
 
-def _subspace(moments: Moments, rank: int) -> Tensor:
+def _subspace(statistics: Statistics, block: Block, rank: int) -> Tensor:
     """Principal directions of the uncentred second moment, float32 ``[W, rank]``."""
-    second = moments.covariance + torch.outer(moments.mean, moments.mean)
+    mean = statistics.mean(block)
+    second = statistics.covariance(block) + torch.outer(mean, mean)
     return torch.linalg.eigh(second).eigenvectors.flip(1)[:, :rank].float().contiguous()
 
 

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from .evaluate.fidelity import Fidelity as Fidelity
     from .evaluate.fidelity import evaluate as evaluate
     from .evaluate.fidelity import measure_fidelity as measure_fidelity
-    from .fit.fit import fit_bundle as fit_bundle
+    from .fit.fit import fit as fit
+    from .fit.fit import fit_bundles as fit_bundles
+    from .fit.fit import lossless as lossless
     from .fit.options import FitOptions as FitOptions
-    from .fit.profile_fit import fit_profile as fit_profile
-    from .fit.profiles import ProfileOptions as ProfileOptions
+    from .fit.options import Structure as Structure
     from .models.load import load_model as load_model
     from .plan import Block as Block
     from .plan import CacheConfig as CacheConfig
@@ -41,12 +42,12 @@ _HOMES = {
     "KVCarCache": ".cache.cache",
     "KVCarError": ".errors",
     "Plan": ".plan",
-    "ProfileOptions": ".fit.profiles",
+    "Structure": ".fit.options",
     "__version__": ".version",
     "attach": ".cache.attach",
     "detach": ".cache.attach",
-    "fit_bundle": ".fit.fit",
-    "fit_profile": ".fit.profile_fit",
+    "fit_bundles": ".fit.fit",
+    "lossless": ".fit.fit",
     "load_model": ".models.load",
     "measure_fidelity": ".evaluate.fidelity",
     "read_context": ".context",
@@ -64,14 +65,15 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "KVCarCache",
     "KVCarError",
     "Plan",
-    "ProfileOptions",
+    "Structure",
     "__version__",
     "attach",
     "detach",
     "evaluate",
-    "fit_bundle",
-    "fit_profile",
+    "fit",
+    "fit_bundles",
     "load_model",
+    "lossless",
     "measure_fidelity",
     "read_context",
     "read_text",
@@ -80,7 +82,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 # Packages that can be called as the function of their name: bound as packages, however they are imported first.
-_CALLABLE = ("evaluate",)
+_CALLABLE = ("evaluate", "fit")
 
 
 def __getattr__(name: str) -> Any:

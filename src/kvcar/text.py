@@ -120,6 +120,24 @@ def split_text(source: TextSource, held_out_fraction: float) -> tuple[TextSource
     return _source(f"{source.name} (first part)", kept), _source(f"{source.name} (last part)", held)
 
 
+def fit_texts(texts: Texts, hold_out: bool) -> tuple[list[TextSource], list[TextSource]]:
+    """Split texts into what to fit on and, if asked, a tenth of each that is held out to check on.
+
+    The embedded text always keeps its last part for evaluation, so that no bundle is ever fitted on what ``kvcar eval`` reads
+    by default.
+    """
+    fitted, held_out = [], []
+    for source in given_texts(texts):
+        if source.name != EMBEDDED_NAME and not hold_out:
+            fitted.append(source)
+            continue
+        kept, rest = split_text(source, HELD_OUT_FRACTION)
+        # The checksum of the whole text: that is what an evaluation compares with.
+        fitted.append(TextSource(kept.name, kept.text, source.sha256))
+        held_out += [rest] if hold_out else []
+    return fitted, held_out
+
+
 def evaluation_texts(texts: Texts) -> list[TextSource]:
     """Texts to evaluate on: those given, or the part of the embedded text that no fit reads by default."""
     return [split_text(read_text(None), HELD_OUT_FRACTION)[1]] if texts is None else given_texts(texts)
@@ -148,6 +166,41 @@ def token_windows(tokenizer: Any, text: str, context: int, windows: int) -> Tens
     gap = (len(ids) - taken * windows) // max(windows - 1, 1)
     starts = [index * (taken + gap) for index in range(windows)]
     return torch.tensor([bos + ids[start : start + taken] for start in starts], dtype=torch.int64)
+
+
+def windows_of_all(
+    tokenizer: Any, sources: Sequence[TextSource], context: int, maximum: int, exactly: bool = False
+) -> Tensor:
+    """Windows int64 ``[N, context]`` of several texts, as many of each, taking turns.
+
+    Args:
+        tokenizer: the model's.
+        sources: the texts.
+        context: tokens of a window.
+        maximum: windows in all; fewer where a text has fewer, unless ``exactly``.
+        exactly: whether all of them must be there.
+
+    Raises:
+        InputError: a text is too short.
+    """
+    each, take = max(1, maximum // len(sources)), token_windows if exactly else up_to_windows
+    return interleaved([take(tokenizer, source.text, context, each) for source in sources])
+
+
+def up_to_windows(tokenizer: Any, text: str, context: int, maximum: int) -> Tensor:
+    """As many windows as the text has, at most ``maximum``, at least one; raises InputError if it has none."""
+    try:
+        return token_windows(tokenizer, text, context, maximum)
+    except InputError:
+        found = token_windows(tokenizer, text, context, 1)
+    low, high = 1, maximum
+    while low < high:
+        middle = (low + high + 1) // 2
+        try:
+            found, low = token_windows(tokenizer, text, context, middle), middle
+        except InputError:
+            high = middle - 1
+    return found
 
 
 def _default_bos(tokenizer: Any) -> list[int]:

@@ -21,7 +21,7 @@ from tiny import tiny_model, token_ids
 
 from kvcar.errors import InputError
 from kvcar.evaluate.fidelity import measure_fidelity
-from kvcar.fit.blocks import regular_blocks
+from kvcar.fit.partition import regular_blocks
 
 LAYERS, HEADS, DIM = 4, 2, 16
 

@@ -100,7 +100,7 @@ def test_warming_up_leaves_no_trace():
 
 
 def test_bundles_are_named_unlike_the_caches_beside_them(tmp_path):
-    fitted(tiny_model("llama"), bits=4).save(tmp_path / "b", "card")
+    fitted(tiny_model("llama"), bits=4).save_pretrained(tmp_path / "b")
     assert list(read_bundles([f"x={tmp_path / 'b'}"])) == ["x"]
     with pytest.raises(InputError, match="two contenders"):
         read_bundles([f"{STATIC}={tmp_path / 'b'}"])
@@ -118,7 +118,7 @@ def folder(tmp_path_factory):
         folder / "model"
     )
     (folder / "words.txt").write_text(" ".join(f"w{i}" for i in token_ids(2000)[0].tolist()))
-    fitted(model, bits=4).save(folder / "bundle", "card")
+    fitted(model, bits=4).save_pretrained(folder / "bundle")
     return folder
 
 

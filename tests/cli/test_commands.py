@@ -19,7 +19,7 @@ from kvcar.record import write_text
 
 
 def test_fit_writes_a_bundle_with_a_card_that_holds_its_measurement(bundle, model_folder):
-    loaded = Bundle.load(bundle)
+    loaded = Bundle.from_pretrained(bundle)
     assert sum(block.bits_per_token for block in loaded.plan.blocks) == 4 * 4 * 64
     assert loaded.fit.text == "words.txt (first part)"
     card = (bundle / "README.md").read_text()
@@ -132,7 +132,7 @@ def test_other_codecs_fit(codec, model_folder, text_file, tmp_path):
         "fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--codec", codec, "--steps", 5, "--tokens", 2048
     )
     assert "times smaller at 512 tokens" in output
-    assert Bundle.load(tmp_path / "b").plan.blocks[0].codec == codec
+    assert Bundle.from_pretrained(tmp_path / "b").plan.blocks[0].codec == codec
 
 
 def test_fit_does_not_touch_what_is_there(bundle, model_folder, text_file, tmp_path):

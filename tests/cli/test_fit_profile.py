@@ -14,7 +14,7 @@ def test_a_fit_without_structure_is_by_profile_and_tells_its_curve(model_folder,
         "--json", record,
     )  # fmt: skip
     assert "expected KL divergence by size" in printed
-    bundle, data = Bundle.load(path), json.loads(record.read_text())
+    bundle, data = Bundle.from_pretrained(path), json.loads(record.read_text())
     assert bundle.fit.options["profile"] == "balanced"
     assert bundle.fit.options["times_smaller"] == 4
     assert data["tuned_kl"] <= data["held_back_kl"]
@@ -32,7 +32,7 @@ def test_several_texts_take_turns(model_folder, text_file, tmp_path):
         "fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--text", f"{other}[:40]", "--profile", "small",
         "--tune-steps", 0, "--effect-tokens", 512, "--no-check",
     )  # fmt: skip
-    fit = Bundle.load(tmp_path / "b").fit
+    fit = Bundle.from_pretrained(tmp_path / "b").fit
     assert fit.text == "words.txt + other.jsonl[:40]"
 
 
@@ -41,7 +41,7 @@ def test_a_divergence_instead_of_a_size(model_folder, text_file, tmp_path):
         "fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--max-kl", 0.05, "--tune-steps", 0,
         "--effect-tokens", 512, "--no-check",
     )  # fmt: skip
-    assert Bundle.load(tmp_path / "b").fit.options["max_kl"] == 0.05
+    assert Bundle.from_pretrained(tmp_path / "b").fit.options["max_kl"] == 0.05
 
 
 def test_structure_and_search_exclude_each_other(model_folder, tmp_path):

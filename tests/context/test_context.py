@@ -186,7 +186,7 @@ def test_loading_before_attaching_and_with_another_window(llama, saved):
 
 def test_the_bundle_may_be_read_from_its_folder(llama, saved, tmp_path):
     model, bundle = llama
-    bundle.save(tmp_path / "bundle", "card")
+    bundle.save_pretrained(tmp_path / "bundle")
     loaded = KVCarCache.load(saved, model, tmp_path / "bundle")
     assert loaded.get_seq_length() == 150
     with kvcar.attach(model, bundle) as attachment:

@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
     model.save_pretrained(folder / "model")
     tokenizer = Tokenizer(models.WordLevel({"<pad>": 0, "a": 1}, unk_token="<pad>"))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder / "model")
-    fitted(model, bits=4, window=0).save(folder / "bundle", "card")
+    fitted(model, bits=4, window=0).save_pretrained(folder / "bundle")
     return folder
 
 

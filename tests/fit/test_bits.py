@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcar.errors import FitError, InputError
-from kvcar.sizes import stored_bytes
+from kvcar.sizes import REFERENCE_TOKENS, stored_bytes, times_smaller
 from kvcar.plan import BitGroup, Block, Plan
-from kvcar.fit.bits import DISTORTION, allocate_bits
-from kvcar.fit.blocks import regular_blocks
-from kvcar.fit.budget import REFERENCE_TOKENS, bits_for, times_smaller
-from kvcar.report.plan_table import bits_by_layer, ranges, summarise_blocks
+from kvcar.fit.bits import DISTORTION, allocate_bits, bits_for
+from kvcar.fit.partition import regular_blocks
+from kvcar.bundle.summary import bits_by_layer, ranges, summarise_blocks
 from kvcar.geometry import KVGeometry
 
 GEOMETRY = KVGeometry(layers=30, kv_heads=3, query_heads=9, head_dim=64, rotary=True, max_positions=8192)

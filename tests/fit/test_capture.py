@@ -7,13 +7,17 @@ from transformers import DynamicCache
 
 from kvcar.errors import FitError, InputError, UnsupportedModelError
 from kvcar.fit.capture import capture
-from kvcar.fit.fit import fit_bundle, fit_bundles
-from kvcar.fit.options import FitOptions
+from kvcar.fit.fit import fit_bundles
+from kvcar.fit.options import FitOptions, Structure
 from kvcar.text import TextSource
 from kvcar.models.geometry import read_geometry
-from kvcar.fit.blocks import regular_blocks
+from kvcar.fit.partition import regular_blocks
 
 SOURCE = TextSource("none", "none", "0" * 64)
+
+
+def fit_bundle(model, windows, **structure):
+    return next(fit_bundles(model, windows, [FitOptions(structure=Structure(**structure))], SOURCE, "tiny"))
 
 
 def collect(model, blocks, windows, sinks=4):
@@ -68,35 +72,35 @@ def test_nan_in_the_weights_stops_the_fit():
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight[3, 5] = torch.nan
     with pytest.raises(FitError, match="layer 1 computes NaN"):
-        fit_bundle(model, "broken", token_ids(256, batch=2), SOURCE, FitOptions(bits=3))
+        fit_bundle(model, token_ids(256, batch=2), bits=3)
 
 
 def test_too_little_text_is_refused():
     model = tiny_model("llama")
     with pytest.raises(FitError, match="56 tokens are too few to fit blocks of 32"):
-        fit_bundle(model, "tiny", token_ids(60), SOURCE, FitOptions(bits=3))
+        fit_bundle(model, token_ids(60), bits=3)
     with pytest.raises(InputError, match="windows of token ids"):
-        fit_bundle(model, "tiny", torch.zeros(0, 10, dtype=torch.int64), SOURCE)
+        fit_bundle(model, torch.zeros(0, 10, dtype=torch.int64))
     with pytest.raises(InputError, match="longer than the model's 512"):
-        fit_bundle(model, "tiny", token_ids(600), SOURCE)
+        fit_bundle(model, token_ids(600))
 
 
 def test_fits_repeat_and_share_a_pass_without_mixing():
     model = tiny_model("llama")
     windows = token_ids(256, batch=4)
     options = [
-        FitOptions(bits=3, layers_per_block=2),
-        FitOptions(codec="autoencoder", bits=4, steps=3),
-        FitOptions(codec="identity"),
+        FitOptions(structure=Structure(bits=3, layers_per_block=2)),
+        FitOptions(structure=Structure(codec="autoencoder", bits=4, steps=3)),
+        FitOptions(structure=Structure(codec="identity")),
     ]
-    together = fit_bundles(model, "tiny", windows, SOURCE, options)
+    together = list(fit_bundles(model, windows, options))
     for bundle, option in zip(together[:2], options, strict=False):
-        alone = fit_bundle(model, "tiny", windows, SOURCE, option)
+        alone = next(fit_bundles(model, windows, [option]))
         assert alone.plan == bundle.plan
         if option.codec == "linear":
             for a, b in zip(alone.blocks, bundle.blocks, strict=True):
                 assert torch.equal(a.codec.encoder, b.codec.encoder)
-    again = fit_bundles(model, "tiny", windows, SOURCE, options)
+    again = list(fit_bundles(model, windows, options))
     for a, b in zip(together, again, strict=True):
         for x, y in zip(a.blocks, b.blocks, strict=True):
             assert all(torch.equal(x.tensors()[name], y.tensors()[name]) for name in x.tensors())
@@ -105,9 +109,7 @@ def test_fits_repeat_and_share_a_pass_without_mixing():
 def test_bits_are_an_average_per_element():
     model = tiny_model("llama")
     for bits in (1.0, 2.5, 6.0):
-        plan = fit_bundle(
-            model, "tiny", token_ids(256, batch=4), SOURCE, FitOptions(bits=bits, layers_per_block=4)
-        ).plan
+        plan = fit_bundle(model, token_ids(256, batch=4), bits=bits, layers_per_block=4).plan
         spent = sum(block.bits_per_token for block in plan.blocks)
         assert spent == int(bits * 4 * 2 * 2 * 16)
 
@@ -115,7 +117,7 @@ def test_bits_are_an_average_per_element():
 def test_models_that_cannot_be_compressed_say_why():
     model = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(UnsupportedModelError, match="angles change"):
-        fit_bundle(model, "tiny", token_ids(256, batch=2), SOURCE)
+        fit_bundle(model, token_ids(256, batch=2))
     sliding = tiny_model("mistral", sliding_window=32)
     with pytest.raises(InputError, match="nothing to compress"):
-        fit_bundle(sliding, "tiny", token_ids(256, batch=2), SOURCE)
+        fit_bundle(sliding, token_ids(256, batch=2))

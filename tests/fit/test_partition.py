@@ -7,19 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcar.fit.bits import allocate_bits
-from kvcar.fit.partition import (
-    Candidate,
-    Run,
-    RunCost,
-    allocate_bits_and_flops,
-    bits_at_price,
-    cut_into_runs,
-    error_of,
-    partition,
-    price_for,
-    run_cost,
-)
+from kvcar.fit.bits import allocate_bits, allocate_bits_and_flops, bits_at_price, error_of, price_for
+from kvcar.fit.partition import Candidate, Run, RunCost, cut_into_runs, partition, run_cost
 
 
 def covers(layers, longest):

@@ -9,17 +9,18 @@ import torch
 from tiny import tiny_model, token_ids
 
 from kvcar.models.geometry import read_geometry
-from kvcar.fit.statistics import collect_statistics
+from kvcar.plan import CacheConfig
+from kvcar.fit.statistics import Effect, collect_statistics
 
 _SCRIPT = """
 import json, sys, torch
 sys.path[:0] = [{tests!r}, {here!r}]
 from test_processes import figures
-from kvcar.fit.processes import state
+from kvcar.fit.processes import is_main_process, process_count
 torch.set_num_threads(1)
 found = figures()
-if state().is_main_process:
-    print(json.dumps([state().num_processes, found]))
+if is_main_process():
+    print(json.dumps([process_count(), found]))
 """
 
 
@@ -28,8 +29,10 @@ def figures():
     model = tiny_model("llama")
     geometry = read_geometry(model.config)
     windows = token_ids(128, batch=6, seed=3)
-    found = collect_statistics(model, geometry, windows, windows[:4], (3, 2), 4, 32, 32, 0, lambda *_: None)
-    keys, moments = [(layer, "key") for layer in range(3)], found.moments
+    found = collect_statistics(
+        model, geometry, windows, (3, 2), effect=Effect(windows[:4], CacheConfig(32, 4, 32), 32, 0)
+    )
+    keys, moments = [(layer, "key") for layer in range(3)], found.sides
     both = [(layer, kind) for layer in (1, 2) for kind in ("key", "value")]
     return {
         "mean": moments.mean(keys).tolist(),

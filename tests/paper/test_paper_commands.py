@@ -31,7 +31,7 @@ def start(model_folder, text_file, tmp_path_factory):
 
 
 def test_fit_with_latents_on_some_layers(start):
-    plan = Bundle.load(start).plan
+    plan = Bundle.from_pretrained(start).plan
     assert plan.coded_layers == (0, 1, 3)
     assert {(b.kind, b.latents, b.groups[0].bits) for b in plan.blocks} == {("key", 20, 16), ("value", 24, 16)}
 
@@ -51,7 +51,7 @@ def test_train_writes_a_bundle_and_its_history(start, model_folder, text_file, t
         "layer 3",
         "all layers",
     ]
-    trained = Bundle.load(tmp_path / "trained")
+    trained = Bundle.from_pretrained(tmp_path / "trained")
     assert trained.fit.options["train_joint_steps"] == 4
     assert not (tmp_path / "trained.training").exists()
     message = error_of("paper", "train", model_folder, "-b", start, "-o", tmp_path / "trained", "--text", text_file)
@@ -69,7 +69,7 @@ def test_the_paper_s_recipe(start, model_folder, text_file, tmp_path):
         "paper", "train", model_folder, "-b", start, "-o", tmp_path / "paper", "--text", text_file, "--paper", "--layer-steps", 1,
         "--joint-steps", 1, *QUICK, "--no-check",
     )  # fmt: skip
-    told = Bundle.load(tmp_path / "paper").fit.options
+    told = Bundle.from_pretrained(tmp_path / "paper").fit.options
     assert (told["train_objective"], told["train_start"], told["train_joint_trains"]) == ("ce", "random", "encoders")
 
 
@@ -84,14 +84,14 @@ def test_similarity_shares_slots_and_fit_builds_on_them(measure, model_folder, t
     assert plot.read_text().startswith("<svg")
     data = json.loads(record.read_text())
     assert len(data["candidates"]) == 12
-    reuses = Bundle.load(shared).plan.reuses
+    reuses = Bundle.from_pretrained(shared).plan.reuses
     assert len(reuses) == len(data["chosen"]) == 3
     both = tmp_path / "both"
     run(
         "fit", model_folder, "-o", both, "--text", text_file, "--reuse", shared, "--codec", "linear", "--key-latents", 16,
         "--value-latents", 16, "--scales", "dynamic", "--no-check",
     )  # fmt: skip
-    plan = Bundle.load(both).plan
+    plan = Bundle.from_pretrained(both).plan
     assert plan.reuses == reuses
     assert sum(len(block.slots) for block in plan.blocks) == 16 - 3
     assert {block.scales for block in plan.blocks} == {"dynamic"}
@@ -123,7 +123,7 @@ def test_quantize(start, model_folder, text_file, tmp_path, scales):
     run(
         "paper", "quantize", model_folder, "-b", start, "-o", tmp_path / "int8", "--scales", scales, "--text", text_file
     )
-    blocks = Bundle.load(tmp_path / "int8").plan.blocks
+    blocks = Bundle.from_pretrained(tmp_path / "int8").plan.blocks
     assert {(block.groups[0].bits, block.scales) for block in blocks} == {(8, scales)}
 
 

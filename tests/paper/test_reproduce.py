@@ -97,7 +97,7 @@ def test_everything_is_made_once_and_recorded(folder, tmp_path, scales):
     assert records["paper-tiny-tasks-both-int8"]["config"]["compressed_layers"] == 4
     system = records["paper-tiny-system-full"]
     assert system["longest_tokens"]["both-int8"]["4"] > 1.5 * system["longest_tokens"]["full"]["4"]
-    bundle = Bundle.load(tmp_path / "work" / "tiny" / "both-int8")
+    bundle = Bundle.from_pretrained(tmp_path / "work" / "tiny" / "both-int8")
     assert {block.scales for block in bundle.plan.blocks} == {scales}
     assert "training-tiny-two-layers" in records
     # Settings that share by the same measure read the record of the first.

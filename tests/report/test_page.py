@@ -7,8 +7,7 @@ from html.parser import HTMLParser
 from bundles import fitted
 from tiny import tiny_model
 
-from kvcar.report.plan_table import bits_by_layer
-from kvcar.report.card import model_card
+from kvcar.bundle.summary import bits_by_layer
 from kvcar.report.page import GeneratedText, PageRow, render_page
 from kvcar.report.plots import Point, bits_per_layer, quality_against_size
 
@@ -58,9 +57,3 @@ def test_plots_are_pictures_of_their_numbers():
     assert "8x" in svgs[0]
     assert "keys" in svgs[1]
     assert svgs == re.findall(r"<svg.*?</svg>", page(), flags=re.DOTALL), "the same numbers draw the same picture"
-
-
-def test_a_card_without_a_measurement_says_so():
-    card = model_card(fitted(tiny_model("llama"), bits=3), None)
-    assert "Not measured" in card
-    assert "| 512 |" in card

@@ -188,7 +188,7 @@ def attach(
     """
     if attachment_of(model) is not None:
         raise AttachError("this model is attached already; detach it first")
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
     attachment = Attachment(model, bundle, window, prefill_chunk)
     _attached[model] = weakref.ref(attachment)
     _log.info("attached %s", attachment)

@@ -70,7 +70,7 @@ class KVCarCache(Cache):
         window: int | None = None,
         keep_decoded: bool = False,
     ) -> None:
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
         plan = self.bundle.plan
         self.plan = plan.model_copy(update={"cache": plan.cache.with_window(window)})
         super().__init__(layers=[self._new_layer(layer) for layer in range(self.plan.geometry.layers)])

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 from ..version import __version__
 
 PANELS = {
-    "Fit, measure, use": ("fit", "eval", "tasks", "generate", "size", "inspect", "demo"),
+    "Fit, measure, use": ("fit", "fit-structure", "eval", "tasks", "generate", "size", "inspect", "demo"),
     "Contexts on disk": ("save",),
     "KV-CAR as published": ("paper",),
 }

@@ -17,14 +17,13 @@ from ..errors import InputError
 from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
 from ..evaluate.memory import bfloat16_bytes
 from ..fit.fit import fit_bundles
-from ..fit.options import FitOptions
+from ..fit.options import FitOptions, Structure
 from ..text import TextSource, token_windows
 from ..models.demo import ALIAS
 from ..models.load import LoadedModel, load_model
-from ..report.plan_table import bits_by_layer
+from ..bundle import bits_by_layer
 from ..progress import OnProgress, counter
 from ..record import Record, provenance, write_text
-from ..report.card import model_card
 from ..report.page import GeneratedText, PageRow, render_page
 from ..report.plots import Point, bits_per_layer, quality_against_size
 from ..cache.attach import attach
@@ -39,9 +38,9 @@ _EVAL_CONTEXT, _EVAL_WINDOWS = 2048, 1
 _NEW_TOKENS = 48
 _IDENTITY = "identity"
 _SETTINGS = {
-    _IDENTITY: FitOptions(codec="identity"),
-    "5x": FitOptions(times_smaller=5, layers_per_block=5, metric="effect", effect_tokens=3072),
-    "8x": FitOptions(times_smaller=8, layers_per_block=5, metric="effect", effect_tokens=3072),
+    _IDENTITY: FitOptions(structure=Structure(codec="identity")),
+    "5x": FitOptions(5, structure=Structure(layers_per_block=5, metric="effect"), effect_tokens=3072),
+    "8x": FitOptions(8, structure=Structure(layers_per_block=5, metric="effect"), effect_tokens=3072),
 }
 _QUESTION = "Explain in three sentences what the text above is about."
 
@@ -84,14 +83,14 @@ def demo(
         bundles = dict(
             zip(
                 _SETTINGS,
-                fit_bundles(loaded.model, ALIAS, fit_ids, source, list(_SETTINGS.values()), tell),
+                fit_bundles(loaded.model, fit_ids, list(_SETTINGS.values()), source, ALIAS, tell),
                 strict=True,
             )
         )
         results = _evaluate(loaded, bundles, held, tell)
         prompt, texts = _generate(loaded, bundles, held, tell)
     for name, bundle in bundles.items():
-        bundle.save(output / f"bundle-{name}", model_card(bundle, results[name]), overwrite=True)
+        bundle.save_pretrained(output / f"bundle-{name}", overwrite=True)
     seconds = time.perf_counter() - began
     _write_records(output, results, texts, source, held)
     page = output / "index.html"

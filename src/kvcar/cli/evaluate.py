@@ -45,7 +45,7 @@ def evaluate(
     from ..text import evaluation_texts
     from .figures import fidelity_table
 
-    fitted = Bundle.load(bundle)
+    fitted = Bundle.from_pretrained(bundle)
     check_writable(json)
     # What is wrong with these is said before the model is loaded.
     (source,) = evaluation_texts(text)

@@ -64,7 +64,7 @@ def generate(
     if context is not None and chat:
         raise InputError("a chat template begins a text, so it cannot follow a stored context; leave out --chat")
     padding, tokens_before = (0, 0) if context is None else _context_tokens(context)
-    loaded_bundle = Bundle.load(bundle)
+    loaded_bundle = Bundle.from_pretrained(bundle)
     check_writable(json)
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)

@@ -15,7 +15,7 @@ from .console import check_writable, out
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
-    from ..report.plan_table import LayerBits
+    from ..bundle.summary import LayerBits
 
 _BAR = 32
 _EXAMPLES = """Show what a bundle stores: its plan as a table and its bits by layer.
@@ -39,7 +39,7 @@ def inspect(
     """Show a bundle; the examples in the help text say the rest."""
     from ..bundle import Bundle
     from ..record import Record, write_text
-    from ..report.plan_table import bits_by_layer, summarise_blocks
+    from ..bundle import bits_by_layer, summarise_blocks
     from ..report.plots import bits_per_layer
     from ..sizes import pays_from_tokens
 
@@ -47,7 +47,7 @@ def inspect(
         raise InputError(f"--plot writes SVG; name the file something.svg, not {plot.name}")
     check_writable(plot)
     check_writable(json)
-    loaded = Bundle.load(bundle)
+    loaded = Bundle.from_pretrained(bundle)
     layers = bits_by_layer(loaded.plan)
     _print_head(loaded)
     _print_plan(loaded)
@@ -87,7 +87,7 @@ def _print_head(bundle: Bundle) -> None:
 def _print_plan(bundle: Bundle) -> None:
     from rich.table import Table
 
-    from ..report.plan_table import summarise_blocks
+    from ..bundle import summarise_blocks
 
     table = Table(title="plan", title_justify="left")
     for heading in ("block", "codec", "kind", "layers", "heads", "width", "latents", "bits/element", "latents x bits"):

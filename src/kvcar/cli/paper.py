@@ -68,7 +68,6 @@ def similarity(
     from ..models.load import load_model
     from ..paper.algorithm2 import MEASURES, choose_reuses, find_candidates, shared_bundle
     from ..record import Record, write_text
-    from ..report.card import model_card
     from ..report.plots import reuse_costs
     from .console import check_writable, out, progress_bars
     from .texts import fit_and_check_text, up_to_windows
@@ -99,7 +98,7 @@ def similarity(
         write_text(plot, reuse_costs({c.slot: c.cost for c in candidates}, measure))
     if output is not None:
         bundle = shared_bundle(loaded.model, model, windows, source, chosen, window)
-        bundle.save(output, model_card(bundle, None), overwrite=force)
+        bundle.save_pretrained(output, overwrite=force)
         out.print(f"wrote [bold]{output}[/]")
     if json is not None:
         figures = {
@@ -156,13 +155,12 @@ def quantize(
     from ..errors import InputError
     from ..models.load import load_model
     from ..paper.quantize import quantize_latents
-    from ..report.card import model_card
     from .console import out, progress_bars
     from .texts import fit_and_check_text, up_to_windows
 
     if scales not in ("static", "dynamic"):
         raise InputError(f"scales must be static or dynamic, got {scales!r}")
-    first = Bundle.load(bundle)
+    first = Bundle.from_pretrained(bundle)
     check_target(output, force)
     source, _ = fit_and_check_text(text, hold_back=False)
     with progress_bars() as on_progress:
@@ -170,7 +168,7 @@ def quantize(
         context = min(_CONTEXT, first.plan.geometry.max_positions, tokens)
         windows = up_to_windows(loaded.tokenizer, source.text, context, max(1, tokens // context))
         result = quantize_latents(first, loaded.model, windows, bits, "static" if scales == "static" else "dynamic")
-    result.save(output, model_card(result, None), overwrite=force)
+    result.save_pretrained(output, overwrite=force)
     out.print(f"wrote [bold]{output}[/]")
 
 

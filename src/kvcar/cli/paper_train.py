@@ -100,15 +100,14 @@ def train(
     """Train a bundle; the examples in the help text say the rest."""
     options = _options(locals(), recipe)
     from ..bundle import Bundle, check_target
-    from ..fit.processes import state as processes
+    from ..fit.fit import check_bundle, held_out_windows
+    from ..fit.processes import is_main_process
     from ..models.load import load_model
     from ..paper.algorithm1 import train_bundle
-    from ..report.card import model_card
     from .console import check_writable, progress_bars, step_teller
-    from .fit import check_bundle
     from .texts import fit_and_check_text
 
-    first = Bundle.load(bundle)
+    first = Bundle.from_pretrained(bundle)
     check_target(output, force)
     check_writable(json)
     source, held_out = fit_and_check_text(text, check)
@@ -117,12 +116,14 @@ def train(
         windows = _windows(loaded, source, context, tokens)
         folder = checkpoint or output.with_name(output.name + ".training")
         result = train_bundle(loaded.model, first, windows, source, options, folder, resume, on_progress, step_teller())
-        measured = None
-        if not processes().is_main_process:
+        if not is_main_process():
             return
+        trained = result.bundle
         if check and held_out is not None:
-            measured = check_bundle(loaded, result.bundle, [held_out], on_progress)
-    result.bundle.save(output, model_card(result.bundle, measured), overwrite=force)
+            held_windows = held_out_windows(loaded.model, loaded.tokenizer, [held_out])
+            trained = check_bundle(loaded.model, trained, held_windows, on_progress)
+    trained.save_pretrained(output, overwrite=force)
+    measured = trained.figures.get("held_out")
     _print_result(output, result, measured)
     if json is not None:
         _record("train", model, bundle, source, options, result, measured).write(json)
@@ -170,16 +171,15 @@ def finetune(
     options = _options(locals(), recipe=False)
     from ..bundle import Bundle, check_target
     from ..errors import InputError
-    from ..fit.processes import state as processes
+    from ..fit.processes import is_main_process
     from ..models.load import load_model
     from ..paper.finetune import finetune_weights
-    from ..report.card import model_card
     from .console import check_writable, out, progress_bars, step_teller
     from .texts import fit_and_check_text
 
     if tuned not in ("kv", "attention"):
         raise InputError(f"tuned must be kv or attention, got {tuned!r}")
-    first = Bundle.load(bundle)
+    first = Bundle.from_pretrained(bundle)
     check_target(output, force)
     check_writable(json)
     if model_output.exists():
@@ -193,11 +193,11 @@ def finetune(
             loaded.model, first, windows, source, options, "kv" if tuned == "kv" else "attention", folder, resume,
             on_progress, step_teller(),
         )  # fmt: skip
-    if not processes().is_main_process:
+    if not is_main_process():
         return
     loaded.model.save_pretrained(model_output)
     loaded.tokenizer.save_pretrained(model_output)
-    result.bundle.save(output, model_card(result.bundle, None), overwrite=force)
+    result.bundle.save_pretrained(output, overwrite=force)
     out.print(f"wrote the tuned model to [bold]{model_output}[/]")
     _print_result(output, result, None)
     if json is not None:
@@ -215,10 +215,9 @@ def _options(given: dict[str, Any], recipe: bool) -> TrainOptions:
 
 def _own_device(device: str) -> str:
     """The GPU of this process where several share the work."""
-    from ..fit.processes import state as processes
+    from ..fit.processes import process_count, process_device
 
-    several = processes().num_processes > 1
-    return str(processes().device) if device == "auto" and several else device
+    return process_device() if device == "auto" and process_count() > 1 else device
 
 
 def _windows(loaded: LoadedModel, source: TextSource, context: int, tokens: int) -> Tensor:
@@ -228,24 +227,22 @@ def _windows(loaded: LoadedModel, source: TextSource, context: int, tokens: int)
     return up_to_windows(loaded.tokenizer, source.text, context, max(1, tokens // context))
 
 
-def _print_result(output: Path, result: TrainResult, measured: Any) -> None:
+def _print_result(output: Path, result: TrainResult, measured: dict[str, Any] | None) -> None:
     from .console import out
-    from .figures import fidelity_table
 
     last = result.history[-1]["stage"] if result.history else None
     losses = [e["validation_loss"] for e in result.history if "validation_loss" in e and e["stage"] == last]
     change = f"; validation loss {losses[0]:.4f} -> {min(losses):.4f} nats per token" if losses else ""
     out.print(f"wrote [bold]{output}[/]{change}")
     if measured is not None:
-        out.print(fidelity_table({"held-out text": measured}))
+        out.print(f"KL divergence on held-out text: {measured['kl_divergence']:.5f} nats per token")
 
 
 def _record(
-    kind: str, model: str, bundle: Path, source: TextSource, options: TrainOptions, result: TrainResult, measured: Any
+    kind: str, model: str, bundle: Path, source: TextSource, options: TrainOptions, result: TrainResult, measured: dict[str, Any] | None
 ) -> Record:
-    from ..evaluate.fidelity import fidelity_figures
     from ..record import Record
 
-    figures = fidelity_figures(measured) if measured is not None else {}
+    figures = measured or {}
     config = {"model": model, "start": bundle.name, "text": source.name, "text_sha256": source.sha256}
     return Record(kind, figures | {"history": result.history}, config | asdict(options))

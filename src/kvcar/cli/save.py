@@ -66,7 +66,7 @@ def save(
 
     # What is wrong with these is said before the model is loaded.
     check_store()
-    source, loaded_bundle = read_text(text), Bundle.load(bundle)
+    source, loaded_bundle = read_text(text), Bundle.from_pretrained(bundle)
     if output.exists() and not force:
         raise InputError(f"{output} exists; choose another name, or replace it with --force")
     check_writable(output)

@@ -47,7 +47,7 @@ def size(
 
     budget = parse_bytes(memory)
     check_writable(json)
-    loaded = Bundle.load(bundle) if bundle is not None else None
+    loaded = Bundle.from_pretrained(bundle) if bundle is not None else None
     with progress_bars() as tell:
         geometry = read_geometry(load_config(model, tell))
     if tokens > geometry.max_positions:

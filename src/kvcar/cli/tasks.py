@@ -48,7 +48,7 @@ def tasks(
     from ..record import Record
     from .console import check_writable, out, progress_bars
 
-    loaded_bundle = None if bundle is None else Bundle.load(bundle)
+    loaded_bundle = None if bundle is None else Bundle.from_pretrained(bundle)
     check_writable(json)
     given = [Path(name) if name.endswith(".jsonl") else name for name in names]
     for task in given:

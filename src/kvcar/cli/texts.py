@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from ..errors import InputError
-from ..text import TextSource, interleaved, read_text, split_text, token_windows
+from ..text import HELD_OUT_FRACTION, TextSource, read_text, split_text, up_to_windows, windows_of_all
 
-HELD_OUT_FRACTION = 0.1
+__all__ = ["evaluation_context", "evaluation_text", "fit_and_check_text", "up_to_windows", "windows_of_all"]
+
 _CONTEXT = 2048
 
 
@@ -26,18 +23,6 @@ def fit_and_check_text(path: Path | None, hold_back: bool) -> tuple[TextSource, 
     return TextSource(kept.name, kept.text, source.sha256), held
 
 
-def fit_texts(paths: Sequence[Path] | None, hold_back: bool) -> tuple[list[TextSource], list[TextSource]]:
-    """The same of several texts: what to fit on, and what is held back of each (nothing if it is not asked for)."""
-    pairs = [fit_and_check_text(path, hold_back) for path in (paths or [None])]
-    return [kept for kept, _ in pairs], [held for _, held in pairs if held is not None]
-
-
-def windows_of_all(tokenizer: Any, sources: Sequence[TextSource], context: int, most: int) -> Tensor:
-    """Up to ``most`` windows int64 ``[N, context]``, as many of each text, taking turns."""
-    each = max(1, most // len(sources))
-    return interleaved([up_to_windows(tokenizer, source.text, context, each) for source in sources])
-
-
 def evaluation_text(path: Path | None) -> TextSource:
     """The text to evaluate on: a file, or the held-out part of the embedded text."""
     return read_text(path) if path is not None else split_text(read_text(None), HELD_OUT_FRACTION)[1]
@@ -49,20 +34,3 @@ def evaluation_context(asked: int | None, most: int) -> int:
     if context > most:
         raise InputError(f"a context of {context} tokens is longer than the model's {most} positions")
     return context
-
-
-def up_to_windows(tokenizer: Any, text: str, context: int, most: int) -> Tensor:
-    """As many windows as the text has, at most ``most``, at least one; raises InputError if it has none."""
-    low, high = 1, most
-    try:
-        return token_windows(tokenizer, text, context, most)
-    except InputError:
-        first = token_windows(tokenizer, text, context, 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        try:
-            first = token_windows(tokenizer, text, context, middle)
-            low = middle
-        except InputError:
-            high = middle - 1
-    return first

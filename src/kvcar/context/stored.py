@@ -157,7 +157,7 @@ def _made_ready(
                 "the bundle to load"
             )
         bundle = attachment.bundle
-    bundle = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
     if bundle.digest != header.bundle_sha256:
         raise ContextError(
             f"{path} was saved with another bundle (for {header.model.name[:80]}, SHA-256 {header.bundle_sha256[:12]}...) "

@@ -181,7 +181,7 @@ def evaluate(
         InputError: neither or both of text and token ids, or a text that is too short.
         ModelMismatchError: the bundle was fitted for another model.
     """
-    loaded = bundle if isinstance(bundle, Bundle) else Bundle.load(bundle)
+    loaded = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
     KVCarCache(loaded, window)  # a window that cannot be is refused before the work
     if token_ids is None:
         context = evaluation_context(context, loaded.plan.geometry.max_positions)

@@ -1,9 +1,12 @@
-"""Fitting a bundle: capture once, solve block by block, hand back everything that a bundle holds."""
+"""``kvcar.fit``: from a model and a text to a bundle, and what it costs on text that it was not fitted on."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -11,249 +14,356 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bundle import Bundle, CodedBlock, FitProvenance, identify
+from ..cache.attach import attach
+from ..cache.cache import KVCarCache
 from ..errors import FitError, InputError
+from ..evaluate.fidelity import fidelity_figures, measure_fidelity
+from ..geometry import KVGeometry
 from ..models.geometry import read_geometry
-from ..plan import BitGroup, Block, CacheConfig, Plan
-from .blocks import regular_blocks, without
-from .budget import bits_for
+from ..plan import CacheConfig, Plan
 from ..progress import OnProgress, counter, silent
-from ..geometry import Kind, KVGeometry, Slot
+from ..sizes import REFERENCE_TOKENS, stored_bytes
+from ..text import TextSource, fit_texts, joined, windows_of_all
 from ..version import __version__
-from .capture import capture
-from .effect import EffectProbe, damped, effect_metrics
-from .moments import Moments
-from .options import DEFAULT_TIMES_SMALLER, FitOptions
-from .solvers import SOLVERS, Budget
-from ..text import TextSource
+from .codecs import Solved
+from .options import DEFAULT_PROFILE, PROFILES, FitOptions, Structure
+from .partition import given_partition, longest_run, searched_bands
+from .search import Allocate, Found, best_plan, empty_plan, given_plan, searched_plans
+from .statistics import SAMPLE_TOKENS, Effect, Statistics, bands_of, collect_statistics, sample_stride
 
-Allocate = Callable[[Plan, Sequence[Moments], tuple[int, ...]], tuple[int, ...]]
-"""(plan whose blocks are to be coded, their moments, an even share of latents for each) -> latents of each."""
-
-_SAMPLE_TOKENS = 2048
+CONTEXT = 1024
+CHECK_WINDOWS = 2
+_HELD_OUT_WINDOWS = 2
 _TRAINING_TOKENS = 8192
+_TOKENS = TextSource("token ids", "", "")
+
+log = logging.getLogger("kvcar.fit")
 
 
-def fit_bundle(
+def fit(
     model: PreTrainedModel,
-    name: str,
-    windows: Tensor,
-    source: TextSource,
-    options: FitOptions | None = None,
-    on_progress: OnProgress = silent,
+    tokenizer: Any = None,
+    text: Any = None,
+    *,
+    token_ids: Tensor | None = None,
+    times_smaller: float | None = None,
+    max_kl: float | None = None,
+    profile: str | None = None,
+    structure: Structure | None = None,
+    tokens: int | None = None,
+    window: int | None = None,
+    cache: CacheConfig = CacheConfig(),
+    effect_tokens: int = FitOptions.effect_tokens,
+    seed: int = 0,
+    check: bool = True,
+    name: str | None = None,
     allocate: Allocate | None = None,
+    on_progress: OnProgress = silent,
 ) -> Bundle:
-    """Fit a bundle for ``model``.
+    """Fit a bundle: what ``kvcar.attach`` needs to compress the cache of ``model``.
 
     Args:
-        model: a causal language model; it is only run, never changed.
-        name: what to call it in the bundle.
-        windows: token ids int64 ``[N, context]`` to fit on.
-        source: where they come from, for provenance.
-        options: see ``FitOptions``.
-        on_progress: told what is going on.
-        allocate: shares the latents that the options fix among blocks otherwise than evenly.
+        model: a causal language model with sdpa attention; it is only run, never changed.
+        tokenizer: its tokenizer; not needed with ``token_ids``.
+        text: what to fit on: a text, a path to a ``.txt`` or ``.jsonl`` file, or a list of them. Default: English text that
+            ships with Python.
+        token_ids: windows of tokens int64 ``[N, T]`` to fit on, instead of a tokenizer and a text.
+        times_smaller: total bytes of the full bfloat16 cache over those of the compressed one at 4,096 tokens. Default: 5.
+        max_kl: fit the smallest cache within this KL divergence (nats per token) on held-out text, instead of to a size.
+        profile: how wide blocks may be: fast, balanced (the default), small or stored.
+        structure: blocks and codecs as given, instead of searched within a profile.
+        tokens: tokens of the text to fit on. Default: the profile's, or what the text has.
+        window: recent tokens kept exact; default: those of ``cache``.
+        cache: sinks, window and pages.
+        effect_tokens: tokens on which the effect of errors is measured.
+        seed: of everything random.
+        check: hold out a tenth of the text and measure the bundle on it, stepped through the cache. Nothing is measured
+            where that is less than a window.
+        name: what to call the model in the bundle. Default: the name that it was loaded by.
+        allocate: shares the latents that a structure gives among its blocks otherwise than evenly.
+        on_progress: called with what is going on.
+
+    Returns:
+        The bundle; ``bundle.figures`` is what was measured.
 
     Raises:
         FitError: NaN in the model, too little text, or a target out of reach.
-        InputError: options that do not fit the model.
+        InputError: options that exclude each other or do not fit the model.
     """
-    return fit_bundles(model, name, windows, source, [options or FitOptions()], on_progress, allocate)[0]
+    options = FitOptions(times_smaller, max_kl, profile, structure, cache.with_window(window), effect_tokens, seed)
+    if token_ids is not None:
+        if tokenizer is not None or text is not None:
+            raise InputError("give a tokenizer and a text, or token_ids, not both")
+        windows, held_out = _split_windows(token_ids, check and not options.lossless)
+        source = _TOKENS
+    elif tokenizer is None:
+        raise InputError("a fit needs the model's tokenizer to read a text, or token_ids in place of both")
+    else:
+        windows, held_out, source = text_windows(model, tokenizer, text, tokens, options, check)
+    bundle = next(fit_bundles(model, windows, [options], source, name, on_progress, allocate))
+    return check_bundle(model, bundle, held_out, on_progress) if check else bundle
+
+
+def lossless(
+    model: PreTrainedModel, *, window: int | None = None, cache: CacheConfig = CacheConfig(), name: str | None = None
+) -> Bundle:
+    """Make the bundle that keeps every key and value exactly, by the same cache: the noise floor of every measurement.
+
+    Nothing is fitted, and the model is not run.
+
+    Args:
+        model: a causal language model.
+        window: recent tokens kept apart from pages; default: those of ``cache``.
+        cache: sinks, window and pages.
+        name: what to call the model in the bundle. Default: the name that it was loaded by.
+    """
+    options = FitOptions(structure=Structure(codec="identity"), cache=cache.with_window(window))
+    nothing = torch.zeros(0, 0, dtype=torch.int64)
+    return next(fit_bundles(model, nothing, [options], TextSource("", "", ""), name))
 
 
 def fit_bundles(
     model: PreTrainedModel,
-    name: str,
     windows: Tensor,
-    source: TextSource,
     options: Sequence[FitOptions],
+    source: TextSource = _TOKENS,
+    name: str | None = None,
     on_progress: OnProgress = silent,
     allocate: Allocate | None = None,
-) -> list[Bundle]:
-    """Fit several bundles from one pass over the text, as ``fit_bundle`` does one.
+) -> Iterator[Bundle]:
+    """Fit several bundles, one after the other, from the same statistics.
 
-    Options that partition the slots alike share their statistics.
+    Args:
+        model: a causal language model, with sdpa attention where the effect of errors is measured; only run, never changed.
+        windows: token ids int64 ``[N, T]``. Where a structure is searched, the last two are held out to compare on.
+        options: one for each bundle; those that are not lossless share cache, ``effect_tokens`` and seed.
+        source: where the windows come from, for provenance.
+        name: what to call the model in the bundles.
+        on_progress: called with what is going on.
+        allocate: shares the latents that a structure gives among its blocks otherwise than evenly.
+
+    Raises:
+        FitError: NaN in the model, too little text, or a target out of reach.
+        InputError: options that do not fit the model or each other.
     """
     geometry = read_geometry(model.config)
-    blocks = [_partition(geometry, o) for o in options]
-    sinks = max(o.sinks for o in options)
-    _check_text(windows, sinks, blocks, options, geometry)
-    needs = [b for b, o in zip(blocks, options, strict=True) if not _is_lossless(o)]
-    distinct = list(dict.fromkeys(block for each in needs for block in each))
-    training = any(o.codec == "autoencoder" for o in options)
-    stats = _collect(model, geometry, windows, distinct, sinks, training, on_progress) if distinct else {}
-    _attach_metrics(model, geometry, windows, stats, options, on_progress)
-    print_, identity = identify(model, name)
-    model_bytes = model.dtype.itemsize
-    bundles = []
-    for each, option in zip(blocks, options, strict=True):
-        plan, coded = _solve(geometry, each, stats, option, model_bytes, on_progress, allocate)
-        bundles.append(
-            Bundle(plan, coded, print_, identity, provenance(windows, source, option.seed, option.as_dict()))
+    lossy = [each for each in options if not each.lossless]
+    searched = any(each.limits is not None for each in lossy)
+    fitted, held_out = (windows[:-_HELD_OUT_WINDOWS], windows[-_HELD_OUT_WINDOWS:]) if searched else (windows, windows)
+    for each in lossy:
+        _check_text(windows, fitted, geometry, each)
+    statistics = _statistics(model, geometry, fitted, lossy, on_progress)
+    maker = _Maker(model, geometry, fitted, held_out, source, name, statistics, on_progress, allocate)
+    return (maker.bundle(each) for each in options)
+
+
+class _Maker:
+    """Makes bundles from the same statistics; partitions that only differ in what follows are searched once."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        geometry: KVGeometry,
+        windows: Tensor,
+        held_out: Tensor,
+        source: TextSource,
+        name: str | None,
+        statistics: Statistics | None,
+        on_progress: OnProgress,
+        allocate: Allocate | None,
+    ) -> None:
+        self._model, self._geometry, self._statistics = model, geometry, statistics
+        self._windows, self._held_out, self._source = windows, held_out, source
+        self._on_progress, self._allocate = on_progress, allocate
+        self._fingerprint, self._identity = identify(model, name or name_of(model))
+        self._plans: dict[tuple[str | None, float], list[Plan]] = {}
+
+    def bundle(self, options: FitOptions) -> Bundle:
+        """Bundle of one set of options."""
+        found = self._found(options)
+        given = options.as_dict() | ({"times_smaller": found.size} if options.limits is not None else {})
+        provenance = fit_provenance(self._windows, self._source, options.seed, given)
+        solved = found.solved
+        bundle = Bundle(solved.plan, solved.blocks, self._fingerprint, self._identity, provenance)
+        figures = size_figures(bundle, self._model.dtype.itemsize)
+        if found.two_pass_kl is not None:
+            figures |= {"two_pass_kl": found.two_pass_kl, "curve": [list(point) for point in found.curve]}
+        return bundle.with_figures(figures)
+
+    def _found(self, options: FitOptions) -> Found:
+        if options.lossless:
+            assert options.structure is not None
+            plan = empty_plan(self._geometry, given_partition(self._geometry, options.structure), options)
+            return Found(Solved(plan, (CodedBlock(None, None),) * len(plan.blocks), 0.0), 1.0)
+        model_bytes = self._model.dtype.itemsize
+        if self._statistics is None:  # there is nothing to code, only slots that read others
+            return Found(Solved(empty_plan(self._geometry, [], options), (), 0.0), options.target)
+        if options.limits is None:
+            return given_plan(self._statistics, options, model_bytes, self._on_progress, self._allocate)
+        key = (options.profile, options.target)
+        if key not in self._plans:
+            self._plans[key] = searched_plans(self._statistics, options, model_bytes, self._on_progress)
+        return best_plan(self._model, self._held_out, self._plans[key], self._statistics, options, self._on_progress)
+
+
+def _statistics(
+    model: PreTrainedModel, geometry: KVGeometry, windows: Tensor, options: Sequence[FitOptions], on_progress: OnProgress
+) -> Statistics | None:
+    """Statistics that all of the options can be fitted from; None where there is nothing to code."""
+    if len({(o.cache, o.window_read, o.effect_tokens, o.seed) for o in options}) > 1:
+        raise InputError(
+            "bundles fitted from the same statistics must share cache, effect_tokens and seed, and all be for stored "
+            "contexts or none"
         )
-    return bundles
+    needs = [_bands(geometry, each) for each in options]
+    bands = [each for each in needs if each is not None]
+    if not bands:
+        return None
+    first = options[0]
+    training = any(each.codec == "autoencoder" for each in options)
+    stride = sample_stride(windows, first.cache.sinks, _TRAINING_TOKENS if training else SAMPLE_TOKENS)
+    effect = None
+    if any(each.metric == "effect" for each in options):
+        effect = Effect(_spread(windows, first.effect_tokens), first.cache, first.window_read, first.seed)
+    band, shared_band = (max(each) for each in zip(*bands, strict=True))
+    log.info("statistics of %d tokens of %d layers", windows.numel(), len(geometry.codable_layers))
+    return collect_statistics(
+        model, geometry, windows, (band, shared_band), first.cache.sinks, stride, effect, on_progress
+    )
 
 
-def _partition(geometry: KVGeometry, options: FitOptions) -> list[tuple[Slot, ...]]:
-    """Blocks of the slots that the options want coded."""
-    blocks = regular_blocks(geometry, options.layers_per_block, options.heads_per_block)
-    wanted = geometry.codable_layers if options.layers is None else options.layers
-    unknown = sorted(set(wanted) - set(geometry.codable_layers))
-    if unknown or (not wanted and not options.reuses):
-        raise InputError(f"layers to compress must be among {list(geometry.codable_layers)}, got {list(wanted)}")
-    left_out = {reuse.slot for reuse in options.reuses}
-    left_out |= {slot for slot in geometry.slots() if slot.layer not in wanted}
-    return without(blocks, left_out)
+def _bands(geometry: KVGeometry, options: FitOptions) -> tuple[int, int] | None:
+    """See ``bands_of``; None for a structure without blocks."""
+    if options.limits is not None:
+        return searched_bands(geometry, options.limits)
+    assert options.structure is not None
+    blocks = given_partition(geometry, options.structure)
+    return bands_of(geometry, blocks) if blocks else None
 
 
-def _is_lossless(options: FitOptions) -> bool:
-    """Whether blocks keep what they are given; the default of the identity codec."""
-    return options.codec == "identity" and options.bits is None and options.times_smaller is None
-
-
-def _check_text(
-    windows: Tensor,
-    sinks: int,
-    blocks: Sequence[Sequence[tuple[Slot, ...]]],
-    options: Sequence[FitOptions],
-    geometry: KVGeometry,
-) -> None:
+def _check_text(windows: Tensor, fitted: Tensor, geometry: KVGeometry, options: FitOptions) -> None:
     if windows.ndim != 2 or windows.numel() == 0:
         raise InputError(f"fitting needs windows of token ids, got shape {tuple(windows.shape)}; give it some text")
-    if windows.shape[1] > geometry.max_positions:
-        raise InputError(
-            f"windows of {windows.shape[1]} tokens are longer than the model's {geometry.max_positions} positions"
-        )
-    usable = windows.shape[0] * max(0, windows.shape[1] - sinks)
-    for each, option in zip(blocks, options, strict=True):
-        width = max((len(block) for block in each), default=0) * geometry.head_dim
-        if not _is_lossless(option) and usable < 2 * width:
-            raise FitError(
-                f"{usable} tokens are too few to fit blocks of {width} elements (needed: at least {2 * width}); give "
-                "more text or tokens, or fewer layers per block"
-            )
-
-
-def _collect(
-    model: PreTrainedModel,
-    geometry: KVGeometry,
-    windows: Tensor,
-    blocks: Sequence[tuple[Slot, ...]],
-    sinks: int,
-    training: bool,
-    on_progress: OnProgress,
-) -> dict[tuple[Slot, ...], Moments]:
-    """Moments of every block in one pass over the text."""
-    total = windows.shape[0] * (windows.shape[1] - sinks)
-    stride = max(1, total // (_TRAINING_TOKENS if training else _SAMPLE_TOKENS))
-    moments = [Moments(len(block) * geometry.head_dim, stride) for block in blocks]
-    count = counter(on_progress, "capture keys and values", total)
-    count(0)
-    for tokens in capture(model, geometry, windows, blocks, sinks, lambda index, x: moments[index].add(x)):
-        count(tokens)
-    return dict(zip(blocks, moments, strict=True))
-
-
-def _attach_metrics(
-    model: PreTrainedModel,
-    geometry: KVGeometry,
-    windows: Tensor,
-    stats: dict[tuple[Slot, ...], Moments],
-    options: Sequence[FitOptions],
-    on_progress: OnProgress,
-) -> None:
-    """Tell each block's moments what errors in it cost, where the options ask for that."""
-    lossy = [o for o in options if not _is_lossless(o)]
-    asking = [o for o in lossy if o.metric == "effect"]
-    if not asking:
-        return
-    if len(asking) != len(lossy) or len({(o.window, o.page_tokens, o.sinks) for o in asking}) > 1:
-        raise InputError("bundles fitted together must share the metric, and with 'effect' window, pages and sinks")
-    first = asking[0]
-    count = max(1, round(first.effect_tokens / windows.shape[1]))
-    spread = windows[:: max(1, len(windows) // count)][:count]
-    probe = EffectProbe(
-        model, geometry, first.sinks, CacheConfig(first.window, first.sinks, first.page_tokens).step_tokens, first.window, first.seed
-    )
-    metrics = effect_metrics(probe, spread, on_progress)
-    dim = geometry.head_dim
-    for slots, moments in stats.items():
-        owners: list[tuple[int, Kind]] = list(dict.fromkeys((slot.layer, slot.kind) for slot in slots))
-        parts, start = [], 0
-        for owner in owners:
-            heads = [s.head for s in slots if (s.layer, s.kind) == owner]
-            columns = torch.cat([torch.arange(h * dim, (h + 1) * dim) for h in heads])
-            covariance = moments.covariance[start : start + len(columns), start : start + len(columns)]
-            parts.append(damped(metrics[owner][columns][:, columns], covariance))
-            start += len(columns)
-        moments.metrics = parts
-
-
-def _solve(
-    geometry: KVGeometry,
-    blocks: Sequence[tuple[Slot, ...]],
-    stats: dict[tuple[Slot, ...], Moments],
-    options: FitOptions,
-    model_bytes: int,
-    on_progress: OnProgress,
-    allocate: Allocate | None,
-) -> tuple[Plan, tuple[CodedBlock, ...]]:
-    lossless = _is_lossless(options)
-    empty = Plan(
-        geometry=geometry,
-        blocks=tuple(Block(codec=options.codec, slots=block) for block in blocks),
-        reuses=options.reuses,
-        cache=CacheConfig(options.window, options.sinks, options.page_tokens),
-        # Lossless bundles keep the model's own dtype: they are the noise floor of every measurement.
-        exact_dtype="model" if lossless else "bfloat16",
-    )
-    if lossless:
-        return empty, (CodedBlock(None, None),) * len(blocks)
-    if not blocks:
-        return empty, ()
-    budget = _budget(empty, options, model_bytes)
-    if allocate is not None:
-        if budget.latents is None:
+    length, cache = windows.shape[1], options.cache
+    if length > geometry.max_positions:
+        raise InputError(f"windows of {length} tokens are longer than the model's {geometry.max_positions} positions")
+    if options.limits is not None:
+        if not len(fitted):
             raise InputError(
-                "latents can be shared out only where their number is given: key_latents and value_latents"
+                f"a search needs more than {_HELD_OUT_WINDOWS} windows of token ids, got {len(windows)}; give it more text"
             )
-        budget = Budget(0, allocate(empty, [stats[block] for block in blocks], budget.latents))
-    planned, coded = [], []
-    for index, fitted in enumerate(SOLVERS[options.codec](blocks, stats, budget, options)):
-        planned.append(fitted.block)
-        coded.append(CodedBlock(fitted.codec, fitted.quantizer))
-        on_progress(f"fit {options.codec} codecs", index + 1, len(blocks))
-    return empty.model_copy(update={"blocks": tuple(planned)}), tuple(coded)
+        if length <= cache.sinks + 2 * cache.window:
+            raise InputError(
+                f"windows of {length} tokens are too short for {cache.sinks} sinks and a window of {cache.window}; fit on "
+                "longer ones"
+            )
+    usable, widest = fitted.shape[0] * max(0, length - cache.sinks), _widest(geometry, options)
+    if usable < 2 * widest:
+        raise FitError(
+            f"{usable} tokens are too few to fit blocks of {widest} elements (needed: at least {2 * widest}); give "
+            "more text or tokens, or narrower blocks: another profile, or fewer layers per block"
+        )
 
 
-def _budget(plan: Plan, options: FitOptions, model_bytes: int) -> Budget:
-    """What all blocks together may spend."""
-    if options.key_latents is not None and options.value_latents is not None:
-        return Budget(0, tuple(_latents(block, plan.geometry, options) for block in plan.blocks))
-    if options.bits is not None:
-        elements = sum(len(block.slots) for block in plan.blocks) * plan.geometry.head_dim
-        return Budget(int(options.bits * elements))
-    if options.scales == "dynamic":
-        # The scales' bytes are part of what is fixed, not of what latents may spend.
-        scaled = BitGroup(bits=options.latent_bits, count=1)
-        blocks = tuple(b.model_copy(update={"groups": (scaled,), "scales": "dynamic"}) for b in plan.blocks)
-        plan = plan.model_copy(update={"blocks": blocks})
-    return Budget(bits_for(plan, options.times_smaller or DEFAULT_TIMES_SMALLER, model_bytes))
+def _widest(geometry: KVGeometry, options: FitOptions) -> int:
+    """Elements of the widest block that may be asked for."""
+    if options.limits is not None:
+        longest = longest_run(geometry, options.limits) * geometry.kv_heads * geometry.head_dim
+        return min(options.limits.widest_elements, longest)
+    assert options.structure is not None
+    return max((len(b) for b in given_partition(geometry, options.structure)), default=0) * geometry.head_dim
 
 
-def _latents(block: Block, geometry: KVGeometry, options: FitOptions) -> int:
-    """A block's share of the latents asked for a whole layer."""
-    per_kind = {"key": options.key_latents, "value": options.value_latents}
-    latents = sum(per_kind[slot.kind] or 0 for slot in block.slots) / geometry.kv_heads
-    width = len(block.slots) * geometry.head_dim
-    if latents > width:
-        raise InputError(f"{latents:g} latents are more than the {width} elements of a block; ask for fewer")
-    return max(1, round(latents))
+def _spread(windows: Tensor, tokens: int) -> Tensor:
+    """About ``tokens`` tokens' worth of windows, evenly spread."""
+    count = min(len(windows), max(1, round(tokens / windows.shape[1])))
+    places = torch.linspace(0, len(windows) - 1, count).round().long()
+    return windows[places]
 
 
-def provenance(
+def text_windows(
+    model: PreTrainedModel, tokenizer: Any, text: Any, tokens: int | None, options: FitOptions, check: bool
+) -> tuple[Tensor, Tensor | None, TextSource]:
+    """Windows to fit on, windows held out to check on (None where the text has too few), and where they come from.
+
+    Args:
+        model: says how many positions there are.
+        tokenizer: the model's.
+        text: see ``fit``.
+        tokens: how many to fit on; None for as many as the profile asks for, or the text has.
+        options: of the fit.
+        check: whether to hold any out.
+
+    Raises:
+        InputError: text that cannot be read, or too little of it.
+    """
+    sources, held_out = fit_texts(text, check)
+    positions = model.config.get_text_config().max_position_embeddings
+    context = min(CONTEXT, positions, tokens or CONTEXT)
+    limits = options.limits or PROFILES[DEFAULT_PROFILE]
+    if tokens is None:
+        windows = windows_of_all(tokenizer, sources, context, limits.fit_tokens // context)
+    else:
+        each = tokens // context // len(sources)
+        if context < 2 or not each:
+            raise InputError(f"{tokens} tokens are less than a window of {context} for each of {len(sources)} texts")
+        windows = windows_of_all(tokenizer, sources, context, each * len(sources), exactly=True)
+    return windows, held_out_windows(model, tokenizer, held_out), joined(sources)
+
+
+def held_out_windows(model: PreTrainedModel, tokenizer: Any, sources: Sequence[TextSource]) -> Tensor | None:
+    """Windows int64 ``[N, T]`` of held-out texts to check a bundle on; None where there is no text, or too little of it."""
+    context = min(CONTEXT, model.config.get_text_config().max_position_embeddings)
+    try:
+        return windows_of_all(tokenizer, sources, context, max(CHECK_WINDOWS, len(sources))) if sources else None
+    except InputError:
+        log.info("the held-out tenth of the text is shorter than a window: nothing is measured on it")
+        return None
+
+
+def _split_windows(token_ids: Tensor, check: bool) -> tuple[Tensor, Tensor | None]:
+    """Windows to fit on, and the last tenth of them, held out."""
+    count = len(token_ids) // 10 if check else 0
+    return (token_ids[:-count], token_ids[-count:]) if count else (token_ids, None)
+
+
+def check_bundle(
+    model: PreTrainedModel, bundle: Bundle, held_out: Tensor | None, on_progress: OnProgress = silent
+) -> Bundle:
+    """The bundle with its quality on held-out windows int64 ``[N, T]`` among its figures; as it is without any."""
+    if held_out is None:
+        return bundle
+    on_chunk = counter(on_progress, "check on held-out text", held_out.numel())
+    with attach(model, bundle):
+        caches = {"check": lambda: KVCarCache(bundle, keep_decoded=True)}
+        measured = measure_fidelity(model, held_out, caches, on_chunk)["check"]
+    return bundle.with_figures({"held_out": fidelity_figures(measured)})
+
+
+def size_figures(bundle: Bundle, model_bytes: int) -> dict[str, Any]:
+    """Bytes of one sequence at 4,096 tokens, or as many as the model has positions, everything counted."""
+    geometry = bundle.plan.geometry
+    tokens = min(REFERENCE_TOKENS, geometry.max_positions)
+    full, stored = geometry.full_bytes(tokens), stored_bytes(bundle.plan, tokens, model_bytes)
+    return {
+        "tokens": tokens,
+        "times_smaller": full / stored,
+        "stored_bytes": stored,
+        "full_bytes": full,
+        "codec_bytes": bundle.codec_bytes,
+    }
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """The name that a model was loaded by, or its class where it was not loaded."""
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return Path(name).name if Path(name).is_absolute() else name
+
+
+def fit_provenance(
     windows: Tensor, source: TextSource, seed: int, options: dict[str, str | int | float | bool | None]
 ) -> FitProvenance:
-    """What a bundle tells of how it was fitted."""
+    """What a bundle says of how it was fitted."""
     return FitProvenance(
         kvcar_version=__version__,
         torch_version=torch.__version__,

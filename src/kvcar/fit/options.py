@@ -1,26 +1,60 @@
-"""What a fit can be asked for."""
+"""What a fit can be asked for: a size or a divergence, and a profile that searches the structure or a structure that is given."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Literal
 
 from ..codecs import CODECS
 from ..errors import InputError
 from ..plan import PACKED_BITS, RAW_BITS, CacheConfig, Reuse, Scales
 
+DEFAULT_PROFILE = "balanced"
 DEFAULT_TIMES_SMALLER = 5.0
+
+Metric = Literal["std", "effect"]
 
 
 @dataclass(frozen=True)
-class FitOptions:
-    """Options of ``fit_bundle``.
+class Profile:
+    """Limits within which the structure is searched.
 
     Attributes:
-        codec: one of the registered codecs.
-        bits: average stored bits per key or value element; excludes ``times_smaller``.
-        times_smaller: total bytes of the full bfloat16 cache over those of this one at 4,096 tokens, sinks and
-            window included. With neither, 5.
+        widest_elements: elements of the widest block.
+        flops_per_element: FLOPs per key or value element, the average over all; None for no limit.
+        purpose: one line for help texts.
+        flops_of: what is counted. "decoding": of decoding keys and values, as a prefill does. "step": of a decode step, in
+            which keys are decoded and values are summed as latents; heads of a layer may then be separate blocks.
+        entropy_coded: whether sizes are those of a stored context, whose codes take their entropy.
+        fit_tokens: tokens to fit on by default: blocks of thousands of elements at small sizes need many.
+    """
+
+    widest_elements: int
+    flops_per_element: float | None
+    purpose: str
+    flops_of: Literal["decoding", "step"] = "decoding"
+    entropy_coded: bool = False
+    fit_tokens: int = 24_576
+
+
+PROFILES = {
+    "fast": Profile(1024, 60, "keys in narrow blocks, so that a decode step takes few FLOPs", flops_of="step"),
+    "balanced": Profile(2048, 1200, "a few adjacent layers to a block"),
+    "small": Profile(8192, None, "many or all layers to a block, for capacity"),
+    "stored": Profile(
+        8192, None, "contexts saved to disk, where codes take their entropy", entropy_coded=True, fit_tokens=65_536
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Blocks and codecs as given, instead of searched by a profile.
+
+    Attributes:
+        codec: one of the registered codecs. The identity codec without ``bits`` or a size is lossless.
+        bits: average stored bits per key or value element, instead of ``times_smaller``.
         layers_per_block, heads_per_block: slots coded together; heads None means all of a layer.
         layers: layers to compress, the others stay exact; None means all that can be.
         key_latents, value_latents: latents of a whole layer's keys and of its values, ``latent_bits`` each, instead of
@@ -29,17 +63,16 @@ class FitOptions:
         latent_bits: bits of each latent of an autoencoder, or of every kept latent when their number is given; 1 to 8
             or 16.
         scales: see ``Block``; "dynamic" needs ``latent_bits`` of 1 to 8 for every latent.
-        steps: training steps of an autoencoder, per block.
-        window, sinks, page_tokens: see ``Plan``.
-        seed: of everything random.
         metric: what a block's directions are chosen by: "std" (each element over its standard deviation) or "effect" (the
             measured effect of errors on the model's output; bits and latents of all blocks then share one budget).
-        effect_tokens: tokens that the effect is measured on.
+        steps: training steps of an autoencoder, per block.
+
+    Raises:
+        InputError: values that are out of range or exclude each other.
     """
 
     codec: str = "linear"
     bits: float | None = None
-    times_smaller: float | None = None
     layers_per_block: int = 1
     heads_per_block: int | None = None
     layers: tuple[int, ...] | None = None
@@ -48,56 +81,139 @@ class FitOptions:
     reuses: tuple[Reuse, ...] = ()
     latent_bits: int = 8
     scales: Scales = "static"
+    metric: Metric = "std"
     steps: int = 200
-    window: int = 64
-    sinks: int = 4
-    page_tokens: int = 64
-    seed: int = 0
-    metric: Literal["std", "effect"] = "std"
-    effect_tokens: int = 6144
 
     def __post_init__(self) -> None:
         _ = CODECS[self.codec]  # raises InputError for a codec that does not exist
-        if self.bits is not None and self.times_smaller is not None:
-            raise InputError("give bits or times_smaller, not both")
         if self.bits is not None and not 0 < self.bits <= RAW_BITS:
             raise InputError(f"bits per element must be above 0 and at most {RAW_BITS}, got {self.bits:g}")
-        if self.times_smaller is not None and not self.times_smaller > 0:
-            raise InputError(f"times_smaller must be above 0, got {self.times_smaller:g}")
-        self._check_latents()
         if self.latent_bits not in (*PACKED_BITS, RAW_BITS):
             raise InputError(f"latent bits must be 1 to 8, or 16, got {self.latent_bits}")
-        CacheConfig(self.window, self.sinks, self.page_tokens)
         if self.scales not in ("static", "dynamic"):
             raise InputError(f"scales must be static or dynamic, got {self.scales!r}")
         if self.metric not in ("std", "effect"):
             raise InputError(f"metric must be std or effect, got {self.metric!r}")
-        if self.effect_tokens < 1:
-            raise InputError(f"effect_tokens must be at least 1, got {self.effect_tokens}")
         if self.steps < 0:
             raise InputError(f"training steps must not be negative, got {self.steps}")
+        self._check_latents()
 
     def _check_latents(self) -> None:
-        given = (self.key_latents, self.value_latents)
-        if given.count(None) == 1:
+        given = [n for n in (self.key_latents, self.value_latents) if n is not None]
+        if len(given) == 1:
             raise InputError("give key_latents and value_latents together")
-        if None not in given:
-            if self.bits is not None or self.times_smaller is not None:
-                raise InputError(
-                    "key_latents and value_latents fix the size; give no bits and no times_smaller with them"
-                )
-            if self.codec == "identity":
-                raise InputError("the identity codec keeps every element; latents need a linear or autoencoder codec")
-            if min(n for n in given if n is not None) < 1:
-                raise InputError(f"latents must be at least 1, got {given[0]} and {given[1]}")
-        if self.scales == "dynamic" and (self.latent_bits == RAW_BITS or (self.codec == "linear" and None in given)):
+        if given and self.bits is not None:
+            raise InputError("key_latents and value_latents fix the size; give no bits with them")
+        if given and self.codec == "identity":
+            raise InputError("the identity codec keeps every element; latents need a linear or autoencoder codec")
+        if given and min(given) < 1:
+            raise InputError(f"latents must be at least 1, got {given[0]} and {given[1]}")
+        if self.scales == "dynamic" and (self.latent_bits == RAW_BITS or (self.codec == "linear" and not given)):
             raise InputError(
                 "dynamic scales need the same 1 to 8 latent bits everywhere: give latent_bits, and for the linear codec "
                 "key_latents and value_latents too"
             )
 
+    @property
+    def latents(self) -> tuple[int, int] | None:
+        """Latents of a layer's keys and of its values, where their number is given."""
+        if self.key_latents is None or self.value_latents is None:
+            return None
+        return self.key_latents, self.value_latents
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Options of one fit.
+
+    Attributes:
+        times_smaller: total bytes of the full bfloat16 cache over those of this one at 4,096 tokens, sinks and window
+            included. With neither this nor ``max_kl`` nor a structure that fixes the size, 5.
+        max_kl: KL divergence, nats per token, that the smallest such cache may cost on held-out text.
+        profile: one of ``PROFILES``, within whose limits the structure is searched; None means balanced.
+        structure: blocks and codecs as given, instead of a profile.
+        cache: sinks, window and pages.
+        effect_tokens: tokens on which the effect of errors is measured, forwards and backwards.
+        seed: of everything random.
+
+    Raises:
+        InputError: values that are out of range or exclude each other.
+    """
+
+    times_smaller: float | None = None
+    max_kl: float | None = None
+    profile: str | None = None
+    structure: Structure | None = None
+    cache: CacheConfig = CacheConfig()
+    effect_tokens: int = 8192
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("times_smaller", "max_kl"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} must be above 0, got {value:g}")
+        if self.times_smaller is not None and self.max_kl is not None:
+            raise InputError("give times_smaller or max_kl, not both")
+        if self.effect_tokens < 1:
+            raise InputError(f"effect_tokens must be at least 1, got {self.effect_tokens}")
+        if self.profile is not None and self.profile not in PROFILES:
+            raise InputError(f"profile must be one of {', '.join(PROFILES)}, got {self.profile!r}")
+        if self.structure is not None:
+            self._check_structure(self.structure)
+
+    def _check_structure(self, structure: Structure) -> None:
+        if self.profile is not None or self.max_kl is not None:
+            raise InputError("profile and max_kl search the structure, and structure fixes it; give one of them")
+        if self.times_smaller is not None:
+            if structure.bits is not None:
+                raise InputError("give bits or times_smaller, not both")
+            if structure.latents is not None:
+                raise InputError("key_latents and value_latents fix the size; give no times_smaller with them")
+
+    @cached_property
+    def limits(self) -> Profile | None:
+        """Limits of the search; None for a given structure."""
+        return PROFILES[self.profile or DEFAULT_PROFILE] if self.structure is None else None
+
+    @property
+    def codec(self) -> str:
+        """Codec of every block."""
+        return "linear" if self.structure is None else self.structure.codec
+
+    @property
+    def metric(self) -> Metric:
+        """What directions are chosen by."""
+        return "effect" if self.structure is None else self.structure.metric
+
+    @property
+    def lossless(self) -> bool:
+        """Whether blocks keep what they are given; the default of the identity codec."""
+        given = self.structure
+        return given is not None and given.codec == "identity" and given.bits is None and self.times_smaller is None
+
+    @property
+    def entropy_coded(self) -> bool:
+        """Whether sizes are those of a stored context."""
+        return self.limits is not None and self.limits.entropy_coded
+
+    @property
+    def target(self) -> float:
+        """Times smaller that is aimed at where no divergence is."""
+        return DEFAULT_TIMES_SMALLER if self.times_smaller is None else self.times_smaller
+
+    @property
+    def window_read(self) -> int:
+        """Recent tokens that are read exactly: none after a stored context is loaded."""
+        return 0 if self.entropy_coded else self.cache.window
+
     def as_dict(self) -> dict[str, str | int | float | bool | None]:
-        """For a bundle's provenance; the plan holds the reuses themselves."""
-        plain = asdict(self) | {"reuses": len(self.reuses)}
-        plain["layers"] = None if self.layers is None else " ".join(map(str, self.layers))
-        return plain
+        """Everything on one level, for a bundle's provenance; the plan holds the reuses themselves."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        del own["cache"], own["structure"], own["profile"], own["max_kl"]
+        plain = own | asdict(self.cache)
+        if self.structure is None:
+            return plain | {"profile": self.profile or DEFAULT_PROFILE, "max_kl": self.max_kl, "codec": self.codec}
+        given = asdict(self.structure) | {"reuses": len(self.structure.reuses)}
+        given["layers"] = None if self.structure.layers is None else " ".join(map(str, self.structure.layers))
+        return plain | given

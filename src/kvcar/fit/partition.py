@@ -1,4 +1,4 @@
-"""Which adjacent layers share a block, by measured gain under two budgets: bits and decoder FLOPs per token.
+"""A partition: which slots share a block, before any of them has bits. Searched within a profile's limits, or given.
 
 For a price of a bit, a block's cost is what its error does to the output plus what its bits cost, each latent at the whole
 number of bits that suits it (reverse water-filling: Cover and Thomas, 10.3.3). A wider block never costs more that way, but
@@ -7,14 +7,29 @@ decoding it does; a second price, on FLOPs, decides how wide it pays to go. Laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .bits import DISTORTION
+from ..errors import InputError
+from ..geometry import KINDS, Kind, KVGeometry, Slot
+from ..plan import Block
+from ..progress import OnProgress
+from .bits import bits_at_price, error_of, lowest_price, price_for
+from .options import Profile, Structure
+from .statistics import Slots, Statistics
+
+# Of unpacking one code, in FLOPs that take as long.
+_UNPACK_FLOPS = 32.0
+_RUN_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80)
+
+Kinds = tuple[Kind, ...]
+Sharing = tuple[Kinds, ...]
+JOINT: Sharing = (KINDS,)
+SEPARATE: Sharing = tuple((kind,) for kind in KINDS)
 
 
 @dataclass(frozen=True)
@@ -33,10 +48,6 @@ class Candidate(NamedTuple):
     flops_per_latent: float
 
 
-_PRICE_SEARCHES = 50
-T = TypeVar("T")
-
-
 @dataclass(frozen=True)
 class RunCost:
     """One candidate at a price of a bit.
@@ -50,29 +61,163 @@ class RunCost:
     flops: float
 
 
-def bits_at_price(variances: Tensor, price: float, latent_cost: Tensor | float = 0.0) -> Tensor:
-    """Bits 0 to 8, int64 ``[R]``, of latents whose error costs half their variance times the quantiser's distortion.
+def given_partition(geometry: KVGeometry, structure: Structure) -> list[Slots]:
+    """Blocks of the slots that a structure wants coded.
 
-    ``latent_cost`` is what a latent costs that has any bits at all.
+    Raises:
+        InputError: layers or numbers that the model does not have, or nothing to code.
     """
-    steps = torch.tensor(DISTORTION, dtype=torch.float64)
-    costs = 0.5 * variances.double()[:, None] * steps + price * torch.arange(len(steps))
-    costs[:, 1:] += latent_cost[:, None] if isinstance(latent_cost, Tensor) else latent_cost
-    return costs.argmin(1)
+    blocks = regular_blocks(geometry, structure.layers_per_block, structure.heads_per_block)
+    wanted = geometry.codable_layers if structure.layers is None else structure.layers
+    unknown = sorted(set(wanted) - set(geometry.codable_layers))
+    if unknown or (not wanted and not structure.reuses):
+        raise InputError(f"layers to compress must be among {list(geometry.codable_layers)}, got {list(wanted)}")
+    left_out = {reuse.slot for reuse in structure.reuses}
+    left_out |= {slot for slot in geometry.slots() if slot.layer not in wanted}
+    kept = [tuple(slot for slot in block if slot not in left_out) for block in blocks]
+    return [block for block in kept if block]
 
 
-def error_of(variances: Tensor, bits: Tensor) -> float:
-    """What the errors cost: half the sum of variance times distortion, nats under an effect metric."""
-    return 0.5 * float((variances.double() * torch.tensor(DISTORTION, dtype=torch.float64)[bits]).sum())
+def regular_blocks(geometry: KVGeometry, layers_per_block: int, heads_per_block: int | None) -> list[Slots]:
+    """Blocks of neighbouring layers and heads, keys and values apart; the last ones may be smaller.
+
+    Args:
+        geometry: the cache to partition; sliding layers are in no block.
+        layers_per_block: codable layers of a block.
+        heads_per_block: KV heads of a block, None for all of a layer.
+
+    Raises:
+        InputError: a number is not positive, or larger than what the model has.
+    """
+    layers = geometry.codable_layers
+    heads = geometry.kv_heads if heads_per_block is None else heads_per_block
+    if not layers:
+        raise InputError("every layer of this model attends to a sliding window; there is nothing to compress")
+    if not 1 <= layers_per_block <= len(layers):
+        raise InputError(f"layers per block must be 1 to {len(layers)} for this model, got {layers_per_block}")
+    if not 1 <= heads <= geometry.kv_heads:
+        raise InputError(f"heads per block must be 1 to {geometry.kv_heads} for this model, got {heads}")
+    blocks = []
+    for first in range(0, len(layers), layers_per_block):
+        for kind in KINDS:
+            for head in range(0, geometry.kv_heads, heads):
+                members = range(head, min(head + heads, geometry.kv_heads))
+                blocks.append(
+                    tuple(Slot(layer, h, kind) for layer in layers[first : first + layers_per_block] for h in members)
+                )
+    return blocks
 
 
-def price_for(variances: Sequence[Tensor], budget_bits: float) -> float:
-    """Price of a bit at which latents of all blocks together take about ``budget_bits``."""
-    flat = torch.cat([v.double() for v in variances])
-    steps = torch.tensor(DISTORTION, dtype=torch.float64)
-    gains = (0.5 * flat[:, None] * (steps[:-1] - steps[1:])).flatten()
-    kept = min(max(int(budget_bits), 1), len(gains))
-    return float(gains.topk(kept).values[-1])
+def longest_run(geometry: KVGeometry, profile: Profile, kinds: int = 1) -> int:
+    """Layers of the longest block of one kind that a profile allows, or of both."""
+    width = geometry.kv_heads * geometry.head_dim * kinds
+    return max(1, min(len(geometry.codable_layers), profile.widest_elements // width))
+
+
+def searched_bands(geometry: KVGeometry, profile: Profile) -> tuple[int, int]:
+    """Layers within which a profile may code sides of one kind together, and sides of both."""
+    joint = JOINT in _sharings(geometry, profile)
+    return longest_run(geometry, profile), longest_run(geometry, profile, 2) if joint else 0
+
+
+def searched_partitions(
+    statistics: Statistics, profile: Profile, budget_bits: int, on_progress: OnProgress
+) -> list[list[Slots]]:
+    """Partitions of adjacent layers within a profile's limits: the best one of joint blocks, and of separate keys and values.
+
+    Layers wider than the profile's widest block are cut into groups of heads.
+    """
+    sharings = _sharings(statistics.geometry, profile)
+    return [_blocks_of(statistics, profile, sharing, budget_bits, on_progress) for sharing in sharings]
+
+
+def _sharings(geometry: KVGeometry, profile: Profile) -> tuple[Sharing, ...]:
+    """What is tried. In a decode step keys are decoded and values are not, so a latent of both would be read twice."""
+    fits = 2 * geometry.head_dim <= profile.widest_elements
+    return (JOINT, SEPARATE) if fits and profile.flops_of == "decoding" else (SEPARATE,)
+
+
+def _blocks_of(
+    statistics: Statistics, profile: Profile, sharing: Sharing, budget_bits: float, on_progress: OnProgress
+) -> list[Slots]:
+    geometry, kinds = statistics.geometry, len(sharing[0])
+    layers = geometry.codable_layers
+    if profile.flops_per_element is None:
+        # Wider never costs more bits, so without a limit on FLOPs the longest even runs are best.
+        parts = min(_parts(geometry, profile, kinds))
+        runs = [Run(first, 1, parts) for first in range(len(layers))]
+        if parts == 1:
+            runs = list(_even_runs(len(layers), longest_run(geometry, profile, kinds)))
+        return [slots for run in runs for own in sharing for slots in _slots(geometry, run, own)]
+    runs = _candidate_runs(geometry, profile, kinds)
+    sides: list[dict[Run, Candidate]] = []
+    for own in sharing:
+        side: dict[Run, Candidate] = {}
+        for run in runs:
+            variances = torch.cat([statistics.variances(slots) for slots in _slots(geometry, run, own)])
+            side[run] = Candidate(variances, _flops_per_latent(geometry, profile, run, own))
+            on_progress("try blocks", len(sides) * len(runs) + len(side), len(sharing) * len(runs))
+        sides.append(side)
+    flops = flops_budget(geometry, profile)
+    cuts = partition(len(layers), sides, budget_bits, flops, price_latents=profile.flops_of == "step")
+    return [s for own, cut in zip(sharing, cuts, strict=True) for run in cut for s in _slots(geometry, run, own)]
+
+
+def _candidate_runs(geometry: KVGeometry, profile: Profile, kinds: int) -> list[Run]:
+    layers, parts = len(geometry.codable_layers), _parts(geometry, profile, kinds)
+    longest = longest_run(geometry, profile, kinds) if 1 in parts else 0
+    runs = [Run(first, n) for n in _RUN_LENGTHS if n <= longest for first in range(layers - n + 1)]
+    # Separate heads where nothing else is narrow enough, or where narrow blocks are looked for.
+    cuts = [p for p in parts if p > 1] if profile.flops_of == "step" else [] if longest else [min(parts)]
+    return runs + [Run(first, 1, p) for p in cuts for first in range(layers)]
+
+
+def _parts(geometry: KVGeometry, profile: Profile, kinds: int) -> list[int]:
+    """Into how many groups of as many heads a layer may be cut so that each is narrow enough, fewest first."""
+    heads, dim = geometry.kv_heads, geometry.head_dim * kinds
+    found = [p for p in range(1, heads + 1) if heads % p == 0 and heads // p * dim <= profile.widest_elements]
+    return found or [heads]
+
+
+def _flops_per_latent(geometry: KVGeometry, profile: Profile, run: Run, kinds: Kinds) -> float:
+    """FLOPs per token and latent of a run's blocks: of decoding all of it, or of a decode step over its layers."""
+    width = geometry.kv_heads * geometry.head_dim / run.parts
+    if profile.flops_of == "decoding":
+        return 2.0 * run.count * width * len(kinds)
+    # Keys that do not rotate are not decoded either: a latent meets every query head of its heads once.
+    meets = [width if kind == "key" and geometry.rotary else geometry.query_heads / run.parts for kind in kinds]
+    return run.count * sum(2.0 * each + _UNPACK_FLOPS for each in meets)
+
+
+def flops_per_latent(geometry: KVGeometry, profile: Profile, block: Block) -> float:
+    """The same of a block of a plan."""
+    layers, heads = {s.layer for s in block.slots}, {s.head for s in block.slots}
+    run = Run(min(layers), len(layers), geometry.kv_heads // len(heads))
+    kinds = tuple(kind for kind in KINDS if any(s.kind == kind for s in block.slots))
+    return _flops_per_latent(geometry, profile, run, kinds)
+
+
+def flops_budget(geometry: KVGeometry, profile: Profile) -> float:
+    """FLOPs per token that all blocks may take."""
+    assert profile.flops_per_element is not None
+    return profile.flops_per_element * geometry.layer_elements_per_token * len(geometry.codable_layers)
+
+
+def _slots(geometry: KVGeometry, run: Run, kinds: Kinds) -> list[Slots]:
+    """Blocks of a run: one, or one for every group of heads. Sides follow each other: a layer's keys, then its values."""
+    layers = geometry.codable_layers[run.first : run.first + run.count]
+    size = geometry.kv_heads // run.parts
+    groups = [range(first, first + size) for first in range(0, geometry.kv_heads, size)]
+    return [tuple(Slot(layer, head, kind) for layer in layers for kind in kinds for head in heads) for heads in groups]
+
+
+def _even_runs(layers: int, longest: int) -> Iterator[Run]:
+    count = -(-layers // longest)
+    first = 0
+    for index in range(count):
+        size = (layers - first) // (count - index)
+        yield Run(first, size)
+        first += size
 
 
 def run_cost(candidate: Candidate, price: float, flops_price: float = 0.0) -> RunCost:
@@ -147,44 +292,6 @@ def _within_flops(
         return cuts, sum(own[run].flops for own, runs in zip(costs, cuts, strict=True) for run in runs)
 
     return lowest_price(cut, budget)
-
-
-def lowest_price(at: Callable[[float], tuple[T, float]], budget: float | None, highest: float = 1.0) -> T:
-    """What ``at`` gives at the lowest price for which what it spends keeps to the budget; at ``highest`` if none does."""
-    free, spent = at(0.0)
-    if budget is None or spent <= budget:
-        return free
-    low, high = 1e-18, highest
-    for _ in range(_PRICE_SEARCHES):
-        middle = (low * high) ** 0.5
-        low, high = (low, middle) if at(middle)[1] <= budget else (middle, high)
-    return at(high)[0]
-
-
-def allocate_bits_and_flops(
-    variances: Sequence[Tensor], flops_per_latent: Sequence[float], budget_bits: int, flops_budget: float
-) -> list[Tensor]:
-    """Bits 0 to 8, int64, for every latent of several blocks that share budgets of bits and of FLOPs per token.
-
-    Args:
-        variances: weighted variance of each latent, ``[R]`` for every block.
-        flops_per_latent: what a latent of the block costs that has any bits.
-        budget_bits, flops_budget: never exceeded, unless even one bit in all takes more FLOPs.
-    """
-    flat = torch.cat([v.double() for v in variances])
-    flops = torch.cat(
-        [torch.full((len(v),), f, dtype=torch.float64) for v, f in zip(variances, flops_per_latent, strict=True)]
-    )
-
-    def at(flops_price: float) -> tuple[Tensor, float]:
-        def bits_at(price: float) -> tuple[Tensor, float]:
-            bits = bits_at_price(flat, price, flops_price * flops)
-            return bits, float(bits.sum())
-
-        bits = lowest_price(bits_at, budget_bits, highest=float(flat.max()))
-        return bits, float(flops[bits > 0].sum())
-
-    return list(lowest_price(at, flops_budget).split([len(v) for v in variances]))
 
 
 def _widest(layers: int, side: Mapping[Run, Candidate]) -> list[Run]:

@@ -1,217 +1,202 @@
-"""From statistics to a plan and its codecs: blocks under two budgets, bits by effect, everything in nats."""
+"""The plan at a size, or the smallest within a divergence: partitions solved, and compared by what they cost on held-out text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from ..bundle import CodedBlock
-from ..errors import FitError
-from .solve import Basis, groups_of, linear_codec
-from ..plan import Block, CacheConfig, Plan
-from .bits import allocate_bits
-from .budget import bits_for
-from .partition import Candidate, Run, allocate_bits_and_flops, error_of, partition
-from ..progress import OnProgress
-from ..geometry import KINDS, Kind, KVGeometry, Slot
-from .profiles import Profile, ProfileOptions
+from ..errors import FitError, InputError
+from ..geometry import KINDS, KVGeometry
+from ..plan import Block, Plan
+from ..progress import OnProgress, silent
+from .bits import bits_for, error_of
+from .codecs import Budget, Solved, bits_of, budget_for, solve
+from .losses import kl_divergence
+from .options import FitOptions
+from .partition import given_partition, searched_partitions
 from .statistics import Slots, Statistics
+from .two_pass import TwoPass
 
-# Of unpacking one code, in FLOPs that take as long.
-_UNPACK_FLOPS = 32.0
-Kinds = tuple[Kind, ...]
-Sharing = tuple[Kinds, ...]
-_TOGETHER: Sharing = (KINDS,)
-_APART: Sharing = tuple((kind,) for kind in KINDS)
-_RUN_LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40, 60, 80)
+Allocate = Callable[[Plan, Statistics, tuple[int, ...]], tuple[int, ...]]
+"""(plan whose blocks are to be coded, statistics, an even share of latents for each block) -> latents of each."""
+
+CURVE_SIZES = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0)
+_SEARCHES = 6
+_SMALLEST_SIZE, _LARGEST_SIZE = 1.2, 40.0
 
 
 @dataclass(frozen=True)
-class Solved:
-    """A plan with its codecs, and the divergence that the quadratic model of errors predicts for it, nats per token."""
+class Found:
+    """A plan with its codecs, and what is known about it.
 
-    plan: Plan
-    blocks: tuple[CodedBlock, ...]
-    predicted_kl: float
-
-
-def longest_run(geometry: KVGeometry, profile: Profile, kinds: int = 1) -> int:
-    """Layers of the longest block of one kind that a profile allows, or of both."""
-    width = geometry.kv_heads * geometry.head_dim * kinds
-    return max(1, min(len(geometry.codable_layers), profile.widest_elements // width))
-
-
-def bands(geometry: KVGeometry, profile: Profile) -> tuple[int, int]:
-    """Layers within which a profile may code sides of one kind together, and sides of both."""
-    together = _TOGETHER in _sharings(geometry, profile)
-    return longest_run(geometry, profile), longest_run(geometry, profile, 2) if together else 0
-
-
-def block_options(
-    statistics: Statistics, profile: Profile, budget_bits: int, on_progress: OnProgress
-) -> list[list[Slots]]:
-    """Blocks of adjacent layers within the profile's limits: the best with keys and values together, and with them apart.
-
-    Layers wider than the profile's widest block are cut into groups of heads.
+    Attributes:
+        solved: plan and codecs.
+        size: times smaller that they were made for.
+        two_pass_kl: divergence on held-out windows read in two passes, nats per token; None for a given structure.
+        curve: (times smaller, expected divergence) of sizes around it, scaled to what was measured at this one.
     """
-    sharings = _sharings(statistics.geometry, profile)
-    return [_blocks_of(statistics, profile, sharing, budget_bits, on_progress) for sharing in sharings]
+
+    solved: Solved
+    size: float
+    two_pass_kl: float | None = None
+    curve: tuple[tuple[float, float], ...] = ()
 
 
-def _sharings(geometry: KVGeometry, profile: Profile) -> tuple[Sharing, ...]:
-    """What is tried. In a decode step keys are decoded and values are not, so a latent of both would be read twice."""
-    fits = 2 * geometry.head_dim <= profile.widest_elements
-    return (_TOGETHER, _APART) if fits and profile.flops_of == "decoding" else (_APART,)
-
-
-def _blocks_of(
-    statistics: Statistics, profile: Profile, sharing: Sharing, budget_bits: float, on_progress: OnProgress
-) -> list[Slots]:
-    geometry, kinds = statistics.geometry, len(sharing[0])
-    layers = geometry.codable_layers
-    if profile.flops_per_element is None:
-        # Wider never costs more bits, so without a limit on FLOPs the longest even runs are best.
-        parts = min(_parts(geometry, profile, kinds))
-        runs = [Run(first, 1, parts) for first in range(len(layers))]
-        if parts == 1:
-            runs = list(_even_runs(len(layers), longest_run(geometry, profile, kinds)))
-        return [slots for run in runs for own in sharing for slots in _slots(geometry, run, own)]
-    runs = _candidate_runs(geometry, profile, kinds)
-    sides: list[dict[Run, Candidate]] = []
-    for own in sharing:
-        side: dict[Run, Candidate] = {}
-        for run in runs:
-            variances = torch.cat([statistics.variances(slots) for slots in _slots(geometry, run, own)])
-            side[run] = Candidate(variances, _flops_per_latent(geometry, profile, run, own))
-            on_progress("try blocks", len(sides) * len(runs) + len(side), len(sharing) * len(runs))
-        sides.append(side)
-    flops = _flops_budget(geometry, profile)
-    cuts = partition(len(layers), sides, budget_bits, flops, price_latents=profile.flops_of == "step")
-    return [s for own, cut in zip(sharing, cuts, strict=True) for run in cut for s in _slots(geometry, run, own)]
-
-
-def _candidate_runs(geometry: KVGeometry, profile: Profile, kinds: int) -> list[Run]:
-    layers, parts = len(geometry.codable_layers), _parts(geometry, profile, kinds)
-    most = longest_run(geometry, profile, kinds) if 1 in parts else 0
-    runs = [Run(first, n) for n in _RUN_LENGTHS if n <= most for first in range(layers - n + 1)]
-    # Heads apart where that is all that is narrow enough, or where narrow blocks are what is looked for.
-    apart = [p for p in parts if p > 1] if profile.flops_of == "step" else [] if most else [min(parts)]
-    return runs + [Run(first, 1, p) for p in apart for first in range(layers)]
-
-
-def _parts(geometry: KVGeometry, profile: Profile, kinds: int) -> list[int]:
-    """Into how many groups of as many heads a layer may be cut so that each is narrow enough, fewest first."""
-    heads, dim = geometry.kv_heads, geometry.head_dim * kinds
-    found = [p for p in range(1, heads + 1) if heads % p == 0 and heads // p * dim <= profile.widest_elements]
-    return found or [heads]
-
-
-def _flops_per_latent(geometry: KVGeometry, profile: Profile, run: Run, kinds: Kinds) -> float:
-    """FLOPs per token and latent of a run's blocks: of decoding all of it, or of a decode step over its layers."""
-    width = geometry.kv_heads * geometry.head_dim / run.parts
-    if profile.flops_of == "decoding":
-        return 2.0 * run.count * width * len(kinds)
-    # Keys that do not rotate are not decoded either: a latent meets every query head of its heads once.
-    meets = [width if kind == "key" and geometry.rotary else geometry.query_heads / run.parts for kind in kinds]
-    return run.count * sum(2.0 * each + _UNPACK_FLOPS for each in meets)
-
-
-def _flops_budget(geometry: KVGeometry, profile: Profile) -> float:
-    assert profile.flops_per_element is not None
-    return profile.flops_per_element * geometry.layer_elements_per_token * len(geometry.codable_layers)
-
-
-def _bits(plan: Plan, profile: Profile, variances: list[Tensor], budget: int) -> list[Tensor]:
-    """Bits of all latents; where decode steps are limited, fewer latents may take them."""
-    if profile.flops_of == "decoding" or profile.flops_per_element is None:
-        return allocate_bits(variances, budget)
-    flops = []
-    for block in plan.blocks:
-        layers, heads = {s.layer for s in block.slots}, {s.head for s in block.slots}
-        run = Run(min(layers), len(layers), plan.geometry.kv_heads // len(heads))
-        flops.append(
-            _flops_per_latent(
-                plan.geometry, profile, run, tuple(k for k in KINDS if any(s.kind == k for s in block.slots))
-            )
-        )
-    return allocate_bits_and_flops(variances, flops, budget, _flops_budget(plan.geometry, profile))
-
-
-def empty_plan(geometry: KVGeometry, blocks: list[Slots], options: ProfileOptions) -> Plan:
+def empty_plan(geometry: KVGeometry, blocks: Sequence[Slots], options: FitOptions) -> Plan:
     """The plan whose blocks have no bits yet."""
     return Plan(
-        geometry=geometry, blocks=tuple(Block(codec="linear", slots=slots) for slots in blocks), 
-        cache=CacheConfig(options.window, options.sinks, options.page_tokens), exact_dtype="bfloat16",
-    )  # fmt: skip
+        geometry=geometry,
+        blocks=tuple(Block(codec=options.codec, slots=slots) for slots in blocks),
+        reuses=() if options.structure is None else options.structure.reuses,
+        cache=options.cache,
+        # Lossless bundles keep the model's own dtype: they are the noise floor of every measurement.
+        exact_dtype="model" if options.lossless else "bfloat16",
+    )
 
 
-def solve(
-    statistics: Statistics,
-    plan: Plan,
-    profile: Profile,
-    times_smaller: float,
-    model_bytes: int,
-    on_progress: OnProgress,
-) -> Solved:
-    """Bits and codecs of a plan's blocks at a size.
+def given_plan(
+    statistics: Statistics, options: FitOptions, model_bytes: int, on_progress: OnProgress, allocate: Allocate | None
+) -> Found:
+    """The plan of a given structure.
 
     Raises:
-        FitError: what stays exact is already larger than the target allows.
+        FitError: a size out of reach.
+        InputError: latents to be allocated whose number is not given.
     """
-    budget = bits_for(plan, times_smaller, model_bytes)
-    bases = bases_of(statistics, plan, on_progress)
-    variances = [basis.variances for basis in bases]
-    bits = _bits(plan, profile, variances, budget)
-    predicted = sum(error_of(v, b) for v, b in zip(variances, bits, strict=True))
-    coded, blocks = [], []
-    for block, basis, own in zip(plan.blocks, bases, bits, strict=True):
-        if not int(own.sum()):
-            own[0] = 1  # a block that gets no bits at all still needs one latent to be a block
-        codec, quantizer = linear_codec(basis, own, statistics.sample(block.slots))
-        coded.append(CodedBlock(codec, quantizer))
-        blocks.append(block.model_copy(update={"groups": groups_of(own)}))
-    return Solved(plan.model_copy(update={"blocks": tuple(blocks)}), tuple(coded), predicted)
+    assert options.structure is not None
+    geometry = statistics.geometry
+    plan = empty_plan(geometry, given_partition(geometry, options.structure), options)
+    if not plan.blocks:
+        return Found(Solved(plan, (), 0.0), options.target)
+    budget = budget_for(plan, options, options.target, model_bytes)
+    if allocate is not None:
+        if budget.latents is None:
+            raise InputError("latents can be allocated only where their number is given: key_latents and value_latents")
+        budget = Budget(0, allocate(plan, statistics, budget.latents))
+    return Found(solve(plan, statistics, budget, options, on_progress), options.target)
 
 
-def bases_of(statistics: Statistics, plan: Plan, on_progress: OnProgress) -> list[Basis]:
-    """The basis of every block."""
-    bases = []
-    for index, block in enumerate(plan.blocks):
-        bases.append(statistics.basis(block.slots))
-        on_progress("fit linear codecs", index + 1, len(plan.blocks))
-    return bases
+def searched_plans(
+    statistics: Statistics, options: FitOptions, model_bytes: int, on_progress: OnProgress
+) -> list[Plan]:
+    """The best partition of each sort that a profile tries, as plans without bits."""
+    geometry, limits = statistics.geometry, options.limits
+    assert limits is not None
+    rough = empty_plan(geometry, [tuple(geometry.slots(kind)) for kind in KINDS], options)
+    # Blocks without a limit on FLOPs do not depend on the budget, and entropy-coded sizes reach further than whole bits.
+    budget = 1 if limits.flops_per_element is None else bits_for(rough, options.target, model_bytes)
+    partitions = searched_partitions(statistics, limits, budget, on_progress)
+    return [empty_plan(geometry, blocks, options) for blocks in partitions]
 
 
-def predicted_curve(
-    statistics: Statistics, plan: Plan, profile: Profile, sizes: tuple[float, ...], model_bytes: int
-) -> list[tuple[float, float]]:
-    """(times smaller, predicted KL divergence) at the sizes that are within reach."""
-    variances = [statistics.basis(block.slots).variances for block in plan.blocks]
-    curve = []
-    for size in sizes:
+def best_plan(
+    model: PreTrainedModel,
+    held_out: Tensor,
+    plans: Sequence[Plan],
+    statistics: Statistics,
+    options: FitOptions,
+    on_progress: OnProgress,
+) -> Found:
+    """The smallest of the plans, or of equal size the one whose measured divergence is least.
+
+    The quadratic model does not decide here: what it expects of wide blocks at few bits may be too good by half.
+
+    Args:
+        model: whose cache is coded, with sdpa attention.
+        held_out: token ids int64 ``[N, T]`` to measure on.
+        plans: see ``searched_plans``.
+        statistics, options, on_progress: see ``fit_bundles``.
+
+    Raises:
+        FitError: a target that no plan reaches.
+    """
+    found: list[tuple[_Sizes, Found]] = []
+    for index, plan in enumerate(plans):
+        sizes = _Sizes(plan, statistics, options, model.dtype.itemsize)
+        measure = _Measure(model, plan, held_out, options.window_read)
         try:
-            bits = _bits(plan, profile, variances, bits_for(plan, size, model_bytes))
+            found.append((sizes, _to_target(sizes, options, measure, on_progress)))
         except FitError:
-            break  # larger sizes are out of reach too
-        curve.append((size, sum(error_of(v, b) for v, b in zip(variances, bits, strict=True))))
-    return curve
+            if index == len(plans) - 1 and not found:
+                raise
+    sizes, best = min(found, key=lambda each: (-each[1].size, each[1].two_pass_kl))
+    assert best.two_pass_kl is not None
+    factor = best.two_pass_kl / max(best.solved.expected_kl, 1e-12)
+    return Found(best.solved, best.size, best.two_pass_kl, tuple((s, factor * kl) for s, kl in sizes.curve()))
 
 
-def _slots(geometry: KVGeometry, run: Run, kinds: Kinds) -> list[Slots]:
-    """Blocks of a run: one, or one for every group of heads. Sides follow each other: a layer's keys, then its values."""
-    layers = geometry.codable_layers[run.first : run.first + run.count]
-    size = geometry.kv_heads // run.parts
-    groups = [range(first, first + size) for first in range(0, geometry.kv_heads, size)]
-    return [tuple(Slot(layer, head, kind) for layer in layers for kind in kinds for head in heads) for heads in groups]
+class _Sizes:
+    """Solutions of one plan at any size."""
+
+    def __init__(self, plan: Plan, statistics: Statistics, options: FitOptions, model_bytes: int) -> None:
+        self._plan, self._statistics, self._options, self._model_bytes = plan, statistics, options, model_bytes
+        self._curve: tuple[tuple[float, float], ...] | None = None
+
+    def __call__(self, size: float, on_progress: OnProgress) -> Solved:
+        budget = budget_for(self._plan, self._options, size, self._model_bytes)
+        return solve(self._plan, self._statistics, budget, self._options, on_progress)
+
+    def curve(self) -> tuple[tuple[float, float], ...]:
+        """(times smaller, expected divergence) at sizes within reach; none for entropy-coded ones, each of which takes a search."""
+        if self._curve is None:
+            self._curve = () if self._options.entropy_coded else tuple(self._points())
+        return self._curve
+
+    def _points(self) -> list[tuple[float, float]]:
+        blocks, metric = self._plan.blocks, self._options.metric
+        variances = [self._statistics.basis(block.slots, metric).variances for block in blocks]
+        points = []
+        for size in CURVE_SIZES:
+            try:
+                budget = budget_for(self._plan, self._options, size, self._model_bytes)
+            except FitError:
+                break  # larger sizes are out of reach too
+            bits = bits_of(self._plan, variances, budget, self._options)
+            points.append((size, sum(error_of(v, b) for v, b in zip(variances, bits, strict=True))))
+        return points
 
 
-def _even_runs(layers: int, most: int) -> Iterator[Run]:
-    count = -(-layers // most)
-    first = 0
-    for index in range(count):
-        size = (layers - first) // (count - index)
-        yield Run(first, size)
-        first += size
+class _Measure:
+    """Two-pass divergence of solved plans on the same windows, their clean passes done once."""
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, windows: Tensor, window_read: int) -> None:
+        self._passes = TwoPass(model, plan, plan.cache.step_tokens, window_read)
+        with self._passes:
+            self._prefilled = [self._passes.prefill(window) for window in windows]
+
+    @torch.no_grad()
+    def __call__(self, solved: Solved) -> float:
+        codes = {i: coded.round_trip for i, coded in enumerate(solved.blocks)}
+        with self._passes:
+            parts = [float(kl_divergence(self._passes.read(p, codes), p.logits)) for p in self._prefilled]
+        return sum(parts) / len(parts)
+
+
+def _to_target(sizes: _Sizes, options: FitOptions, measure: _Measure, on_progress: OnProgress) -> Found:
+    """The solution at the size asked for, or the smallest within ``max_kl``."""
+    if options.max_kl is None:
+        solved = sizes(options.target, on_progress)
+        return Found(solved, options.target, measure(solved))
+    best: Found | None = None
+    curve = sizes.curve()
+    low, high = _SMALLEST_SIZE, curve[-1][0] if curve else _LARGEST_SIZE
+    size = min(options.target, (low * high) ** 0.5)
+    for search in range(_SEARCHES):
+        solved = sizes(size, silent)
+        kl = measure(solved)
+        if kl <= options.max_kl:
+            low, best = size, Found(solved, size, kl)
+        else:
+            high = size
+        on_progress("search for the smallest size", search + 1, _SEARCHES)
+        size = (low * high) ** 0.5
+    if best is None:
+        raise FitError(
+            f"a KL divergence of {options.max_kl:g} is out of reach: {high:.2f} times smaller still costs more; "
+            "ask for more, or give more text to fit on"
+        )
+    return best

@@ -1,25 +1,143 @@
-"""Everything about a model that choosing a plan needs: moments of keys and values, and what errors in them cost."""
+"""Everything about a model that a fit needs: moments of keys and values, and what errors in them cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..geometry import KINDS, KVGeometry, Side, Slot
+from ..plan import CacheConfig
+from ..progress import OnProgress, counter, silent
+from .basis import Basis, principal_basis
 from .capture import capture
 from .effect import EffectProbe, damped, effect_metrics
-from .side_moments import SideMoments
-from .solve import Basis, principal_basis
-from .processes import own_share
-from ..progress import OnProgress, counter
-from ..geometry import KINDS, KVGeometry, Side, Slot
+from .options import Metric
+from .processes import from_first, joined_rows, own_share, total
 
-_SAMPLE_TOKENS = 2048
+SAMPLE_TOKENS = 2048
 
 Slots = tuple[Slot, ...]
+
+
+class SideMoments:
+    """Means, covariances of sides near each other, and a thin sample, accumulated as vectors stream by.
+
+    Products are taken in float32, a window at a time, about the first window's mean, and summed in float64. Memory is
+    ``W**2 * 8`` bytes for every pair of sides near enough to share a block, ``W`` being the elements of a side.
+
+    Args:
+        sides: (layer, kind), in the order in which the vectors of a window arrive: layers ascending.
+        width: ``W``.
+        band: layers of the longest block of one kind that may be asked for, at least 1.
+        shared_band: layers of the longest block that keys and values share; 0 for none.
+        stride: distance between sampled tokens.
+    """
+
+    def __init__(self, sides: Sequence[Side], width: int, band: int, shared_band: int, stride: int) -> None:
+        self.sides, self.width = tuple(sides), width
+        self._place = {side: i for i, side in enumerate(self.sides)}
+        layers = sorted({layer for layer, _ in self.sides})
+        self._depth = {layer: i for i, layer in enumerate(layers)}
+        self._band, self._shared_band = band, shared_band
+        self._stride = stride
+        self.count = 0
+        self._shift: dict[int, Tensor] = {}
+        self._sums = torch.zeros(len(self.sides), width, dtype=torch.float64)
+        self._outer: dict[tuple[int, int], Tensor] = {}
+        self._recent: dict[int, Tensor] = {}
+        self._samples: list[list[Tensor]] = [[] for _ in self.sides]
+        self._moved: dict[int, Tensor] = {}
+
+    def add(self, side: Side, x: Tensor) -> None:
+        """Take in one side's vectors ``[N, W]`` of a window."""
+        place = self._place[side]
+        if place not in self._shift:
+            self._shift[place] = x.mean(0)
+        centred = x - self._shift[place]
+        self._sums[place] += centred.sum(0).double().cpu()
+        self._recent = {p: v for p, v in self._recent.items() if self._apart(p, place) < self._longest} | {
+            place: centred
+        }
+        wanted = [p for p in self._recent if self._may_share(p, place)]
+        # One product for all of them: many narrow ones take several times as long.
+        products = (torch.cat([self._recent[p] for p in wanted], dim=1).T @ centred).double().cpu()
+        for other, product in zip(wanted, products.split(self.width), strict=True):
+            key = (other, place)
+            self._outer[key] = self._outer[key].add_(product) if key in self._outer else product.clone()
+        self._samples[place].append(x[(-self.count) % self._stride :: self._stride].float().cpu().clone())
+        if place == len(self.sides) - 1:
+            self.count += len(x)
+            self._recent = {}
+
+    def reduce(self) -> None:
+        """Take in what the other processes saw; all then hold the same."""
+        count, sums = self.count, self._sums.clone()
+        for place in range(len(self.sides)):
+            shift = self._shift[place].double().cpu()
+            common = from_first(shift)
+            # Sums about another point: exact in what is known about this one.
+            self._shift[place], self._moved[place] = common, shift - common
+            self._sums[place] = total(sums[place] + count * self._moved[place])
+        for (p, q), outer in self._outer.items():
+            a, b = self._moved[p], self._moved[q]
+            outer += torch.outer(sums[p], b) + torch.outer(a, sums[q]) + count * torch.outer(a, b)
+            self._outer[p, q] = total(outer)
+        self.count = int(total(torch.tensor(count)))
+        self._samples = [[joined_rows(torch.cat(parts))] for parts in self._samples]
+        self._moved = {}
+
+    def mean(self, sides: Sequence[Side]) -> Tensor:
+        """Mean float64 ``[len(sides) * W]``."""
+        places = [self._place[side] for side in sides]
+        return torch.cat([self._shift[p].double().cpu() + self._sums[p] / self.count for p in places])
+
+    def covariance(self, sides: Sequence[Side]) -> Tensor:
+        """Covariance float64 ``[n * W, n * W]`` of ``n`` sides, near enough to share a block."""
+        places, w = [self._place[side] for side in sides], self.width
+        result = torch.empty(len(places) * w, len(places) * w, dtype=torch.float64)
+        for i, p in enumerate(places):
+            for j, q in enumerate(places[i:], i):
+                outer = self._outer[p, q] if p <= q else self._outer[q, p].T
+                own = outer / self.count - torch.outer(self._sums[p], self._sums[q]) / self.count**2
+                result[i * w : (i + 1) * w, j * w : (j + 1) * w] = own
+                result[j * w : (j + 1) * w, i * w : (i + 1) * w] = own.T
+        return result
+
+    def sample(self, sides: Sequence[Side]) -> Tensor:
+        """Sampled vectors float32 ``[S, len(sides) * W]``, in the order of the text."""
+        return torch.cat([torch.cat(self._samples[self._place[side]]) for side in sides], dim=1)
+
+    @property
+    def _longest(self) -> int:
+        return max(self._band, self._shared_band)
+
+    def _apart(self, p: int, q: int) -> int:
+        """Layers from one place to another."""
+        return abs(self._depth[self.sides[p][0]] - self._depth[self.sides[q][0]])
+
+    def _may_share(self, p: int, q: int) -> bool:
+        near = self._apart(p, q)
+        return near < self._shared_band or (self.sides[p][1] == self.sides[q][1] and near < self._band)
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How the effect of errors is measured.
+
+    Attributes:
+        windows: token ids int64 ``[N, T]``.
+        cache: which recent tokens are read exactly, with the window that is read.
+        seed: of the tokens drawn.
+    """
+
+    windows: Tensor
+    cache: CacheConfig
+    window_read: int
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -28,98 +146,119 @@ class Statistics:
 
     Attributes:
         geometry: the model's cache.
-        moments: of keys (before RoPE) and values.
-        metrics: (layer, kind) -> what errors cost, positive definite float64 ``[H * D, H * D]``, nats.
+        sides: second moments of keys (before RoPE) and values.
+        metrics: (layer, kind) -> what errors cost, positive definite float64 ``[H * D, H * D]``, nats; None where it was
+            not measured.
     """
 
     geometry: KVGeometry
-    moments: SideMoments
-    metrics: dict[Side, Tensor]
-    _bases: dict[Slots, Basis] = field(default_factory=dict)
+    sides: SideMoments
+    metrics: dict[Side, Tensor] | None = None
+    _bases: dict[tuple[Slots, Metric], Basis] = field(default_factory=dict)
 
-    def basis(self, slots: Slots) -> Basis:
-        """Basis of a block whose slots follow each other side by side; kept, as it takes long for wide blocks."""
-        if slots not in self._bases:
-            sides = _sides_of(slots)
-            columns = self._columns(slots, sides)
-            mean = self.moments.mean(sides)[columns]
-            covariance = self.moments.covariance(sides)[columns][:, columns]
-            self._bases[slots] = principal_basis(mean, covariance, self._metrics_of(slots, sides))
-        return self._bases[slots]
+    def basis(self, slots: Slots, metric: Metric) -> Basis:
+        """Basis of a block, whose slots of a side follow each other; kept, as it takes long for wide blocks."""
+        if (slots, metric) not in self._bases:
+            metrics = self._metrics_of(slots) if metric == "effect" else None
+            self._bases[slots, metric] = principal_basis(self.mean(slots), self.covariance(slots), metrics)
+        return self._bases[slots, metric]
 
     def variances(self, slots: Slots) -> Tensor:
-        """Variances of such a block's basis, falling, without the basis itself."""
-        sides = _sides_of(slots)
-        columns = self._columns(slots, sides)
-        root = torch.block_diag(*(torch.linalg.cholesky(m) for m in self._metrics_of(slots, sides)))
-        covariance = self.moments.covariance(sides)[columns][:, columns]
+        """Variances of a block's basis under the effect metric, falling, without the basis itself."""
+        root = torch.block_diag(*(torch.linalg.cholesky(m) for m in self._metrics_of(slots)))
         # The spectrum of L' C L is that of the symmetric root's product.
-        return torch.linalg.eigvalsh(root.T @ covariance @ root).flip(0).clamp_min(0)
+        return torch.linalg.eigvalsh(root.T @ self.covariance(slots) @ root).flip(0).clamp_min(0)
+
+    def mean(self, slots: Slots) -> Tensor:
+        """Mean float64 ``[W]`` of a block."""
+        return self.sides.mean(sides_of(slots))[self._columns(slots)]
+
+    def covariance(self, slots: Slots) -> Tensor:
+        """Covariance float64 ``[W, W]`` of a block."""
+        columns = self._columns(slots)
+        return self.sides.covariance(sides_of(slots))[columns][:, columns]
+
+    def variance(self, slots: Slots) -> Tensor:
+        """Variance float64 ``[W]`` of every element of a block, however far apart its layers are."""
+        sides = sides_of(slots)
+        return torch.cat([self.sides.covariance([side]).diagonal() for side in sides])[self._columns(slots)]
 
     def sample(self, slots: Slots) -> Tensor:
-        """Sampled vectors float32 ``[S, W]`` of a block."""
-        sides = _sides_of(slots)
-        return self.moments.sample(sides)[:, self._columns(slots, sides)]
+        """Sampled vectors float32 ``[S, W]`` of a block, in the order of the text."""
+        return self.sides.sample(sides_of(slots))[:, self._columns(slots)]
 
-    def _columns(self, slots: Slots, sides: Sequence[Side]) -> Tensor:
-        dim, heads = self.geometry.head_dim, self.geometry.kv_heads
+    def _columns(self, slots: Slots) -> Tensor:
+        sides, dim, heads = sides_of(slots), self.geometry.head_dim, self.geometry.kv_heads
         starts = [(sides.index((s.layer, s.kind)) * heads + s.head) * dim for s in slots]
         return torch.cat([torch.arange(start, start + dim) for start in starts])
 
-    def _metrics_of(self, slots: Slots, sides: Sequence[Side]) -> list[Tensor]:
-        dim = self.geometry.head_dim
-        found = []
-        for side in sides:
+    def _metrics_of(self, slots: Slots) -> list[Tensor]:
+        assert self.metrics is not None, "the effect of errors was not measured"
+        dim, found = self.geometry.head_dim, []
+        for side in sides_of(slots):
             heads = [s.head for s in slots if (s.layer, s.kind) == side]
             own = torch.cat([torch.arange(head * dim, (head + 1) * dim) for head in heads])
             found.append(self.metrics[side][own][:, own])
         return found
 
 
-def _sides_of(slots: Slots) -> list[Side]:
+def sides_of(slots: Slots) -> list[Side]:
     """Sides in the order in which a block's slots name them."""
     return list(dict.fromkeys((slot.layer, slot.kind) for slot in slots))
+
+
+def bands_of(geometry: KVGeometry, blocks: Iterable[Slots]) -> tuple[int, int]:
+    """Layers within which some blocks code sides of one kind together, and sides of both."""
+    depth = {layer: place for place, layer in enumerate(geometry.codable_layers)}
+    band = shared = 0
+    for slots in blocks:
+        depths = [depth[slot.layer] for slot in slots]
+        span = max(depths) - min(depths) + 1
+        band = max(band, span)
+        shared = max(shared, span if len({slot.kind for slot in slots}) > 1 else 0)
+    return max(band, 1), shared
 
 
 def collect_statistics(
     model: PreTrainedModel,
     geometry: KVGeometry,
     windows: Tensor,
-    effect_windows: Tensor,
     bands: tuple[int, int],
-    sinks: int,
-    step_tokens: int,
-    window: int,
-    seed: int,
-    on_progress: OnProgress,
+    sinks: int = 4,
+    stride: int = 1,
+    effect: Effect | None = None,
+    on_progress: OnProgress = silent,
 ) -> Statistics:
-    """One pass forwards over ``windows`` for moments, one forwards and backwards over ``effect_windows`` for metrics.
+    """One pass forwards over ``windows`` for moments and, if asked, one forwards and backwards for the effect of errors.
 
     Args:
-        model: a causal language model using sdpa attention; only run, never changed.
+        model: a causal language model; only run, never changed.
         geometry: its cache.
-        windows, effect_windows: token ids int64 ``[N, T]``.
+        windows: token ids int64 ``[N, T]``.
         bands: layers of the longest block of one kind that will be asked for, and of one that keys and values share.
         sinks: first tokens, left out.
-        step_tokens, window: which recent tokens are read exactly; see ``EffectProbe``.
-        seed: of the tokens drawn for the metrics.
-        on_progress: told what is going on.
+        stride: distance between sampled tokens; see ``sample_stride``.
+        effect: how the effect of errors is measured; that needs sdpa attention.
+        on_progress: called with what is going on.
 
     Under ``accelerate launch`` each process runs its share of the windows, and all end with the statistics of all windows.
     """
-    layers, width = geometry.codable_layers, geometry.kv_heads * geometry.head_dim
-    stride = max(1, windows.shape[0] * (windows.shape[1] - sinks) // _SAMPLE_TOKENS)
-    windows = own_share(windows)
-    sides: list[Side] = [(layer, kind) for layer in layers for kind in KINDS]
-    moments = SideMoments(sides, width, *bands, stride)
+    sides: list[Side] = [(layer, kind) for layer in geometry.codable_layers for kind in KINDS]
+    moments = SideMoments(sides, geometry.kv_heads * geometry.head_dim, *bands, stride)
     blocks = [tuple(Slot(layer, head, kind) for head in range(geometry.kv_heads)) for layer, kind in sides]
-    count = counter(on_progress, "capture keys and values", windows.shape[0] * (windows.shape[1] - sinks))
+    own = own_share(windows)
+    count = counter(on_progress, "capture keys and values", own.shape[0] * (own.shape[1] - sinks))
     count(0)
-    for tokens in capture(model, geometry, windows, blocks, sinks, lambda i, x: moments.add(sides[i], x)):
+    for tokens in capture(model, geometry, own, blocks, sinks, lambda i, x: moments.add(sides[i], x)):
         count(tokens)
     moments.reduce()
-    probe = EffectProbe(model, geometry, sinks, step_tokens, window, seed)
-    metrics = effect_metrics(probe, effect_windows, on_progress)
-    for side in sides:
-        metrics[side] = damped(metrics[side], moments.covariance([side]))
-    return Statistics(geometry, moments, metrics)
+    if effect is None:
+        return Statistics(geometry, moments)
+    probe = EffectProbe(model, geometry, sinks, effect.cache.step_tokens, effect.window_read, effect.seed)
+    metrics = effect_metrics(probe, effect.windows, on_progress)
+    return Statistics(geometry, moments, {side: damped(metrics[side], moments.covariance([side])) for side in sides})
+
+
+def sample_stride(windows: Tensor, sinks: int, tokens: int = SAMPLE_TOKENS) -> int:
+    """Distance between sampled tokens for a sample of at least ``tokens``."""
+    return max(1, windows.shape[0] * (windows.shape[1] - sinks) // tokens)

@@ -1,11 +1,13 @@
-"""The profile for stored contexts: uniform steps and an entropy coder instead of whole bits for every latent.
+"""Codecs for stored contexts: uniform steps and an entropy coder instead of whole bits for every latent.
 
-Under the effect metric an error in any latent costs the same, so one step serves all of them, and the entropy coder gives each
+Under the effect metric an error in any latent costs the same, so one step fits all of them, and the entropy coder gives each
 the bits that it needs, fractions included (entropy-coded scalar quantisation: Gish and Pierce 1968). In memory codes take
 whole bits as usual; on disk (``KVCarCache.save``) they take their entropy.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,43 +16,39 @@ from ..bundle import CodedBlock
 from ..codecs import LinearCodec, StaticQuantizer
 from ..context.entropy import entropy_bits_per_token
 from ..errors import FitError
-from .solve import Basis, groups_of
-from ..plan import Plan
-from .budget import REFERENCE_TOKENS
-from ..progress import OnProgress
 from ..geometry import BFLOAT16_BYTES
-from .search import Solved, bases_of
-from .statistics import Statistics
+from ..plan import BitGroup, Plan
+from ..sizes import REFERENCE_TOKENS
+from .basis import Basis, groups_of
 
-_MOST_LEVELS = 255
+_MAX_LEVELS = 255
 _SEARCHES = 24
 _UNSEEN = 1.03
 """Codes of text that was not fitted on take about this much more."""
 
 
-def solve_stored(statistics: Statistics, plan: Plan, times_smaller: float, on_progress: OnProgress) -> Solved:
-    """Codecs whose codes take, entropy-coded, ``times_smaller`` times fewer bytes than the full cache at 4,096 tokens.
+def solve_entropy_coded(
+    bases: Sequence[Basis], samples: Iterable[Tensor], bits_per_token: float
+) -> Iterator[tuple[tuple[BitGroup, ...], CodedBlock, float]]:
+    """Groups, codec and expected divergence of every block, whose codes together have the entropy that was asked for.
+
+    Args:
+        bases: of every block, under the effect metric.
+        samples: vectors float32 ``[S, W]`` of every block.
+        bits_per_token: entropy of all blocks' codes.
+    """
+    latents = [(x.double() - basis.mean) @ basis.encoder for x, basis in zip(samples, bases, strict=True)]
+    step = _step_for(latents, bits_per_token)
+    for basis, z in zip(bases, latents, strict=True):
+        yield _code(basis, z, step)
+
+
+def stored_bits_per_token(plan: Plan, times_smaller: float) -> float:
+    """Entropy that a token's codes may have so that a context on disk, sinks exact, is ``times_smaller`` at 4,096 tokens.
 
     Raises:
         FitError: what stays exact is already larger than the target allows.
     """
-    bases = bases_of(statistics, plan, on_progress)
-    latents = [
-        ((statistics.sample(block.slots).double() - basis.mean) @ basis.encoder)
-        for block, basis in zip(plan.blocks, bases, strict=True)
-    ]
-    step = _step_for(latents, _bits_per_token(plan, times_smaller) / _UNSEEN)
-    coded, blocks, predicted = [], [], 0.0
-    for block, basis, z in zip(plan.blocks, bases, latents, strict=True):
-        own, groups, error = _code(basis, z, step)
-        coded.append(own)
-        blocks.append(block.model_copy(update={"groups": groups}))
-        predicted += 0.5 * error
-    return Solved(plan.model_copy(update={"blocks": tuple(blocks)}), tuple(coded), predicted)
-
-
-def _bits_per_token(plan: Plan, times_smaller: float) -> float:
-    """What a token's codes may take on disk when sinks are stored exactly."""
     geometry = plan.geometry
     exact = plan.sinks * geometry.layer_elements_per_token * len(plan.coded_layers) * BFLOAT16_BYTES
     plain = geometry.layers - len(plan.coded_layers)
@@ -60,7 +58,7 @@ def _bits_per_token(plan: Plan, times_smaller: float) -> float:
         raise FitError(
             f"{times_smaller:g} times smaller is out of reach: sinks and layers kept exact alone take more; ask for less"
         )
-    return 8 * budget / (REFERENCE_TOKENS - plan.sinks)
+    return 8 * budget / (REFERENCE_TOKENS - plan.sinks) / _UNSEEN
 
 
 def _step_for(latents: list[Tensor], budget_bits: float) -> float:
@@ -78,11 +76,11 @@ def _codes(z: Tensor, step: float) -> Tensor:
     return codes - codes.amin(0)
 
 
-def _code(basis: Basis, z: Tensor, step: float) -> tuple[CodedBlock, tuple, float]:
-    """Codec, groups and squared error of a block at a step: latents that are always 0 are left out."""
+def _code(basis: Basis, z: Tensor, step: float) -> tuple[tuple[BitGroup, ...], CodedBlock, float]:
+    """Groups, codec and expected divergence of a block at a step: latents that are always 0 are left out."""
     rounded = (z / step).round()
     # Room for a third more than the sample showed; beyond it values are clipped.
-    half = (rounded.abs().amax(0) * 1.34).ceil().clamp(max=(_MOST_LEVELS - 1) // 2)
+    half = (rounded.abs().amax(0) * 1.34).ceil().clamp(max=(_MAX_LEVELS - 1) // 2)
     bits = torch.where(half > 0, (2 * half + 1).log2().ceil(), 0).long()
     if not int(bits.sum()):
         bits[0] = 1
@@ -98,4 +96,4 @@ def _code(basis: Basis, z: Tensor, step: float) -> tuple[CodedBlock, tuple, floa
     quantizer = StaticQuantizer(groups, scale, (-scale * (levels / 2).floor()).float())
     kept = bits > 0
     error = torch.where(kept, (rounded * step * stands - z).square().mean(0), z.square().mean(0))
-    return CodedBlock(LinearCodec(basis.mean.float(), encoder, decoder), quantizer), groups, float(error.sum())
+    return groups, CodedBlock(LinearCodec(basis.mean.float(), encoder, decoder), quantizer), 0.5 * float(error.sum())

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..bundle import Bundle, identify
 from ..errors import InputError
 from ..fit.capture import capture
-from ..fit.fit import provenance
+from ..fit.fit import fit_provenance
 from ..fit.losses import kl_divergence
 from ..geometry import KINDS, Kind, KVGeometry, Slot
 from ..models.geometry import read_geometry
@@ -122,7 +122,7 @@ def shared_bundle(
         raise InputError("no slot is cheap enough to be shared; raise the threshold or the count")
     plan = Plan(geometry=read_geometry(model.config), reuses=reuses, cache=CacheConfig(window=window))
     print_, identity = identify(model, name)
-    return Bundle(plan, (), print_, identity, provenance(windows, source, 0, {"reuses": len(reuses)}))
+    return Bundle(plan, (), print_, identity, fit_provenance(windows, source, 0, {"reuses": len(reuses)}))
 
 
 # The paper's measure

@@ -6,17 +6,15 @@ unit of its error costs, and principal directions of all blocks compete for the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..codecs import LinearCodec
+from ..fit.basis import Basis
 from ..fit.bits import share_latents
 from ..fit.losses import kl_divergence
-from ..fit.moments import Moments
-from ..fit.solve import Basis, principal_basis
+from ..fit.statistics import Statistics
 from ..plan import RAW_BITS, BitGroup, Plan
 from ..progress import OnProgress, silent
 from .simulate import LayerStack, Simulator
@@ -26,7 +24,7 @@ def latents_by_effect(
     model: PreTrainedModel,
     windows: Tensor,
     plan: Plan,
-    moments: Sequence[Moments],
+    statistics: Statistics,
     latents: tuple[int, ...],
     on_progress: OnProgress = silent,
 ) -> tuple[int, ...]:
@@ -36,11 +34,11 @@ def latents_by_effect(
         model: with sdpa attention.
         windows: token ids int64 ``[N, context]``, all run at once.
         plan: its blocks are to be coded, each within a layer.
-        moments: of every block.
+        statistics: of keys and values.
         latents: an even share for every block, where its effect is measured.
         on_progress: told after each block.
     """
-    bases = [principal_basis(each.mean, each.covariance) for each in moments]
+    bases = [statistics.basis(block.slots, "std") for block in plan.blocks]
     costs = []
     stack, ids = LayerStack(model, plan.geometry.layers), windows.to(next(model.parameters()).device)
     with torch.no_grad():

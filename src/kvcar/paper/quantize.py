@@ -15,9 +15,8 @@ from transformers import PreTrainedModel
 from ..bundle import Bundle, CodedBlock
 from ..codecs import DynamicQuantizer
 from ..errors import InputError
-from ..fit.capture import capture
-from ..fit.moments import Moments
-from ..fit.quantize import fit_quantizer
+from ..fit.basis import fit_quantizer
+from ..fit.statistics import collect_statistics
 from ..plan import BitGroup, Block, Scales
 
 _SAMPLE_TOKENS = 4096
@@ -60,13 +59,11 @@ def _with_static_steps(
 ) -> tuple[CodedBlock, ...]:
     bundle.check_model(model)
     plan = bundle.plan
-    slots = [block.slots for block in blocks]
     stride = max(1, windows.numel() // _SAMPLE_TOKENS)
-    moments = [Moments(len(each) * plan.geometry.head_dim, stride) for each in slots]
-    for _ in capture(model, plan.geometry, windows, slots, plan.sinks, lambda index, x: moments[index].add(x)):
-        pass
+    statistics = collect_statistics(model, plan.geometry, windows, (1, 0), plan.sinks, stride)
     coded = []
-    for each, block, stats in zip(bundle.blocks, blocks, moments, strict=True):
+    for each, block in zip(bundle.blocks, blocks, strict=True):
         assert each.codec is not None
-        coded.append(replace(each, quantizer=fit_quantizer(block.groups, each.codec.encode(stats.sample))))
+        sample = each.codec.encode(statistics.sample(block.slots))
+        coded.append(replace(each, quantizer=fit_quantizer(block.groups, sample)))
     return tuple(coded)

@@ -19,11 +19,11 @@ from ..cache.attach import attach
 from ..cache.cache import KVCarCache
 from ..errors import InputError
 from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
-from ..fit.fit import fit_bundle
-from ..fit.options import FitOptions
+from ..fit.fit import fit_bundles
+from ..fit.options import FitOptions, Structure
 from ..geometry import Slot
 from ..models.load import LoadedModel, load_model
-from ..plan import Block, Reuse
+from ..plan import Block, CacheConfig, Reuse
 from ..progress import OnProgress, counter
 from ..record import Record
 from ..sizes import compressed_size, full_size, parse_bytes, what_fits
@@ -70,15 +70,15 @@ class Builder:
         """Read the bundle of a setting, made if it is not there yet."""
         path = self._folder / setting.name
         if not path.exists():
-            self._make(setting).save(path, f"# {setting.name}\n\nMade by `kvcar paper reproduce`.\n")
-        return Bundle.load(path)
+            self._make(setting).save_pretrained(path)
+        return Bundle.from_pretrained(path)
 
     def tuned_model(self, setting: Setting) -> Path:
         """Name the folder of the model that a setting tuned."""
         return self._folder / f"{setting.name}.model"
 
     def _make(self, setting: Setting) -> Bundle:
-        bundle = self._fitted(setting) if setting.base is None else Bundle.load(self._folder / setting.base)
+        bundle = self._fitted(setting) if setting.base is None else Bundle.from_pretrained(self._folder / setting.base)
         if setting.keep_layers is not None:
             bundle = keep_layers(bundle, setting.keep_layers)
         if setting.quantize is not None:
@@ -97,9 +97,11 @@ class Builder:
         model, name = self.model().model, self._config.model
         if setting.fit is None:
             return shared_bundle(model, name, windows, source, reuses, window=0)
-        given = {"window": 0, "latent_bits": 16, "steps": 0, **setting.fit, "reuses": reuses}
-        options = _options(FitOptions, setting, given)
-        return fit_bundle(model, name, windows, source, options, self._on_progress)
+        given = {"latent_bits": 16, "steps": 0, **setting.fit, "reuses": reuses}
+        rest = {each: given.pop(each) for each in ("times_smaller", "effect_tokens", "seed") if each in given}
+        cache = CacheConfig(given.pop("window", 0))
+        options = _options(FitOptions, setting, rest | {"structure": _options(Structure, setting, given), "cache": cache})
+        return next(fit_bundles(model, windows, [options], source, name, self._on_progress))
 
     def _reuses(self, choice: ReuseChoice) -> tuple[Reuse, ...]:
         """Choose slots from a record of the same measurement, made if it is not there yet."""

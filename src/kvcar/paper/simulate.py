@@ -20,8 +20,7 @@ from ..codecs import Quantizer, TrainableCodec, read_quantizer
 from ..codecs.autoencoder import AutoencoderModule
 from ..errors import InputError, UnsupportedModelError
 from ..fit.attention import compressed_attention, read_exactly
-from ..fit.capture import capture
-from ..fit.moments import Moments
+from ..fit.statistics import collect_statistics
 from ..geometry import KINDS, Slot
 from ..models.attention_hook import AttentionHook
 from ..models.structure import find_decoder
@@ -173,15 +172,12 @@ def random_units(model: PreTrainedModel, plan: Plan, windows: Tensor, seed: int,
                 "a random start needs autoencoder blocks of 16-bit latents or dynamic scales; "
                 f"got {block.codec} with {block.groups[0].bits if block.groups else 16} bits"
             )
-    blocks = [block.slots for block in plan.blocks]
-    moments = [Moments(len(slots) * plan.geometry.head_dim, windows.numel()) for slots in blocks]
-    for _ in capture(model, plan.geometry, windows, blocks, plan.sinks, lambda index, x: moments[index].add(x)):
-        pass
+    statistics = collect_statistics(model, plan.geometry, windows, (1, 0), plan.sinks, windows.numel())
     torch.manual_seed(seed)
     units: dict[str, nn.Module] = {}
-    for index, (block, stats) in enumerate(zip(plan.blocks, moments, strict=True)):
-        std = stats.covariance.diagonal().clamp_min(1e-12).sqrt()
-        module = AutoencoderModule(stats.mean.float(), std.float(), 2 * block.latents, block.latents)
+    for index, block in enumerate(plan.blocks):
+        mean, std = statistics.mean(block.slots), statistics.variance(block.slots).clamp_min(1e-12).sqrt()
+        module = AutoencoderModule(mean.float(), std.float(), 2 * block.latents, block.latents)
         units[str(index)] = Unit(module, read_quantizer(_unit_steps(block.latents, device), block))
     return nn.ModuleDict(units).to(device)
 

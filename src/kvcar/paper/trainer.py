@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 from ..bundle import Bundle, FitProvenance
 from ..errors import FitError, InputError
 from ..fit.losses import cross_entropy, kl_divergence
-from ..fit.processes import average, average_gradients, share
-from ..fit.processes import state as processes
+from ..fit.processes import average, average_gradients, is_main_process, share
 from ..progress import OnProgress
 from ..text import TextSource
 from .checkpoint import TrainState, copy_of, load_checkpoint, remove_checkpoint, restore_optimizer, save_checkpoint
@@ -214,7 +213,7 @@ class Run:
             self.model.train(was_training)
             for parameter in frozen:
                 parameter.requires_grad_(True)
-        if checkpoint is not None and processes().is_main_process:
+        if checkpoint is not None and is_main_process():
             remove_checkpoint(checkpoint)
 
     def _go(self, stages: Sequence[Callable[[], Stage]], checkpoint: Path | None, resume: bool) -> None:
@@ -246,7 +245,7 @@ class Run:
             self._step(stage, optimizer)
             if state.step % stage.validate_every == 0 or state.step == stage.steps:
                 self._validate(stage)
-                if checkpoint is not None and processes().is_main_process:
+                if checkpoint is not None and is_main_process():
                     save_checkpoint(checkpoint, self._identity, state, self.trained, optimizer)
         self.trained.load_state_dict(state.best_tensors)
 

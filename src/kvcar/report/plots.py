@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..bundle.summary import LayerBits
 from ..geometry import Slot
-from .plan_table import LayerBits
 
 _KEY_COLOUR, _VALUE_COLOUR = "#2f6f9f", "#d08a2e"
 _MARKERS = "os^DvP*X<>"

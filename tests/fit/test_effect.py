@@ -5,8 +5,6 @@ import torch
 from tiny import FAMILIES, tiny_model, token_ids
 
 from kvcar.fit.effect import EffectProbe, damped, effect_metrics
-from kvcar.fit.moments import Moments
-from kvcar.fit.side_moments import SideMoments
 from kvcar.models.geometry import read_geometry
 from kvcar.plan import Block, CacheConfig, Plan
 from kvcar.geometry import Slot
@@ -64,47 +62,3 @@ def test_damping_is_definite_and_costs_its_share():
     assert torch.linalg.eigvalsh(result).min() > 0
     extra = (result - metric).diagonal() * covariance.diagonal()
     torch.testing.assert_close(extra, extra[:1].expand(3))
-
-
-def _sides(*named):
-    return tuple((int(name[0]), {"k": "key", "v": "value"}[name[1]]) for name in named)
-
-
-@pytest.mark.parametrize(
-    ("band", "shared", "blocks"),
-    [
-        (1, 0, [("0k",), ("5v",)]),
-        (2, 1, [("2k", "3k"), ("3v", "5v"), ("2k", "2v")]),
-        (4, 0, [("0k", "2k", "3k", "5k")]),
-        (1, 2, [("0k", "0v", "2k", "2v"), ("3v", "5k")]),
-        (4, 4, [("0k", "0v", "2k", "2v", "3k", "3v", "5k", "5v")]),
-    ],
-)
-def test_side_moments_are_those_of_blocks(band, shared, blocks):
-    draw = torch.Generator().manual_seed(0)
-    everything = _sides("0k", "0v", "2k", "2v", "3k", "3v", "5k", "5v")
-    moments = SideMoments(everything, 6, band, shared, stride=3)
-    wanted = {_sides(*named): Moments(6 * len(named), 3) for named in blocks}
-    for _ in range(5):
-        x = {side: torch.randn(40, 6, generator=draw) + side[0] for side in everything}
-        x[3, "key"] = x[3, "key"] + x[2, "key"]
-        x[2, "value"] = x[2, "value"] - x[2, "key"]
-        for side, vectors in x.items():
-            moments.add(side, vectors)
-        for sides, block in wanted.items():
-            block.add(torch.cat([x[side] for side in sides], 1))
-    moments.reduce()
-    for sides, block in wanted.items():
-        torch.testing.assert_close(moments.mean(sides), block.mean, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(moments.covariance(sides), block.covariance, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(moments.sample(sides), block.sample)
-
-
-def test_side_moments_keep_only_pairs_that_may_share():
-    sides = _sides("0k", "0v", "1k", "1v", "2k", "2v")
-    kept = {(1, 0): 6, (2, 1): 13, (3, 0): 12, (3, 3): 21}
-    for (band, shared), pairs in kept.items():
-        moments = SideMoments(sides, 4, band, shared, stride=3)
-        for side in sides:
-            moments.add(side, torch.randn(5, 4))
-        assert len(moments._outer) == pairs

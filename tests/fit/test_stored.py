@@ -9,24 +9,23 @@ import kvcar
 from kvcar.context.entropy import entropy_bits_per_token
 from kvcar.errors import FitError
 from kvcar.fit.capture import capture
-from kvcar.fit.profile_fit import fit_profile
-from kvcar.fit.profiles import ProfileOptions
+from kvcar.fit.fit import fit_bundles
+from kvcar.fit.options import FitOptions
+from kvcar.plan import CacheConfig
 from kvcar.cache.cache import KVCarCache
 
 WINDOWS = token_ids(256, batch=10, seed=3)
 
 
 def found(model, size):
-    options = ProfileOptions(
-        profile="stored", times_smaller=size, page_tokens=32, window=32, effect_tokens=512, tune_steps=0
-    )
-    return fit_profile(model, "tiny", WINDOWS, SOURCE, options)
+    options = FitOptions(size, profile="stored", cache=CacheConfig(32, 4, 32), effect_tokens=512)
+    return next(fit_bundles(model, WINDOWS, [options], SOURCE, "tiny"))
 
 
 @pytest.mark.parametrize("size", [5.0, 12.0])
 def test_codes_have_the_entropy_that_was_asked_for(size):
     model = tiny_model("llama")
-    bundle = found(model, size).bundle
+    bundle = found(model, size)
     geometry, bits = bundle.plan.geometry, 0.0
     codes = [[] for _ in bundle.blocks]
 
@@ -45,9 +44,9 @@ def test_codes_have_the_entropy_that_was_asked_for(size):
 def test_more_is_lost_at_larger_sizes_and_the_cache_runs():
     model = tiny_model("llama")
     near, far = found(model, 5.0), found(model, 12.0)
-    assert 0 < near.held_kl < far.held_kl
-    with kvcar.attach(model, far.bundle), torch.no_grad():
-        cache = KVCarCache(far.bundle, 0)
+    assert 0 < near.figures["two_pass_kl"] < far.figures["two_pass_kl"]
+    with kvcar.attach(model, far), torch.no_grad():
+        cache = KVCarCache(far, 0)
         for part in token_ids(100).split(40, 1):
             logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits
     assert torch.isfinite(logits).all()

@@ -1,70 +1,45 @@
 """A bundle is a folder: ``plan.json``, ``codecs.safetensors`` and ``README.md``. Fit writes it, every runtime reads it.
 
-``plan.json`` holds a manifest (the plan, which model it was fitted for, how, and the SHA-256 of the codecs).
-Loading checks versions, shapes, ranges and checksums, and ``check_model`` that the model is the one it was fitted for.
+``plan.json`` holds a manifest: the plan, which model it was fitted for, how, what was measured, the SHA-256 of the codecs and
+one of its own contents. Loading checks versions, shapes, ranges and checksums, and ``check_model`` that the model is the one
+it was fitted for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .codecs import CODECS, Codec, Quantizer, read_quantizer
-from .errors import BundleError, ModelMismatchError, PlanError
-from .models.fingerprint import Fingerprint, fingerprint, mismatch
-from .models.geometry import read_geometry
-from .plan import FORMAT_VERSION, Block, Plan
-from .geometry import StrictModel
-
-PLAN_FILE, CODECS_FILE, CARD_FILE = "plan.json", "codecs.safetensors", "README.md"
-
-
-class ModelIdentity(StrictModel):
-    """Which model a bundle was fitted for; the sampled weights themselves lie in the codecs file."""
-
-    name: str
-    architecture: str
-    dtype: str
-    fingerprint: str
-
-
-class FitProvenance(StrictModel):
-    """How a bundle came to be."""
-
-    kvcar_version: str
-    torch_version: str
-    transformers_version: str
-    date: str
-    text: str
-    text_sha256: str
-    tokens: int
-    context: int
-    seed: int
-    options: dict[str, str | int | float | bool | None]
-
-
-def identify(model: PreTrainedModel, name: str) -> tuple[Fingerprint, ModelIdentity]:
-    """What ties a bundle to a model: sampled weights, and who it is."""
-    print_ = fingerprint(model)
-    return print_, ModelIdentity(
-        name=name, architecture=type(model).__name__, dtype=print_.dtype, fingerprint=print_.digest
-    )
+from ..codecs import CODECS, Codec, Quantizer, read_quantizer
+from ..errors import BundleError, ModelMismatchError, PlanError
+from ..models.fingerprint import Fingerprint, fingerprint, mismatch
+from ..models.geometry import read_geometry
+from ..plan import FORMAT_VERSION, Block, Plan
+from .card import model_card
+from .files import (
+    CARD_FILE,
+    CODECS_FILE,
+    PLAN_FILE,
+    check_target,
+    local_folder,
+    manifest_digest,
+    read_codecs,
+    read_manifest,
+    upload,
+    write_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +87,9 @@ class Bundle:
         fingerprint: sampled weights of the model that it was fitted for.
         model: that model's name and kind.
         fit: how it was fitted.
+        figures: what the fit measured, as plain numbers: ``times_smaller``, ``stored_bytes``, ``full_bytes`` and
+            ``codec_bytes`` at ``tokens`` tokens; ``held_out``, the figures of ``kvcar.evaluate`` on held-out text, where
+            it was measured; ``curve``, pairs of times smaller and expected KL divergence, where the structure was searched.
     """
 
     plan: Plan
@@ -119,6 +97,7 @@ class Bundle:
     fingerprint: Fingerprint
     model: ModelIdentity
     fit: FitProvenance
+    figures: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def codec_bytes(self) -> int:
@@ -162,12 +141,15 @@ class Bundle:
                 f"this bundle was fitted for the weights of {self.model.name}, but {differs}; fit a bundle for this model"
             )
 
-    def save(self, folder: str | Path, card: str, overwrite: bool = False) -> Path:
-        """Write the bundle whole or not at all.
+    def with_figures(self, figures: Mapping[str, Any]) -> Bundle:
+        """The same bundle with more figures."""
+        return replace(self, figures={**self.figures, **figures})
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the bundle with its model card, whole or not at all.
 
         Args:
             folder: where to; must not exist unless ``overwrite`` and it is a bundle.
-            card: text of its ``README.md``.
             overwrite: replace a bundle that is there.
 
         Raises:
@@ -176,16 +158,48 @@ class Bundle:
         folder = Path(folder)
         check_target(folder, overwrite)
         codecs = self._codecs_bytes()
-        manifest = {
+        manifest: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "model": self.model.model_dump(mode="json"),
             "fit": self.fit.model_dump(mode="json"),
+            "figures": dict(self.figures),
             "codecs_sha256": hashlib.sha256(codecs).hexdigest(),
             "plan": json.loads(self.plan.to_json()),
         }
+        manifest["sha256"] = manifest_digest(manifest)
         files = {CODECS_FILE: codecs, PLAN_FILE: (json.dumps(manifest, indent=1) + "\n").encode()}
-        _write_folder(folder, files | {CARD_FILE: card.encode()})
+        write_folder(folder, files | {CARD_FILE: model_card(self.plan, self.model, self.fit, self.figures, self.codec_bytes).encode()})
         return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload a kvcar bundle",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the bundle with its model card to the Hugging Face hub, by ``huggingface_hub``'s conventions.
+
+        Args:
+            repo_id: ``owner/name``; the repository is created where it does not exist.
+            private: whether a new repository is private; None leaves that to the owner's settings.
+            token: of the hub; None takes the one that was logged in with.
+            revision: branch to commit to.
+            commit_message: of the commit.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The address of the repository.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            written = self.save_pretrained(Path(folder) / "bundle")
+            return upload(
+                written, repo_id, private, token,
+                revision=revision, commit_message=commit_message, create_pr=create_pr,
+            )  # fmt: skip
 
     def _codecs_bytes(self) -> bytes:
         tensors = {"fingerprint.values": self.fingerprint.values}
@@ -194,27 +208,46 @@ class Bundle:
         return save_safetensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
 
     @classmethod
-    def load(cls, folder: str | Path) -> Bundle:
-        """Read and check a bundle.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Bundle:
+        """Read and check a bundle from a folder or from the Hugging Face hub.
+
+        Args:
+            source: a folder, or ``owner/name`` on the hub, optionally with ``@revision``.
+            revision: branch, tag or commit on the hub.
+            token: of the hub; None takes the one that was logged in with.
+            cache_dir: where downloads are kept; None for the hub's usual place.
+            local_files_only: take what was downloaded before.
 
         Raises:
-            BundleError: a file is missing, truncated, tampered with, or does not fit the plan.
+            BundleError: a file is missing, truncated, tampered with, or does not fit the plan; or the hub has no such bundle.
             PlanError: the plan is malformed or of an unknown version.
         """
-        folder = Path(folder)
-        manifest = _read_manifest(folder)
+        folder = local_folder(
+            source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        manifest = read_manifest(folder)
         plan = Plan.from_data(manifest.get("plan"))
         for block in plan.blocks:
             if block.codec not in CODECS:
                 raise PlanError(f"the plan uses codec {block.codec!r}; this kvcar has {list(CODECS)}; upgrade kvcar")
+        figures = manifest.get("figures")
         try:
             model = ModelIdentity.model_validate(manifest.get("model"))
             fit = FitProvenance.model_validate(manifest.get("fit"))
-        except ValidationError as error:
-            raise BundleError(
-                f"{folder / PLAN_FILE} is damaged: {error.errors()[0]['msg']}; fit the bundle again"
-            ) from None
-        tensors = _read_codecs(folder, manifest.get("codecs_sha256"))
+            if not isinstance(figures, dict):
+                raise ValueError("figures are an object")
+        except ValueError as error:
+            problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            raise BundleError(f"{folder / PLAN_FILE} is damaged: {problem}; fit the bundle again") from None
+        tensors = read_codecs(folder, manifest.get("codecs_sha256"))
         values = tensors.pop("fingerprint.values", None)
         if values is None:
             raise BundleError(f"{folder / CODECS_FILE} lacks the model's fingerprint; fit the bundle again")
@@ -223,88 +256,7 @@ class Bundle:
             for i, block in enumerate(plan.blocks)
         )
         print_ = Fingerprint(values=values, dtype=model.dtype, digest=model.fingerprint)
-        return cls(plan, blocks, print_, model, fit)
-
-
-def check_target(folder: Path, overwrite: bool) -> None:
-    """Make sure, before any work is done, that a bundle can be written to ``folder``; raises BundleError."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        if not (folder / PLAN_FILE).is_file():
-            raise BundleError(f"{folder} exists and is not a bundle; choose another folder")
-        if not overwrite:
-            raise BundleError(f"{folder} already holds a bundle; choose another folder or ask to overwrite it")
-    parent = folder.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".kvcar-"):
-            pass
-    except OSError as error:
-        raise BundleError(f"cannot write to {parent}: {error.strerror}; choose a folder you may write to") from None
-
-
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write to a temporary neighbour and rename, so that an interruption leaves no half bundle."""
-    parent = folder.absolute().parent
-    try:
-        staging = Path(tempfile.mkdtemp(dir=parent, prefix=".kvcar-"))
-    except OSError as error:
-        raise BundleError(f"cannot write to {parent}: {error.strerror}; choose a folder you may write to") from None
-    try:
-        for name, data in files.items():
-            (staging / name).write_bytes(data)
-        staging.chmod(0o755)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(dir=parent, prefix=".kvcar-"))
-            os.replace(folder, old)
-            try:
-                os.replace(staging, folder)
-            except BaseException:
-                os.replace(old, folder)
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(staging, folder)
-    except OSError as error:
-        raise BundleError(f"cannot write {folder}: {error.strerror or error}; nothing was changed") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / PLAN_FILE
-    if not folder.is_dir():
-        raise BundleError(f"there is no bundle at {folder}; 'kvcar fit' writes one")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BundleError(f"{folder} is not a bundle: it has no {PLAN_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise BundleError(f"{path} cannot be read: {error}; fit the bundle again") from None
-    version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
-        raise PlanError(
-            f"{path} has plan format version {version!r}; this kvcar reads version {FORMAT_VERSION}; "
-            "upgrade kvcar or fit the bundle again"
-        )
-    return data
-
-
-def _read_codecs(folder: Path, expected_sha256: object) -> dict[str, Tensor]:
-    path = folder / CODECS_FILE
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}; fit the bundle again") from None
-    found = hashlib.sha256(data).hexdigest()
-    if found != expected_sha256:
-        raise BundleError(
-            f"{path} is truncated or was changed: its SHA-256 is {found[:12]}..., the plan expects "
-            f"{str(expected_sha256)[:12]}...; copy the bundle again or fit it again"
-        )
-    try:
-        return load_safetensors(data)
-    except SafetensorError as error:
-        raise BundleError(f"{path} is not a readable safetensors file: {error}; fit the bundle again") from None
+        return cls(plan, blocks, print_, model, fit, figures)
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from ..codecs import AutoencoderCodec, Quantizer
 from ..codecs.autoencoder import LEAKY_SLOPE, AutoencoderModule
-from ..fit.quantize import fit_quantizer
-from ..fit.solve import Basis
 from ..plan import BitGroup
+from .basis import Basis, fit_quantizer
 
 _BATCH = 512
 _LEARNING_RATE = 1e-3

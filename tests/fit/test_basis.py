@@ -5,10 +5,8 @@ import torch
 
 from kvcar.codecs import IdentityCodec, StaticQuantizer
 from kvcar.codecs.autoencoder import AutoencoderModule
-from kvcar.paper.autoencoder import train_autoencoder, warm_start
-from kvcar.fit.moments import Moments
-from kvcar.fit.quantize import fit_quantizer
-from kvcar.fit.solve import groups_of, linear_codec, principal_basis
+from kvcar.fit.autoencoder import train_autoencoder, warm_start
+from kvcar.fit.basis import fit_quantizer, groups_of, linear_codec, principal_basis
 from kvcar.plan import BitGroup
 
 
@@ -18,12 +16,14 @@ def correlated(count=4000, width=12, seed=0):
     return torch.randn(count, width, generator=generator) @ mix * torch.linspace(0.1, 30, width) + 7
 
 
+def basis_of(x):
+    return principal_basis(x.double().mean(0), torch.cov(x.double().T, correction=0))
+
+
 @pytest.fixture(scope="module")
 def data():
     x = correlated()
-    moments = Moments(12, 1)
-    moments.add(x)
-    return x, moments, principal_basis(moments.mean, moments.covariance)
+    return x, basis_of(x)
 
 
 def relative_error(codec, quantizer, x):
@@ -33,22 +33,22 @@ def relative_error(codec, quantizer, x):
 
 
 def test_raw_latents_of_every_direction_lose_almost_nothing(data):
-    x, moments, basis = data
-    codec, quantizer = linear_codec(basis, torch.full((12,), 16), moments.sample)
+    x, basis = data
+    codec, quantizer = linear_codec(basis, torch.full((12,), 16), x)
     assert relative_error(codec, quantizer, x) < 1e-6
 
 
 def test_a_rank_cut_is_the_best_there_is(data):
-    x, moments, basis = data
+    x, basis = data
     bits = torch.tensor([16] * 5 + [0] * 7)
-    codec, quantizer = linear_codec(basis, bits, moments.sample)
+    codec, quantizer = linear_codec(basis, bits, x)
     best = basis.variances[5:].sum() / 12  # Eckart-Young, in the normalised metric
     assert relative_error(codec, quantizer, x) == pytest.approx(float(best), rel=1e-3)
 
 
 def test_more_bits_err_less(data):
-    x, moments, basis = data
-    errors = [relative_error(*linear_codec(basis, torch.full((12,), b), moments.sample), x) for b in range(1, 9)]
+    x, basis = data
+    errors = [relative_error(*linear_codec(basis, torch.full((12,), b), x), x) for b in range(1, 9)]
     assert errors == sorted(errors, reverse=True)
     assert errors[7] < errors[0] / 1000
 
@@ -88,7 +88,7 @@ def test_identity_codec_orders_and_restores():
 
 @pytest.mark.parametrize("latents", [1, 5, 12])
 def test_the_autoencoder_starts_at_the_pca(data, latents):
-    x, _, basis = data
+    x, basis = data
     folded = warm_start(basis, latents).eval().fold()
     mean = basis.mean.float()
     expected = (x - mean) @ basis.encoder[:, :latents].float() @ basis.decoder[:latents].float() + mean
@@ -96,7 +96,7 @@ def test_the_autoencoder_starts_at_the_pca(data, latents):
 
 
 def test_folding_keeps_the_function(data):
-    x, _, basis = data
+    x, basis = data
     torch.manual_seed(0)
     module = AutoencoderModule(basis.mean.float(), basis.std.float(), hidden=9, latents=4)
     for _ in range(5):
@@ -111,9 +111,7 @@ def test_folding_keeps_the_function(data):
 def test_training_improves_on_the_pca_where_a_line_is_not_enough_and_repeats():
     t = torch.rand(3000, 1, generator=torch.Generator().manual_seed(2)) * 2 - 1
     x = torch.cat([t, t.abs(), t.clamp_min(0.3)], 1)  # a curve: one latent is enough, but not a linear one
-    moments = Moments(3, 1)
-    moments.add(x)
-    basis = principal_basis(moments.mean, moments.covariance)
+    basis = basis_of(x)
     results = [train_autoencoder(basis, 1, 16, x, steps, seed=0) for steps in (0, 1000, 1000)]
     start, trained, again = (relative_error(*r, x) for r in results)
     assert trained < 0.8 * start

@@ -1,0 +1,45 @@
+"""Where a bundle comes from: which model it was fitted for, on which text, with which versions."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from ..geometry import StrictModel
+from ..models.fingerprint import Fingerprint, fingerprint
+
+
+class ModelIdentity(StrictModel):
+    """Which model a bundle was fitted for; the sampled weights themselves lie in the codecs file."""
+
+    name: str
+    architecture: str
+    dtype: str
+    fingerprint: str
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element as the model computed it when the bundle was fitted."""
+        return {"float32": 4, "float64": 8}.get(self.dtype, 2)
+
+
+class FitProvenance(StrictModel):
+    """How a bundle came to be."""
+
+    kvcar_version: str
+    torch_version: str
+    transformers_version: str
+    date: str
+    text: str
+    text_sha256: str
+    tokens: int
+    context: int
+    seed: int
+    options: dict[str, str | int | float | bool | None]
+
+
+def identify(model: PreTrainedModel, name: str) -> tuple[Fingerprint, ModelIdentity]:
+    """Sample a model's weights, and note its name and kind: what ties a bundle to it."""
+    print_ = fingerprint(model)
+    return print_, ModelIdentity(
+        name=name, architecture=type(model).__name__, dtype=print_.dtype, fingerprint=print_.digest
+    )
