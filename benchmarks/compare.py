@@ -30,10 +30,10 @@ from kvcar.cli.console import errors, out, progress_bars
 from kvcar.cli.figures import fidelity_table
 from kvcar.errors import InputError, KVCarError
 from kvcar.evaluate.fidelity import fidelity_figures
+from kvcar.fit.options import DEFAULT_PROFILE, PROFILES
 from kvcar.models.load import load_model
 from kvcar.progress import counter
 from kvcar.record import Record
-from kvcar.fit.options import DEFAULT_PROFILE, PROFILES
 from kvcar.text import TextSource, joined, read_text, token_windows, windows_of_all
 
 RESULTS = Path(__file__).parent / "results"

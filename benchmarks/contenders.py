@@ -28,7 +28,6 @@ from kvcar.evaluate.fidelity import Fidelity, measure_fidelity
 from kvcar.fit.fit import lossless
 from kvcar.geometry import KVGeometry
 from kvcar.registry import Registry
-from kvcar.text import TextSource
 
 # Each cache of transformers holds every token in the model's dtype while it is stepped, so memory sets the limit.
 SIDE_BY_SIDE = 6

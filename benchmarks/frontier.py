@@ -106,7 +106,9 @@ def evaluate(
     """Evaluate the bundles on a text, side by side; a record of each goes into ``results/``."""
     source, loaded = read_text(text), load_model(model, "float32")
     ids = token_windows(loaded.tokenizer, source.text, context, windows)
-    bundles = {n: Bundle.from_pretrained(folder / n) for n in SETTINGS if (not only or n in only) and (folder / n).exists()}
+    bundles = {
+        n: Bundle.from_pretrained(folder / n) for n in SETTINGS if (not only or n in only) and (folder / n).exists()
+    }
     # A stored context keeps no window: all of it but the sinks is read from codes.
     caches = {
         n: (lambda b=bundle, w=(0 if SETTINGS[n][0] == "stored" else None): KVCarCache(b, w, keep_decoded=True))

@@ -14,11 +14,11 @@ from kvcar.fit.basis import groups_of, linear_codec
 from kvcar.fit.fit import fit_bundles
 from kvcar.fit.options import FitOptions, Structure
 from kvcar.fit.statistics import bands_of, collect_statistics
-from kvcar.text import TextSource
+from kvcar.geometry import Slot
 from kvcar.models.fingerprint import fingerprint
 from kvcar.models.geometry import read_geometry
 from kvcar.plan import Block, CacheConfig, Plan, Reuse
-from kvcar.geometry import Slot
+from kvcar.text import TextSource
 
 SOURCE = TextSource("random tokens", "random tokens", "0" * 64)
 
@@ -45,7 +45,9 @@ def by_hand(
 ) -> Bundle:
     """A bundle with linear codecs for the given blocks, every latent at ``bits`` or at a cycle of bits."""
     geometry = read_geometry(model.config)
-    statistics = collect_statistics(model, geometry, token_ids(256, batch=4, seed=9), bands_of(geometry, blocks), stride=4)
+    statistics = collect_statistics(
+        model, geometry, token_ids(256, batch=4, seed=9), bands_of(geometry, blocks), stride=4
+    )
     planned, coded = [], []
     for block in blocks:
         basis = statistics.basis(block, "std")

@@ -254,7 +254,11 @@ def test_figures_come_back_and_are_on_the_card(bundle, tmp_path):
     assert "| 512 |" in card
     assert "base_model" not in card, "'tiny' is no name on the hub"
     names = ("kl_divergence", "same_top", "perplexity_full", "perplexity", "perplexity_ratio")
-    held_out = {n + s: 0.125 for n in names for s in ("", "_stderr")} | {"tokens": 99, "context": 50, "times_smaller": 4.0}
+    held_out = {n + s: 0.125 for n in names for s in ("", "_stderr")} | {
+        "tokens": 99,
+        "context": 50,
+        "times_smaller": 4.0,
+    }
     measured = bundle.with_figures({"held_out": held_out, "curve": [[3.0, 0.5]]})
     folder = measured.save_pretrained(tmp_path / "b")
     assert Bundle.from_pretrained(folder).figures == measured.figures

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcar.errors import PlanError
-from kvcar.plan import BitGroup, Block, Plan, Reuse
 from kvcar.fit.partition import regular_blocks
 from kvcar.geometry import KVGeometry, Slot
+from kvcar.plan import BitGroup, Block, Plan, Reuse
 
 GEOMETRY = KVGeometry(
     layers=4,

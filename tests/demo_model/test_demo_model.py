@@ -23,7 +23,7 @@ def run(*args):
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "5x"
-    run("fit", "demo", "-o", folder, "--times-smaller", 5, "--layers-per-block", 5, "--tokens", 10240, "--no-check")
+    run("fit-structure", "demo", "-o", folder, "--times-smaller", 5, "--layers-per-block", 5, "--tokens", 10240, "--no-check")
     return folder
 
 

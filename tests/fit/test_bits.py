@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvcar.bundle.summary import bits_by_layer, ranges, summarise_blocks
 from kvcar.errors import FitError, InputError
-from kvcar.sizes import REFERENCE_TOKENS, stored_bytes, times_smaller
-from kvcar.plan import BitGroup, Block, Plan
 from kvcar.fit.bits import DISTORTION, allocate_bits, bits_for
 from kvcar.fit.partition import regular_blocks
-from kvcar.bundle.summary import bits_by_layer, ranges, summarise_blocks
 from kvcar.geometry import KVGeometry
+from kvcar.plan import BitGroup, Block, Plan
+from kvcar.sizes import REFERENCE_TOKENS, stored_bytes, times_smaller
 
 GEOMETRY = KVGeometry(layers=30, kv_heads=3, query_heads=9, head_dim=64, rotary=True, max_positions=8192)
 

@@ -9,9 +9,9 @@ from kvcar.errors import FitError, InputError, UnsupportedModelError
 from kvcar.fit.capture import capture
 from kvcar.fit.fit import fit_bundles
 from kvcar.fit.options import FitOptions, Structure
-from kvcar.text import TextSource
-from kvcar.models.geometry import read_geometry
 from kvcar.fit.partition import regular_blocks
+from kvcar.models.geometry import read_geometry
+from kvcar.text import TextSource
 
 SOURCE = TextSource("none", "none", "0" * 64)
 

@@ -5,11 +5,11 @@ import torch
 from tiny import FAMILIES, tiny_model, token_ids
 
 from kvcar.fit.effect import EffectProbe, damped, effect_metrics
-from kvcar.models.geometry import read_geometry
-from kvcar.plan import Block, CacheConfig, Plan
-from kvcar.geometry import Slot
 from kvcar.fit.losses import kl_divergence
 from kvcar.fit.two_pass import TwoPass
+from kvcar.geometry import Slot
+from kvcar.models.geometry import read_geometry
+from kvcar.plan import Block, CacheConfig, Plan
 
 WINDOWS = token_ids(96, batch=24, seed=1)
 
@@ -22,7 +22,9 @@ def test_the_metric_predicts_the_divergence_of_small_errors(family, kind):
     layer = geometry.codable_layers[0]
     metrics = effect_metrics(EffectProbe(model, geometry, 4, 32, 32), WINDOWS)
     slots = tuple(Slot(layer, head, kind) for head in range(geometry.kv_heads))
-    plan = Plan(geometry=geometry, blocks=(Block(codec="linear", slots=slots),), cache=CacheConfig(page_tokens=32, window=32))
+    plan = Plan(
+        geometry=geometry, blocks=(Block(codec="linear", slots=slots),), cache=CacheConfig(page_tokens=32, window=32)
+    )
     width, draw = len(slots) * geometry.head_dim, torch.Generator().manual_seed(0)
     spread = 0.05 * (1 + torch.arange(width) % 3)
     passes, found = TwoPass(model, plan, 32, 32), []

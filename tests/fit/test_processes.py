@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from tiny import tiny_model, token_ids
 
+from kvcar.fit.statistics import Effect, collect_statistics
 from kvcar.models.geometry import read_geometry
 from kvcar.plan import CacheConfig
-from kvcar.fit.statistics import Effect, collect_statistics
 
 _SCRIPT = """
 import json, sys, torch

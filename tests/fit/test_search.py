@@ -6,6 +6,7 @@ from bundles import SOURCE
 from tiny import FAMILIES, tiny_model, token_ids
 
 import kvcar
+from kvcar.cache.cache import KVCarCache
 from kvcar.errors import FitError, InputError
 from kvcar.fit import partition
 from kvcar.fit.codecs import budget_for, solve
@@ -15,7 +16,6 @@ from kvcar.fit.search import empty_plan
 from kvcar.fit.statistics import collect_statistics
 from kvcar.plan import CacheConfig
 from kvcar.sizes import times_smaller
-from kvcar.cache.cache import KVCarCache
 
 GIVEN = {"cache": CacheConfig(32, 4, 32), "effect_tokens": 512, "times_smaller": 4.0}
 

@@ -6,13 +6,13 @@ from bundles import SOURCE
 from tiny import tiny_model, token_ids
 
 import kvcar
+from kvcar.cache.cache import KVCarCache
 from kvcar.context.entropy import entropy_bits_per_token
 from kvcar.errors import FitError
 from kvcar.fit.capture import capture
 from kvcar.fit.fit import fit_bundles
 from kvcar.fit.options import FitOptions
 from kvcar.plan import CacheConfig
-from kvcar.cache.cache import KVCarCache
 
 WINDOWS = token_ids(256, batch=10, seed=3)
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from bundles import SOURCE
+from bundles import SOURCE, fit_options
 from tiny import tiny_model, token_ids
 
 from kvcar.errors import InputError
-from kvcar.fit.fit import fit_bundle
+from kvcar.fit.fit import fit_bundles
 from kvcar.fit.losses import kl_divergence
-from kvcar.fit.options import FitOptions
 from kvcar.paper.effect import latents_by_effect, share_latents
 from kvcar.paper.simulate import Simulator, units_of
 
@@ -16,8 +15,8 @@ WINDOWS = token_ids(128, batch=16, seed=21)
 
 
 def fitted(model, allocate=None, **more):
-    given = {"key_latents": 20, "value_latents": 24, "latent_bits": 16, "window": 0, "page_tokens": 32} | more
-    return fit_bundle(model, "tiny", WINDOWS, SOURCE, FitOptions(**given), allocate=allocate)
+    options = fit_options(**({"key_latents": 20, "value_latents": 24, "latent_bits": 16, "window": 0} | more))
+    return next(fit_bundles(model, WINDOWS, [options], SOURCE, "tiny", allocate=allocate))
 
 
 def divergence(model, bundle):
@@ -55,4 +54,4 @@ def test_sharing():
 def test_a_budget_of_bits_has_no_latents_to_share():
     model = tiny_model("llama")
     with pytest.raises(InputError, match="key_latents and value_latents"):
-        fit_bundle(model, "tiny", WINDOWS, SOURCE, FitOptions(bits=4, window=0), allocate=lambda *given: (1,))
+        next(fit_bundles(model, WINDOWS, [fit_options(bits=4, window=0)], allocate=lambda *given: (1,)))

@@ -24,7 +24,7 @@ def test_every_command_has_help_with_examples():
 def start(model_folder, text_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("start") / "start"
     run(
-        "fit", model_folder, "-o", folder, "--text", text_file, "--codec", "autoencoder", "--key-latents", 20, "--value-latents",
+        "fit-structure", model_folder, "-o", folder, "--text", text_file, "--codec", "autoencoder", "--key-latents", 20, "--value-latents",
         24, "--latent-bits", 16, "--window", 0, "--steps", 0, "--layers", "0-1,3", "--no-check",
     )  # fmt: skip
     return folder
@@ -88,7 +88,7 @@ def test_similarity_shares_slots_and_fit_builds_on_them(measure, model_folder, t
     assert len(reuses) == len(data["chosen"]) == 3
     both = tmp_path / "both"
     run(
-        "fit", model_folder, "-o", both, "--text", text_file, "--reuse", shared, "--codec", "linear", "--key-latents", 16,
+        "fit-structure", model_folder, "-o", both, "--text", text_file, "--reuse", shared, "--codec", "linear", "--key-latents", 16,
         "--value-latents", 16, "--scales", "dynamic", "--no-check",
     )  # fmt: skip
     plan = Bundle.from_pretrained(both).plan

@@ -40,6 +40,7 @@ from .files import (
     upload,
     write_folder,
 )
+from .origin import FitProvenance, ModelIdentity
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,10 @@ class Bundle:
         }
         manifest["sha256"] = manifest_digest(manifest)
         files = {CODECS_FILE: codecs, PLAN_FILE: (json.dumps(manifest, indent=1) + "\n").encode()}
-        write_folder(folder, files | {CARD_FILE: model_card(self.plan, self.model, self.fit, self.figures, self.codec_bytes).encode()})
+        write_folder(
+            folder,
+            files | {CARD_FILE: model_card(self.plan, self.model, self.fit, self.figures, self.codec_bytes).encode()},
+        )
         return folder
 
     def push_to_hub(

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..plan import Block, Plan
 from ..geometry import BFLOAT16_BYTES, KINDS, Kind, Slot
+from ..plan import Block, Plan
 
 
 @dataclass(frozen=True)

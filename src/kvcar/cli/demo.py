@@ -12,22 +12,21 @@ import torch
 import typer
 from transformers import Cache, DynamicCache
 
-from ..bundle import Bundle
+from ..bundle import Bundle, bits_by_layer
+from ..cache.attach import attach
+from ..cache.cache import KVCarCache
 from ..errors import InputError
 from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
 from ..evaluate.memory import bfloat16_bytes
 from ..fit.fit import fit_bundles
 from ..fit.options import FitOptions, Structure
-from ..text import TextSource, token_windows
 from ..models.demo import ALIAS
 from ..models.load import LoadedModel, load_model
-from ..bundle import bits_by_layer
 from ..progress import OnProgress, counter
 from ..record import Record, provenance, write_text
 from ..report.page import GeneratedText, PageRow, render_page
 from ..report.plots import Point, bits_per_layer, quality_against_size
-from ..cache.attach import attach
-from ..cache.cache import KVCarCache
+from ..text import TextSource, token_windows
 from .app import app
 from .console import out, progress_bars
 from .figures import fidelity_table

@@ -112,7 +112,8 @@ def fit_structure(
         int, typer.Option(help="Bits of each latent of an autoencoder, or with --key-latents: 1 to 8, or 16.")
     ] = 8,
     allocate: Annotated[
-        str, typer.Option(help="How --key-latents and --value-latents are shared among blocks: even, or effect (measured).")
+        str,
+        typer.Option(help="How --key-latents and --value-latents are shared among blocks: even, or effect (measured)."),
     ] = "even",
     reuse: Annotated[
         Path | None,

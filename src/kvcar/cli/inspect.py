@@ -37,9 +37,8 @@ def inspect(
     json: Json = None,
 ) -> None:
     """Show a bundle; the examples in the help text say the rest."""
-    from ..bundle import Bundle
+    from ..bundle import Bundle, bits_by_layer, summarise_blocks
     from ..record import Record, write_text
-    from ..bundle import bits_by_layer, summarise_blocks
     from ..report.plots import bits_per_layer
     from ..sizes import pays_from_tokens
 

@@ -239,7 +239,13 @@ def _print_result(output: Path, result: TrainResult, measured: dict[str, Any] | 
 
 
 def _record(
-    kind: str, model: str, bundle: Path, source: TextSource, options: TrainOptions, result: TrainResult, measured: dict[str, Any] | None
+    kind: str,
+    model: str,
+    bundle: Path,
+    source: TextSource,
+    options: TrainOptions,
+    result: TrainResult,
+    measured: dict[str, Any] | None,
 ) -> Record:
     from ..record import Record
 

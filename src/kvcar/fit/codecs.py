@@ -60,9 +60,7 @@ Solver = Callable[[Plan, Statistics, Budget, FitOptions, OnProgress], Iterator[F
 SOLVERS: Registry[Solver] = Registry("codec with a fit")
 
 
-def solve(
-    plan: Plan, statistics: Statistics, budget: Budget, options: FitOptions, on_progress: OnProgress
-) -> Solved:
+def solve(plan: Plan, statistics: Statistics, budget: Budget, options: FitOptions, on_progress: OnProgress) -> Solved:
     """Bits and codecs for a plan's blocks."""
     solver = _solve_stored if options.entropy_coded else SOLVERS[options.codec]
     fitted: list[FittedBlock] = []

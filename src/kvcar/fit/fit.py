@@ -26,7 +26,7 @@ from ..sizes import REFERENCE_TOKENS, stored_bytes
 from ..text import TextSource, fit_texts, joined, windows_of_all
 from ..version import __version__
 from .codecs import Solved
-from .options import DEFAULT_PROFILE, PROFILES, FitOptions, Structure
+from .options import DEFAULT_CACHE, DEFAULT_PROFILE, PROFILES, FitOptions, Structure
 from .partition import given_partition, longest_run, searched_bands
 from .search import Allocate, Found, best_plan, empty_plan, given_plan, searched_plans
 from .statistics import SAMPLE_TOKENS, Effect, Statistics, bands_of, collect_statistics, sample_stride
@@ -52,7 +52,7 @@ def fit(
     structure: Structure | None = None,
     tokens: int | None = None,
     window: int | None = None,
-    cache: CacheConfig = CacheConfig(),
+    cache: CacheConfig = DEFAULT_CACHE,
     effect_tokens: int = FitOptions.effect_tokens,
     seed: int = 0,
     check: bool = True,
@@ -105,7 +105,7 @@ def fit(
 
 
 def lossless(
-    model: PreTrainedModel, *, window: int | None = None, cache: CacheConfig = CacheConfig(), name: str | None = None
+    model: PreTrainedModel, *, window: int | None = None, cache: CacheConfig = DEFAULT_CACHE, name: str | None = None
 ) -> Bundle:
     """Make the bundle that keeps every key and value exactly, by the same cache: the noise floor of every measurement.
 
@@ -207,7 +207,11 @@ class _Maker:
 
 
 def _statistics(
-    model: PreTrainedModel, geometry: KVGeometry, windows: Tensor, options: Sequence[FitOptions], on_progress: OnProgress
+    model: PreTrainedModel,
+    geometry: KVGeometry,
+    windows: Tensor,
+    options: Sequence[FitOptions],
+    on_progress: OnProgress,
 ) -> Statistics | None:
     """Statistics that all of the options can be fitted from; None where there is nothing to code."""
     if len({(o.cache, o.window_read, o.effect_tokens, o.seed) for o in options}) > 1:

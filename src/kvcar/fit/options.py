@@ -12,6 +12,7 @@ from ..plan import PACKED_BITS, RAW_BITS, CacheConfig, Reuse, Scales
 
 DEFAULT_PROFILE = "balanced"
 DEFAULT_TIMES_SMALLER = 5.0
+DEFAULT_CACHE = CacheConfig()
 
 Metric = Literal["std", "effect"]
 
@@ -144,7 +145,7 @@ class FitOptions:
     max_kl: float | None = None
     profile: str | None = None
     structure: Structure | None = None
-    cache: CacheConfig = CacheConfig()
+    cache: CacheConfig = DEFAULT_CACHE
     effect_tokens: int = 8192
     seed: int = 0
 

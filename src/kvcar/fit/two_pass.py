@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..geometry import KINDS, Kind, Slot
 from ..models.attention_hook import AttentionHook
 from ..plan import Plan
-from ..geometry import KINDS, Kind, Slot
 from .attention import compressed_attention, read_exactly
 
 Code = Callable[[Tensor], Tensor]

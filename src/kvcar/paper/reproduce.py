@@ -100,7 +100,9 @@ class Builder:
         given = {"latent_bits": 16, "steps": 0, **setting.fit, "reuses": reuses}
         rest = {each: given.pop(each) for each in ("times_smaller", "effect_tokens", "seed") if each in given}
         cache = CacheConfig(given.pop("window", 0))
-        options = _options(FitOptions, setting, rest | {"structure": _options(Structure, setting, given), "cache": cache})
+        options = _options(
+            FitOptions, setting, rest | {"structure": _options(Structure, setting, given), "cache": cache}
+        )
         return next(fit_bundles(model, windows, [options], source, name, self._on_progress))
 
     def _reuses(self, choice: ReuseChoice) -> tuple[Reuse, ...]:

@@ -1,0 +1,55 @@
+"""``kvcar fit`` and ``kvcar fit-structure``, from the command line."""
+
+import json
+
+from commands import error_of, run, words
+
+from kvcar.bundle import Bundle
+
+
+def test_a_fit_searches_and_says_what_it_found(model_folder, text_file, tmp_path):  # noqa: F811
+    path, record = tmp_path / "b", tmp_path / "fit.json"
+    printed = run(
+        "fit", model_folder, "-o", path, "--text", text_file, "--times-smaller", 4, "--tokens", 6000, "--json", record
+    )  # fmt: skip
+    assert "expected KL divergence by size" in printed
+    assert "held-out text: KL divergence" in printed
+    bundle, data = Bundle.from_pretrained(path), json.loads(record.read_text())
+    assert bundle.fit.options["profile"] == "balanced"
+    assert bundle.fit.options["times_smaller"] == 4
+    assert data["held_out"]["kl_divergence"] > 0
+    assert data["held_out"] == bundle.figures["held_out"]
+    assert [size for size, _ in data["curve"]][:2] == [3.0, 4.0]
+
+
+def test_several_texts_take_turns(model_folder, text_file, tmp_path):  # noqa: F811
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": words(120, seed)}) + "\n" for seed in range(100, 160)))
+    run(
+        "fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--text", f"{other}[:40]", "--profile", "small",
+        "--tokens", 6000, "--no-check",
+    )  # fmt: skip
+    bundle = Bundle.from_pretrained(tmp_path / "b")
+    assert bundle.fit.text == "words.txt + other.jsonl[:40]"
+    assert "held_out" not in bundle.figures
+
+
+def test_a_divergence_instead_of_a_size(model_folder, text_file, tmp_path):  # noqa: F811
+    run("fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--max-kl", 0.05, "--tokens", 6000, "--no-check")
+    assert Bundle.from_pretrained(tmp_path / "b").fit.options["max_kl"] == 0.05
+
+
+def test_what_makes_no_sense_is_refused_before_any_work(model_folder, tmp_path):  # noqa: F811
+    fit, fit_structure = ((name, model_folder, "-o", tmp_path / "b") for name in ("fit", "fit-structure"))
+    assert "profile must be" in error_of(*fit, "--profile", "huge")
+    assert "not both" in error_of(*fit, "--times-smaller", 4, "--max-kl", 0.1)
+    assert "not both" in error_of(*fit_structure, "--times-smaller", 4, "--bits", 3)
+    assert "no list of layers" in error_of(*fit_structure, "--layers", "a-b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_fit_shows_a_user_about_ten_options():
+    shown = run("fit", "--help")
+    assert "--layers-per-block" not in shown
+    assert shown.count("--") < 40
+    assert "--layers-per-block" in run("fit-structure", "--help")
