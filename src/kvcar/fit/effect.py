@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..models.attention_hook import AttentionHook, frozen
-from .processes import own_share, total
-from ..progress import OnProgress, counter, silent
 from ..geometry import Kind, KVGeometry
+from ..models.attention_hook import AttentionHook, frozen
+from ..progress import OnProgress, counter, silent
+from .processes import own_share, total
 
 DAMPING = 0.3
 
