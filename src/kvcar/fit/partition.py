@@ -193,7 +193,7 @@ def flops_per_latent(geometry: KVGeometry, profile: Profile, block: Block) -> fl
     """The same of a block of a plan."""
     layers, heads = {s.layer for s in block.slots}, {s.head for s in block.slots}
     run = Run(min(layers), len(layers), geometry.kv_heads // len(heads))
-    kinds = tuple(kind for kind in KINDS if any(s.kind == kind for s in block.slots))
+    kinds: Kinds = tuple(kind for kind in KINDS if any(s.kind == kind for s in block.slots))
     return _flops_per_latent(geometry, profile, run, kinds)
 
 
