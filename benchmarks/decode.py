@@ -20,8 +20,7 @@ from speed.summary import decode_figures, prefill_figures
 from transformers import PreTrainedModel
 
 from kvcar.bundle import Bundle
-from kvcar.cache.attach import attach
-from kvcar.cache.attach import PREFILL_CHUNK_TOKENS
+from kvcar.cache.attach import PREFILL_CHUNK_TOKENS, attach
 from kvcar.errors import InputError, KVCarError
 from kvcar.geometry import BFLOAT16_BYTES
 from kvcar.models.geometry import read_geometry

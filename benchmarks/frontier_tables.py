@@ -139,7 +139,7 @@ def _fits() -> list[str]:
                 f"`{r['config']['name']}`",
                 *(", ".join(map(str, lengths[k])) for k in ("key", "value")),
                 f"{r['codec_bytes'] / 1e6:.0f}",
-                f"{r['held_back_kl']:.4f}",
+                f"{r['two_pass_kl'] if 'two_pass_kl' in r else r['held_back_kl']:.4f}",  # as older records call it
                 curve,
             ]
         )

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from kvcar.cache.attach import attach
+from kvcar.cache.attach import PREFILL_CHUNK_TOKENS, attach
 from kvcar.cache.cache import KVCarCache
-from kvcar.cache.attach import PREFILL_CHUNK_TOKENS
 from kvcar.errors import InputError
 from kvcar.evaluate.memory import forget_peak, kept_elements, resident_bytes, run_child, status_bytes
 from kvcar.models.load import load_model

@@ -13,8 +13,7 @@ from typing import Annotated
 import typer
 
 from kvcar.bundle import Bundle
-from kvcar.cache.attach import attach
-from kvcar.cache.attach import PREFILL_CHUNK_TOKENS
+from kvcar.cache.attach import PREFILL_CHUNK_TOKENS, attach
 from kvcar.context import check_store
 from kvcar.evaluate.stored import continuation_figures, measure_continuation, time_context
 from kvcar.models.load import load_model

@@ -11,8 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from kvcar.cache.encode import ENCODED_PAGES_AT_ONCE
 from kvcar.cache.attach import PREFILL_CHUNK_TOKENS
+from kvcar.cache.encode import ENCODED_PAGES_AT_ONCE
 from kvcar.geometry import BFLOAT16_BYTES, KINDS, Slot
 from kvcar.kernels.attend.tiled import tile_tokens
 from kvcar.layout import page_layout

@@ -72,19 +72,3 @@ class Calibration:
     def rotary(self) -> dict[int, RotaryTable]:
         """How each layer that attends to the whole past rotates its keys; empty for a model without RoPE."""
         return learn_rotations(self.model, self.geometry)
-        parts = find_decoder(self.model, self.geometry.layers)
-        probe = RotaryProbe(parts.decoder)
-
-        def note(module, args, kwargs) -> None:
-            del args
-            if module.layer_idx in self.geometry.codable_layers:
-                tables[module.layer_idx] = probe.table(kwargs.get("position_embeddings"))
-
-        handles = [*probe.handles, *(m.register_forward_pre_hook(note, with_kwargs=True) for m in parts.attention)]
-        try:
-            with torch.no_grad():
-                parts.decoder(input_ids=self.windows[:1, :2].to(parts.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return tables

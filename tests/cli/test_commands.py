@@ -129,7 +129,18 @@ def test_size_with_and_without(bundle, model_folder, tmp_path):
 @pytest.mark.parametrize("codec", ["identity", "autoencoder"])
 def test_other_codecs_fit(codec, model_folder, text_file, tmp_path):
     output = run(
-        "fit-structure", model_folder, "-o", tmp_path / "b", "--text", text_file, "--codec", codec, "--steps", 5, "--tokens", 2048
+        "fit-structure",
+        model_folder,
+        "-o",
+        tmp_path / "b",
+        "--text",
+        text_file,
+        "--codec",
+        codec,
+        "--steps",
+        5,
+        "--tokens",
+        2048,
     )
     assert "times smaller at 512 tokens" in output
     assert Bundle.from_pretrained(tmp_path / "b").plan.blocks[0].codec == codec

@@ -7,7 +7,7 @@ from commands import error_of, run, words
 from kvcar.bundle import Bundle
 
 
-def test_a_fit_searches_and_says_what_it_found(model_folder, text_file, tmp_path):  # noqa: F811
+def test_a_fit_searches_and_says_what_it_found(model_folder, text_file, tmp_path):
     path, record = tmp_path / "b", tmp_path / "fit.json"
     printed = run(
         "fit", model_folder, "-o", path, "--text", text_file, "--times-smaller", 4, "--tokens", 6000, "--json", record
@@ -22,7 +22,7 @@ def test_a_fit_searches_and_says_what_it_found(model_folder, text_file, tmp_path
     assert [size for size, _ in data["curve"]][:2] == [3.0, 4.0]
 
 
-def test_several_texts_take_turns(model_folder, text_file, tmp_path):  # noqa: F811
+def test_several_texts_take_turns(model_folder, text_file, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": words(120, seed)}) + "\n" for seed in range(100, 160)))
     run(
@@ -34,12 +34,14 @@ def test_several_texts_take_turns(model_folder, text_file, tmp_path):  # noqa: F
     assert "held_out" not in bundle.figures
 
 
-def test_a_divergence_instead_of_a_size(model_folder, text_file, tmp_path):  # noqa: F811
-    run("fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--max-kl", 0.05, "--tokens", 6000, "--no-check")
+def test_a_divergence_instead_of_a_size(model_folder, text_file, tmp_path):
+    run(
+        "fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--max-kl", 0.05, "--tokens", 6000, "--no-check"
+    )
     assert Bundle.from_pretrained(tmp_path / "b").fit.options["max_kl"] == 0.05
 
 
-def test_what_makes_no_sense_is_refused_before_any_work(model_folder, tmp_path):  # noqa: F811
+def test_what_makes_no_sense_is_refused_before_any_work(model_folder, tmp_path):
     fit, fit_structure = ((name, model_folder, "-o", tmp_path / "b") for name in ("fit", "fit-structure"))
     assert "profile must be" in error_of(*fit, "--profile", "huge")
     assert "not both" in error_of(*fit, "--times-smaller", 4, "--max-kl", 0.1)

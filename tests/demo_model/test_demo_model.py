@@ -7,8 +7,7 @@ from peak_memory import measure_peak_growth
 from typer.testing import CliRunner
 
 from kvcar.cli import app
-from kvcar.cli.texts import evaluation_text
-from kvcar.text import token_windows
+from kvcar.text import evaluation_texts, token_windows
 from kvcar.models.load import load_model
 
 pytestmark = pytest.mark.demo_model
@@ -40,7 +39,7 @@ def test_five_times_smaller_says_nearly_the_same(bundle, tmp_path):
 
 def test_a_question_is_answered_from_what_lies_in_pages(bundle, tmp_path):
     loaded = load_model("demo")
-    excerpt = loaded.tokenizer.decode(token_windows(loaded.tokenizer, evaluation_text(None).text, 300, 1)[0])
+    excerpt = loaded.tokenizer.decode(token_windows(loaded.tokenizer, evaluation_texts(None)[0].text, 300, 1)[0])
     prompt = tmp_path / "prompt.txt"
     prompt.write_text(f"The name of my cat is Marzipan.\n\n{excerpt}\n\nWhat is the name of my cat?", encoding="utf-8")
     output = run("generate", "demo", "--bundle", bundle, "--chat", "--prompt-file", prompt, "--max-new-tokens", 24)

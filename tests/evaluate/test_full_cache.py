@@ -7,7 +7,7 @@ from tiny import tiny_model, token_ids
 from transformers import DynamicCache
 
 from kvcar.cache.attach import attach
-from kvcar.evaluate.memory import Bfloat16Cache, kept_bytes, keep_in_bfloat16
+from kvcar.evaluate.memory import Bfloat16Cache, keep_in_bfloat16, kept_bytes
 from kvcar.geometry import Slot
 
 

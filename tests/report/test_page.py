@@ -8,10 +8,10 @@ from bundles import fitted
 from tiny import tiny_model
 
 from kvcar.bundle.summary import bits_by_layer
-from kvcar.report.page import GeneratedText, PageRow, render_page
+from kvcar.report.page import GeneratedText, PageRow, PageTable, render_page
 from kvcar.report.plots import Point, bits_per_layer, quality_against_size
 
-ROW = PageRow("5x", "4.98", "4,604", "20.655", "1.0040 ± 0.0010", "0.005", "96.2 %")
+ROW = PageRow("5x", "4.98", "4,604", "54,194,376", "2,822", "20.655", "1.0040 ± 0.0010", "0.005", "96.2 %")
 
 
 class Links(HTMLParser):
@@ -34,7 +34,15 @@ def page():
         "Bits": bits_per_layer(layers, "bits"),
     }
     texts = [GeneratedText("full", "a <b>bold</b> claim & more", "1 byte"), GeneratedText("5x", "same", "1 byte")]
-    return render_page("Title", {"model": "tiny"}, [ROW], plots, "say <script>alert(1)</script>", texts, ["A note."])
+    return render_page(
+        "Title",
+        {"model": "tiny"},
+        [PageTable("English", [ROW])],
+        plots,
+        "say <script>alert(1)</script>",
+        texts,
+        ["A note."],
+    )
 
 
 def test_the_page_fetches_nothing_and_escapes_what_models_say():
@@ -45,7 +53,7 @@ def test_the_page_fetches_nothing_and_escapes_what_models_say():
     assert not re.search(r"url\((?!#|&quot;#)|@import", html)
     assert "<script>" not in html
     assert "a &lt;b&gt;bold&lt;/b&gt; claim &amp; more" in html
-    for value in (ROW.times_smaller, ROW.kl_divergence, ROW.perplexity_ratio, "A note."):
+    for value in (ROW.times_smaller, ROW.codec_bytes, ROW.pays_from_tokens, ROW.kl_divergence, "English", "A note."):
         assert value in html
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..geometry import BFLOAT16_BYTES
 from ..plan import Plan
-from ..sizes import stored_bytes
+from ..sizes import codecs_in_words, stored_bytes
 from .origin import FitProvenance, ModelIdentity
 from .summary import summarise_blocks
 
@@ -48,7 +48,7 @@ def _sizes(plan: Plan, codec_bytes: int) -> str:
             rows.append(f"| {tokens:,} | {full:,} | {stored:,} | {full / stored:.2f} |")
     note = (
         f"One sequence; sinks ({plan.sinks} tokens), window ({plan.window}), unfilled room and position tables counted. "
-        f"The codecs' own parameters take {codec_bytes:,} bytes, once for all sequences."
+        f"Beside the cache, {codecs_in_words(plan, codec_bytes)}."
     )
     return "## Size\n\n" + "\n".join(rows) + "\n\n" + note
 

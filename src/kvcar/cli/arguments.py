@@ -11,6 +11,10 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="'demo', a local folder, a .gguf file, or a hub id (id@revision).")
 ]
 BundlePath = Annotated[Path, typer.Option("--bundle", "-b", metavar="BUNDLE", help="Folder that 'kvcar fit' wrote.")]
+BundleSource = Annotated[
+    str,
+    typer.Option("--bundle", "-b", metavar="BUNDLE", help="Folder that 'kvcar fit' wrote, or a hub id (id@revision)."),
+]
 Text = Annotated[
     Path | None,
     typer.Option(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .app import app
-from .arguments import BundlePath, Context, Device, Dtype, Json, Model, Text, Window, Windows
+from .arguments import BundleSource, Context, Device, Dtype, Json, Model, Text, Window, Windows
 from .console import check_writable, errors, out, progress_bars
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _EXAMPLES = """Measure a bundle against MODEL's own full cache, stepped through 
 @app.command(name="eval", help=_EXAMPLES)
 def evaluate(
     model: Model,
-    bundle: BundlePath,
+    bundle: BundleSource,
     text: Text = None,
     context: Context = None,
     windows: Windows = 2,
@@ -59,12 +60,12 @@ def evaluate(
         result = measure(
             loaded.model, fitted, loaded.tokenizer, text, context=context, windows=windows, window=window, on_progress=tell
         )  # fmt: skip
-    out.print(fidelity_table({bundle.name or str(bundle): result}))
+    out.print(fidelity_table({Path(bundle).name or bundle: result}))
     out.print(codecs_in_words(plan, fitted.codec_bytes), highlight=False)
     _print_worst(result)
     if json is not None:
         config = {
-            "model": model, "bundle": bundle.name, "text": source.name, "text_sha256": source.sha256,
+            "model": model, "bundle": Path(bundle).name, "text": source.name, "text_sha256": source.sha256,
             "dtype": str(loaded.model.dtype), "window": plan.window, "fitted_on_this_text": fitted_on_this,
             "fit": fitted.fit.model_dump(mode="json"),
         }  # fmt: skip

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import InputError
 from .app import app
-from .arguments import BundlePath, Device, Dtype, Json, Model, Window
+from .arguments import BundleSource, Device, Dtype, Json, Model, Window
 from .console import check_writable, errors, progress_bars
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _EXAMPLES = """Continue a prompt with MODEL over a compressed cache, printing as
 @app.command(help=_EXAMPLES)
 def generate(
     model: Model,
-    bundle: BundlePath,
+    bundle: BundleSource,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A UTF-8 file with what to continue.")
@@ -101,7 +101,7 @@ def generate(
             "cache_tokens": cached, "stored_bytes": stored, "full_bytes": full, "times_smaller": full / stored,
             "codec_bytes": loaded_bundle.codec_bytes,
         }  # fmt: skip
-        config = {"model": model, "bundle": bundle.name, "prompt": given, "seed": seed}
+        config = {"model": model, "bundle": Path(bundle).name, "prompt": given, "seed": seed}
         Record("generation", figures, config).write(json)
 
 

@@ -30,7 +30,9 @@ _EXAMPLES = """Show what a bundle stores: its plan as a table and its bits by la
 
 @app.command(help=_EXAMPLES)
 def inspect(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that 'kvcar fit' wrote.")],
+    bundle: Annotated[
+        str, typer.Argument(metavar="BUNDLE", help="Folder that 'kvcar fit' wrote, or a hub id (id@revision).")
+    ],
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the bits by layer as an SVG picture.")
     ] = None,
@@ -52,7 +54,7 @@ def inspect(
     _print_plan(loaded)
     _print_bits(layers)
     if plot is not None:
-        write_text(plot, bits_per_layer(layers, f"{loaded.model.name}: {bundle.name}"))
+        write_text(plot, bits_per_layer(layers, f"{loaded.model.name}: {Path(bundle).name}"))
     if json is not None:
         figures = {
             "blocks": [asdict(block) for block in summarise_blocks(loaded.plan)],
@@ -60,7 +62,7 @@ def inspect(
             "codec_bytes": loaded.codec_bytes,
             "pays_from_tokens": pays_from_tokens(loaded.plan, loaded.codec_bytes),
         }
-        Record("plan", figures, {"bundle": bundle.name}).write(json)
+        Record("plan", figures, {"bundle": Path(bundle).name}).write(json)
 
 
 def _print_head(bundle: Bundle) -> None:

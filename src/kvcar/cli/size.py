@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -31,7 +30,10 @@ _EXAMPLES = """Say how much fits into memory with MODEL's own cache and with a c
 def size(
     model: Model,
     bundle: Annotated[
-        Path | None, typer.Option("--bundle", "-b", metavar="BUNDLE", help="Folder that 'kvcar fit' wrote.")
+        str | None,
+        typer.Option(
+            "--bundle", "-b", metavar="BUNDLE", help="Folder that 'kvcar fit' wrote, or a hub id (id@revision)."
+        ),
     ] = None,
     memory: Annotated[str, typer.Option(help="Memory for cache and codecs, weights left out.")] = "24GiB",
     batch: Annotated[int, typer.Option(min=1, help="Sequences, for the longest length.")] = 1,
@@ -58,7 +60,7 @@ def size(
             raise ModelMismatchError(
                 f"this bundle was fitted for {loaded.model.name}, whose cache has another shape than {model}'s"
             )
-        sizes[str(bundle)] = compressed_size(loaded.plan, model_bytes=2)
+        sizes[bundle or ""] = compressed_size(loaded.plan, model_bytes=2)
     # Codecs are loaded once, and leave the rest to the cache.
     budgets = [budget] if loaded is None else [budget, budget - loaded.codec_bytes]
     fits = {

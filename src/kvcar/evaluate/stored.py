@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..cache.cache import KVCarCache
 from ..cache.attach import PREFILL_CHUNK_TOKENS, prefill
+from ..cache.cache import KVCarCache
 from ..errors import InputError
 from .fidelity import CHUNK_TOKENS, Estimate, TokenScores, estimate_figures, mean_of, ratio_of, step_logits
 from .memory import bfloat16_bytes

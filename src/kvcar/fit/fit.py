@@ -22,7 +22,7 @@ from ..geometry import KVGeometry
 from ..models.geometry import read_geometry
 from ..plan import CacheConfig, Plan
 from ..progress import OnProgress, counter, silent
-from ..sizes import REFERENCE_TOKENS, stored_bytes
+from ..sizes import REFERENCE_TOKENS, pays_from_tokens, stored_bytes
 from ..text import TextSource, fit_texts, joined, windows_of_all
 from ..version import __version__
 from .codecs import Solved
@@ -355,6 +355,7 @@ def size_figures(bundle: Bundle, model_bytes: int) -> dict[str, Any]:
         "stored_bytes": stored,
         "full_bytes": full,
         "codec_bytes": bundle.codec_bytes,
+        "pays_from_tokens": pays_from_tokens(bundle.plan, bundle.codec_bytes),
     }
 
 

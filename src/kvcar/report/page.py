@@ -16,10 +16,20 @@ class PageRow:
     name: str
     times_smaller: str
     stored_bytes_per_token: str
+    codec_bytes: str
+    pays_from_tokens: str
     perplexity: str
     perplexity_ratio: str
     kl_divergence: str
     same_top: str
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """Caches on one kind of text."""
+
+    heading: str
+    rows: Sequence[PageRow]
 
 
 @dataclass(frozen=True)
@@ -34,28 +44,28 @@ class GeneratedText:
 def render_page(
     title: str,
     facts: Mapping[str, str],
-    rows: Sequence[PageRow],
+    tables: Sequence[PageTable],
     plots: Mapping[str, str],
     prompt: str,
     texts: Sequence[GeneratedText],
     notes: Sequence[str],
 ) -> str:
-    """HTML of the page.
+    """Fill in the page's HTML.
 
     Args:
         title: of the page.
         facts: what was run, name to value.
-        rows: the table.
+        tables: one for each kind of text.
         plots: heading to SVG.
         prompt: what the texts continue.
         texts: continuations to show side by side.
-        notes: sentences below the table.
+        notes: sentences below the tables.
     """
     environment = Environment(loader=PackageLoader("kvcar", "report"), autoescape=select_autoescape(["html", "j2"]))
     given: dict[str, Any] = {
         "title": title,
         "facts": facts,
-        "rows": rows,
+        "tables": tables,
         "plots": plots,
         "prompt": prompt,
         "texts": texts,

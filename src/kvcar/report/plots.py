@@ -26,7 +26,7 @@ class Point:
 
 
 def quality_against_size(points: Sequence[Point]) -> str:
-    """KL divergence (log scale) against times smaller, with error bars."""
+    """Plot KL divergence (log scale) against times smaller, with error bars."""
     figure, axes = _figure(6.4, 3.8)
     for point in points:
         axes.errorbar(
@@ -49,11 +49,11 @@ def quality_against_size(points: Sequence[Point]) -> str:
 
 
 def frontier(series: Mapping[str, Sequence[Point]], noise_floor: float | None = None) -> str:
-    """KL divergence (log scale) against times smaller (log scale), a line with error bars for each family of caches.
+    """Plot KL divergence (log scale) against times smaller (log scale), a line with error bars for each family of caches.
 
     Args:
         series: points by family, of any order.
-        noise_floor: divergence of a lossless cache; told in the axis' label, since it lies far below all others.
+        noise_floor: divergence of a lossless cache; named in the axis' label, since it lies far below all others.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -85,7 +85,7 @@ def frontier(series: Mapping[str, Sequence[Point]], noise_floor: float | None = 
 
 
 def bits_per_layer(layers: Sequence[LayerBits], title: str) -> str:
-    """Average stored bits per element of every layer, keys and values side by side."""
+    """Plot average stored bits per element of every layer, keys and values side by side."""
     figure, axes = _figure(6.4, 2.8)
     places = [layer.layer for layer in layers]
     axes.bar([p - 0.2 for p in places], [layer.key for layer in layers], width=0.4, label="keys", color=_KEY_COLOUR)
@@ -109,7 +109,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
-    """The figure as an ``<svg>`` element without XML prologue."""
+    """Write the figure as an ``<svg>`` element without XML prologue."""
     import matplotlib
 
     out = io.StringIO()
@@ -120,7 +120,7 @@ def _svg(figure: Any) -> str:
 
 
 def reuse_costs(costs: Mapping[Slot, float], measure: str) -> str:
-    """Heat map of what each slot's reuse of the layer below costs: a row for each layer, keys left, values right."""
+    """Plot a heat map of what each slot's reuse of the layer below costs: a row for each layer, keys left, values right."""
     figure, _ = _figure(6.4, 0.16 * len({slot.layer for slot in costs}) + 1.4)
     figure.clear()
     panels = figure.subplots(1, 2, sharey=True)
