@@ -40,8 +40,7 @@ def _described(app: Sphinx, name: str) -> str:
     if inspect.isclass(found):
         members = "" if issubclass(found, BaseException) else "\n   :members:"
         return _rst(f".. autoclass:: kvcar.{name}{members}")
-    # Packages that can be called keep the function of their name inside.
-    function: Any = getattr(found, "__wrapped__", found) if not inspect.ismodule(found) else found.__call__
+    function = inspect.unwrap(found)  # packages that can be called keep the function of their name inside
     lines = GoogleDocstring(inspect.getdoc(function) or "", app.config, app, "function").lines()
     body = "\n".join(f"   {line}" for line in lines)
     return _rst(f".. py:function:: kvcar.{name}{inspect.signature(function)}\n\n{body}")

@@ -7,7 +7,7 @@ import argparse
 
 import kvcar
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="'demo', a folder, a .gguf file or a hub id")
 parser.add_argument(
     "--text", help="what to fit on, a .txt or .jsonl file; default: English text that ships with Python"

@@ -7,7 +7,7 @@ import argparse
 
 import kvcar
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="'demo', a folder, a .gguf file or a hub id")
 parser.add_argument("--text", help="what to fit and to measure on; better two texts. Default: English text of Python's")
 parser.add_argument("--sizes", type=float, nargs="+", default=[4, 8], help="times smaller")

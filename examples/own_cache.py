@@ -10,7 +10,7 @@ import torch
 
 import kvcar
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="'demo', a folder, a .gguf file or a hub id")
 parser.add_argument("--text", help="what to read, a .txt or .jsonl file; default: this file")
 parser.add_argument("--bundle", help="a fitted one; default: one that loses nothing, as nothing is fitted for it")

@@ -5,7 +5,6 @@ And packages that can be called, where a function and the package that holds it 
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -70,7 +69,8 @@ def callable_package(package: str, home: str) -> None:
             return function()(*args, **options)
 
         @property
-        def __signature__(self) -> inspect.Signature:
-            return inspect.signature(function())
+        def __wrapped__(self) -> Callable[..., Any]:
+            """By which ``inspect.signature`` and the documents find the function."""
+            return function()
 
     sys.modules[package].__class__ = CallablePackage
