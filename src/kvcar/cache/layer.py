@@ -70,6 +70,10 @@ class CodedLayer(CacheLayerMixin):
         """No maximum of its own."""
         return -1
 
+    def get_max_cache_shape(self) -> int:
+        """The same by its name in older versions of transformers."""
+        return self.get_max_length()
+
     def exact(self, mask: Tensor | None) -> ExactPast:
         """What attention reads as it is: sinks and window, then this pass; ``mask`` covers both.
 

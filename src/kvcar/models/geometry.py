@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from transformers import PreTrainedConfig
-from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ..errors import UnsupportedModelError
 from ..geometry import KVGeometry
@@ -57,17 +56,37 @@ def _single(config: PreTrainedConfig, name: str, default: int | None = None) -> 
 
 
 def _sliding_layers(config: PreTrainedConfig) -> tuple[tuple[int, ...], int]:
-    kinds, settings = get_layer_types_and_kwargs(config)
+    """Layers that slide, and the tokens of their window."""
+    kinds = _layer_kinds(config)
     unknown = sorted(set(kinds) - set(_KNOWN_LAYERS))
     if unknown:
         raise UnsupportedModelError(
             f"{type(config).__name__} has layers of kind {', '.join(unknown)}; kvcar knows {' and '.join(_KNOWN_LAYERS)}"
         )
     layers = tuple(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
-    windows = {int(settings[index]["sliding_window"]) for index in layers}
+    windows = {_layer_config(config, layer).sliding_window for layer in layers}
     if len(windows) > 1:
         raise UnsupportedModelError(f"{type(config).__name__} has sliding windows of several sizes: {sorted(windows)}")
-    return layers, windows.pop() if windows else 0
+    return layers, int(windows.pop()) if windows else 0
+
+
+def _layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """What kind of attention each layer has, as transformers names it."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+        kind = "sliding_attention" if window is not None else "chunked_attention" if chunk is not None else None
+        kinds = [kind or "full_attention"] * _single(config, "num_hidden_layers")
+    shared = getattr(config, "num_kv_shared_layers", None) or 0
+    # Of the last layers where a model says how many; of any where it says so for each.
+    modes = getattr(config, "kv_sharing_modes", None) or ["own"] * (len(kinds) - shared) + ["reuse"] * shared
+    return ["keys and values of another layer" if m == "reuse" else k for k, m in zip(kinds, modes, strict=True)]
+
+
+def _layer_config(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
+    """What holds for one layer, in versions of transformers where configs may differ by layer."""
+    by_layer = getattr(config, "per_layer_config", None)
+    return config if by_layer is None else by_layer[layer]
 
 
 def _is_rotary(config: PreTrainedConfig) -> bool:
