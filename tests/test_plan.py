@@ -81,7 +81,7 @@ def edited(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(format_version=2), "version 2 is not known"),
+        (lambda d: d.update(format_version=3), "version 3 is not known"),
         (lambda d: d.pop("format_version"), "version None is not known"),
         (lambda d: d.update(surprise=1), "surprise"),
         (lambda d: d.pop("geometry"), "geometry"),
@@ -108,9 +108,9 @@ def edited(change):
             ),
             "circle",
         ),
-        (lambda d: d.update(window=65), "multiple of the page size 64"),
-        (lambda d: d.update(page_tokens=48), "multiple of 32"),
-        (lambda d: d.update(sinks=-1), "sinks"),
+        (lambda d: d["cache"].update(window=65), "multiple of the page size, 64"),
+        (lambda d: d["cache"].update(page_tokens=48), "multiple of 32"),
+        (lambda d: d["cache"].update(sinks=-1), "sinks"),
         (lambda d: d.update(exact_dtype="int8"), "exact_dtype"),
     ],
 )

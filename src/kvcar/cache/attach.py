@@ -16,6 +16,7 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -34,6 +35,8 @@ from .coder import PageCoder
 PREFILL_CHUNK_TOKENS = 512
 _LOGGED_TOKENS = 4096
 _PREPARE = "_prepare_cache_for_generation"
+# Before 5.23 a prompt that is cut into chunks begins at position 0, whatever the cache has.
+_CHUNKS_AFTER_A_PAST = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
 _log = logging.getLogger("kvcar")
 
 # Weak both ways: the model's own hooks keep an attachment alive, so that a model that is dropped takes it along.
@@ -249,8 +252,13 @@ def _prepare_cache(
     wants_own = generation_config.cache_implementation is not None or generation_config.use_cache is False
     if model_kwargs.get("past_key_values") is None and not wants_own:
         model_kwargs["past_key_values"] = attachment.new_cache()
-    compressed = isinstance(model_kwargs.get("past_key_values"), KVCarCache)
+    cache = model_kwargs.get("past_key_values")
     # transformers cuts token ids into chunks, not embeddings.
-    if compressed and generation_config.prefill_chunk_size is None and model_kwargs.get("inputs_embeds") is None:
+    if (
+        isinstance(cache, KVCarCache)
+        and generation_config.prefill_chunk_size is None
+        and model_kwargs.get("inputs_embeds") is None
+        and (_CHUNKS_AFTER_A_PAST or cache.tokens == 0)
+    ):
         generation_config.prefill_chunk_size = attachment._prefill_chunk
     original(generation_config, model_kwargs, *rest)
