@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvcar.bundle.summary import bits_by_layer, ranges, summarise_blocks
 from kvcar.errors import FitError, InputError
-from kvcar.fit.bits import DISTORTION, allocate_bits, bits_for
+from kvcar.fit.bits import DISTORTION, allocate_bits, bits_for, share_latents
 from kvcar.fit.partition import regular_blocks
 from kvcar.geometry import KVGeometry
 from kvcar.plan import BitGroup, Block, Plan
@@ -88,3 +88,11 @@ def test_summaries():
     assert bits_by_layer(Plan(geometry=GEOMETRY))[4].value == 16
     assert ranges([3, 1, 2, 7, 7]) == "1-3, 7"
     assert REFERENCE_TOKENS == 4096
+
+
+def test_latents_are_shared_by_what_they_gain():
+    gains = [torch.tensor([9.0, 3.0, 1.0]), torch.tensor([0.5, 0.1, 0.0]), torch.tensor([8.0, 7.0, 6.0])]
+    assert share_latents(gains, 5) == (1, 1, 3)
+    assert share_latents(gains, 3) == (1, 1, 1)
+    assert share_latents(gains, 6) == (2, 1, 3)
+    assert share_latents(gains, 9) == (3, 3, 3)

@@ -13,11 +13,7 @@ from .arguments import Device, Dtype, Json, Model, Texts
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
-    from ..fit.search import Allocate
-    from ..models.load import LoadedModel
-    from ..progress import OnProgress
 
-_EFFECT_WINDOWS, _EFFECT_CONTEXT = 2, 256
 
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder to write; must not exist.")]
 TimesSmaller = Annotated[
@@ -71,7 +67,7 @@ def fit(
 ) -> None:
     """Fit a bundle whose structure is searched; the examples in the help text say the rest."""
     options = {"times_smaller": times_smaller, "max_kl": max_kl, "profile": profile, "seed": seed}
-    _fit(model, output, text, tokens, window, options, None, check, force, json, dtype, device)
+    _fit(model, output, text, tokens, window, options, check, force, json, dtype, device)
 
 
 _STRUCTURE = """Fit blocks and codecs that you choose yourself, instead of those that 'kvcar fit' finds.
@@ -111,10 +107,6 @@ def fit_structure(
     latent_bits: Annotated[
         int, typer.Option(help="Bits of each latent of an autoencoder, or with --key-latents: 1 to 8, or 16.")
     ] = 8,
-    allocate: Annotated[
-        str,
-        typer.Option(help="How --key-latents and --value-latents are shared among blocks: even, or effect (measured)."),
-    ] = "even",
     reuse: Annotated[
         Path | None,
         typer.Option(metavar="BUNDLE", help="Share the slots that this bundle of 'kvcar paper similarity' shares."),
@@ -143,8 +135,6 @@ def fit_structure(
     from ..bundle import Bundle
     from ..fit.options import Structure
 
-    if allocate not in ("even", "effect"):
-        raise InputError(f"allocate must be even or effect, got {allocate!r}")
     given: dict[str, Any] = {
         "codec": codec, "bits": bits, "layers_per_block": layers_per_block, "heads_per_block": heads_per_block,
         "layers": None if layers is None else _numbers(layers), "key_latents": key_latents, "value_latents": value_latents,
@@ -154,7 +144,7 @@ def fit_structure(
     options = {
         "structure": Structure(**given), "times_smaller": times_smaller, "effect_tokens": effect_tokens, "seed": seed
     }  # fmt: skip
-    _fit(model, output, text, tokens, window, options, allocate, check, force, json, dtype, device)
+    _fit(model, output, text, tokens, window, options, check, force, json, dtype, device)
 
 
 def _fit(
@@ -164,7 +154,6 @@ def _fit(
     tokens: int | None,
     window: int,
     given: dict[str, Any],
-    allocate: str | None,
     check: bool,
     force: bool,
     json: Path | None,
@@ -188,7 +177,7 @@ def _fit(
         loaded = load_model(model, dtype, device, on_progress)
         bundle = fit_bundle(
             loaded.model, loaded.tokenizer, text, **given, tokens=tokens, window=window, check=check, name=model,
-            allocate=_by_effect(loaded, text, on_progress) if allocate == "effect" else None, on_progress=on_progress,
+            on_progress=on_progress,
         )  # fmt: skip
     if not is_main_process():
         return  # under `accelerate launch` all have the same bundle, and one writes it
@@ -196,18 +185,6 @@ def _fit(
     _report(bundle, output)
     if json is not None:
         Record("fit", dict(bundle.figures), config={"model": model, **options.as_dict()}).write(json)
-
-
-def _by_effect(loaded: LoadedModel, text: list[Path] | None, on_progress: OnProgress) -> Allocate:
-    """Share latents among blocks by what cutting each of them does to the output on a few short windows."""
-    from functools import partial
-
-    from ..paper.effect import latents_by_effect
-    from ..text import fit_texts, windows_of_all
-
-    context = min(_EFFECT_CONTEXT, loaded.model.config.get_text_config().max_position_embeddings)
-    windows = windows_of_all(loaded.tokenizer, fit_texts(text, hold_out=True)[0], context, _EFFECT_WINDOWS)
-    return partial(latents_by_effect, loaded.model, windows, on_progress=on_progress)
 
 
 def _report(bundle: Bundle, output: Path) -> None:

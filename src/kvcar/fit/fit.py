@@ -28,7 +28,7 @@ from ..version import __version__
 from .codecs import Solved
 from .options import DEFAULT_CACHE, DEFAULT_PROFILE, PROFILES, FitOptions, Structure
 from .partition import given_partition, longest_run, searched_bands
-from .search import Allocate, Found, best_plan, empty_plan, given_plan, searched_plans
+from .search import Found, best_plan, empty_plan, given_plan, searched_plans
 from .statistics import SAMPLE_TOKENS, Effect, Statistics, bands_of, collect_statistics, sample_stride
 
 CONTEXT = 1024
@@ -57,7 +57,6 @@ def fit(
     seed: int = 0,
     check: bool = True,
     name: str | None = None,
-    allocate: Allocate | None = None,
     on_progress: OnProgress = silent,
 ) -> Bundle:
     """Fit a bundle: what ``kvcar.attach`` needs to compress the cache of ``model``.
@@ -80,7 +79,6 @@ def fit(
         check: hold out a tenth of the text and measure the bundle on it, stepped through the cache. Nothing is measured
             where that is less than a window.
         name: what to call the model in the bundle. Default: the name that it was loaded by.
-        allocate: shares the latents that a structure gives among its blocks otherwise than evenly.
         on_progress: called with what is going on.
 
     Returns:
@@ -100,7 +98,7 @@ def fit(
         raise InputError("a fit needs the model's tokenizer to read a text, or token_ids in place of both")
     else:
         windows, held_out, source = text_windows(model, tokenizer, text, tokens, options, check)
-    bundle = next(fit_bundles(model, windows, [options], source, name, on_progress, allocate))
+    bundle = next(fit_bundles(model, windows, [options], source, name, on_progress))
     return check_bundle(model, bundle, held_out, on_progress) if check else bundle
 
 
@@ -129,7 +127,6 @@ def fit_bundles(
     source: TextSource = _TOKENS,
     name: str | None = None,
     on_progress: OnProgress = silent,
-    allocate: Allocate | None = None,
 ) -> Iterator[Bundle]:
     """Fit several bundles, one after the other, from the same statistics.
 
@@ -140,7 +137,6 @@ def fit_bundles(
         source: where the windows come from, for provenance.
         name: what to call the model in the bundles.
         on_progress: called with what is going on.
-        allocate: shares the latents that a structure gives among its blocks otherwise than evenly.
 
     Raises:
         FitError: NaN in the model, too little text, or a target out of reach.
@@ -153,7 +149,7 @@ def fit_bundles(
     for each in lossy:
         _check_text(windows, fitted, geometry, each)
     statistics = _statistics(model, geometry, fitted, lossy, on_progress)
-    maker = _Maker(model, geometry, fitted, held_out, source, name, statistics, on_progress, allocate)
+    maker = _Maker(model, geometry, fitted, held_out, source, name, statistics, on_progress)
     return (maker.bundle(each) for each in options)
 
 
@@ -170,11 +166,10 @@ class _Maker:
         name: str | None,
         statistics: Statistics | None,
         on_progress: OnProgress,
-        allocate: Allocate | None,
     ) -> None:
         self._model, self._geometry, self._statistics = model, geometry, statistics
         self._windows, self._held_out, self._source = windows, held_out, source
-        self._on_progress, self._allocate = on_progress, allocate
+        self._on_progress = on_progress
         self._fingerprint, self._identity = identify(model, name or name_of(model))
         self._plans: dict[tuple[str | None, float], list[Plan]] = {}
 
@@ -199,7 +194,7 @@ class _Maker:
         if self._statistics is None:  # there is nothing to code, only slots that read others
             return Found(Solved(empty_plan(self._geometry, [], options), (), 0.0), options.target)
         if options.limits is None:
-            return given_plan(self._statistics, options, model_bytes, self._on_progress, self._allocate)
+            return given_plan(self._statistics, options, model_bytes, self._on_progress)
         key = (options.profile, options.target)
         if key not in self._plans:
             self._plans[key] = searched_plans(self._statistics, options, model_bytes, self._on_progress)

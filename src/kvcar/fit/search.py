@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..errors import FitError, InputError
+from ..errors import FitError
 from ..geometry import KINDS, KVGeometry
 from ..plan import Block, Plan
 from ..progress import OnProgress, silent
 from .bits import bits_for, error_of
-from .codecs import Budget, Solved, bits_of, budget_for, solve
+from .codecs import Solved, bits_of, budget_for, solve
 from .losses import kl_divergence
 from .options import FitOptions
 from .partition import given_partition, searched_partitions
 from .statistics import Slots, Statistics
 from .two_pass import TwoPass
-
-Allocate = Callable[[Plan, Statistics, tuple[int, ...]], tuple[int, ...]]
-"""(plan whose blocks are to be coded, statistics, an even share of latents for each block) -> latents of each."""
 
 CURVE_SIZES = (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0, 20.0)
 _SEARCHES = 6
@@ -58,14 +55,11 @@ def empty_plan(geometry: KVGeometry, blocks: Sequence[Slots], options: FitOption
     )
 
 
-def given_plan(
-    statistics: Statistics, options: FitOptions, model_bytes: int, on_progress: OnProgress, allocate: Allocate | None
-) -> Found:
+def given_plan(statistics: Statistics, options: FitOptions, model_bytes: int, on_progress: OnProgress) -> Found:
     """The plan of a given structure.
 
     Raises:
         FitError: a size out of reach.
-        InputError: latents to be allocated whose number is not given.
     """
     assert options.structure is not None
     geometry = statistics.geometry
@@ -73,10 +67,6 @@ def given_plan(
     if not plan.blocks:
         return Found(Solved(plan, (), 0.0), options.target)
     budget = budget_for(plan, options, options.target, model_bytes)
-    if allocate is not None:
-        if budget.latents is None:
-            raise InputError("latents can be allocated only where their number is given: key_latents and value_latents")
-        budget = Budget(0, allocate(plan, statistics, budget.latents))
     return Found(solve(plan, statistics, budget, options, on_progress), options.target)
 
 
