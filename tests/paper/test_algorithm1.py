@@ -160,12 +160,12 @@ import json, sys, torch
 sys.path.insert(0, {tests!r})
 from test_algorithm1 import QUICK, SOURCE, WINDOWS, start, tiny_model, train_bundle
 from dataclasses import replace
-from kvcar.fit.processes import state
+from kvcar.fit.processes import is_main_process, process_count
 torch.set_num_threads(1)
 model = tiny_model("llama")
 result = train_bundle(model, start(model), WINDOWS, SOURCE, replace(QUICK, windows_per_step=4))
-if state().is_main_process:
-    print(json.dumps([state().num_processes, result.history]))
+if is_main_process():
+    print(json.dumps([process_count(), result.history]))
 """
 
 

@@ -43,7 +43,7 @@ def test_train_writes_a_bundle_and_its_history(start, model_folder, text_file, t
         "--layer-steps", 1, *QUICK, "--json", record,
     )  # fmt: skip
     assert "validation loss" in output
-    assert "held-back text" in output
+    assert "KL divergence on held-out text" in output
     data = json.loads(record.read_text())
     assert [e["stage"] for e in data["history"] if e.get("step") == 0] == [
         "layer 0",

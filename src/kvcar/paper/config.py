@@ -52,7 +52,7 @@ class Setting(_Strict):
     Attributes:
         name: of the bundle and its records.
         table: which table it belongs to.
-        fit: options of ``FitOptions``.
+        fit: options of ``Structure``, ``CacheConfig`` and ``FitOptions``, by name.
         reuse: slots to share; with ``fit``, its blocks leave them out.
         base: name of an earlier setting whose bundle this one starts from.
         keep_layers: of the base's coded layers, those that stay coded.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,14 @@ class Builder:
         model, name = self.model().model, self._config.model
         if setting.fit is None:
             return shared_bundle(model, name, windows, source, reuses, window=0)
-        given = {"latent_bits": 16, "steps": 0, **setting.fit, "reuses": reuses}
-        rest = {each: given.pop(each) for each in ("times_smaller", "effect_tokens", "seed") if each in given}
-        cache = CacheConfig(given.pop("window", 0))
+        given = {"latent_bits": 16, "steps": 0, "window": 0, **setting.fit, "reuses": reuses}
+        own = {name: value for name, value in given.items() if name in _names(Structure)}
+        cache = {name: value for name, value in given.items() if name in _names(CacheConfig)}
+        rest = {name: value for name, value in given.items() if name not in own | cache}
         options = _options(
-            FitOptions, setting, rest | {"structure": _options(Structure, setting, given), "cache": cache}
+            FitOptions,
+            setting,
+            rest | {"structure": _options(Structure, setting, own), "cache": _options(CacheConfig, setting, cache)},
         )
         return next(fit_bundles(model, windows, [options], source, name, self._on_progress))
 
@@ -334,6 +337,10 @@ def keep_layers(bundle: Bundle, layers: Collection[int]) -> Bundle:
     # Copied plans are not validated again and must not keep what was derived from the old one.
     plan = type(plan).model_validate(plan.model_dump())
     return replace(bundle, plan=plan, blocks=tuple(coded for _, coded in kept))
+
+
+def _names(options: type) -> set[str]:
+    return {each.name for each in fields(options)}
 
 
 def _options(make: Any, setting: Setting, given: dict[str, Any]) -> Any:
