@@ -1,5 +1,6 @@
 """What can drift is checked: documented commands and code, pictures, links between documents."""
 
+import json
 import re
 import runpy
 import shlex
@@ -130,3 +131,19 @@ def test_every_page_of_the_site_is_in_its_table_of_contents():
     listed = set(re.findall(r"^[\w/-]+$", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.MULTILINE))
     pages = {str(path.relative_to(ROOT / "docs").with_suffix("")) for path in (ROOT / "docs").rglob("*.md")}
     assert pages - {"index"} <= listed
+
+
+def table_of(page, first_row):
+    """Names in the first column of the table whose first row is about ``first_row``, in order."""
+    rows = page[page.index(f"| `{first_row}` |") :].split("\n\n")[0]
+    return re.findall(r"^\| `(\w+)` \|", rows, re.MULTILINE)
+
+
+def test_the_format_lists_the_fields_that_are_written(tmp_path):
+    kvcar.lossless(tiny_model("llama")).save_pretrained(tmp_path / "bundle")
+    written = json.loads((tmp_path / "bundle" / "plan.json").read_text())
+    page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
+    assert sorted(table_of(page, "format_version")) == sorted(written)
+    plan = page[page.index("The plan is strict") :]
+    assert sorted(table_of(plan, "format_version")) == sorted(written["plan"])
+    assert page.count(f"| `format_version` | {written['format_version']} |") == 2
