@@ -29,3 +29,11 @@ def test_help_lists_commands_by_what_a_user_does():
     places = [printed.index(panel) for panel in PANELS]
     assert places == sorted(places)
     assert printed.index(" fit ") < printed.index(" eval ") < printed.index(" demo ") < printed.index(" save ")
+
+
+@pytest.mark.parametrize("start", ["from kvcar.cli import main; main()", "import runpy; runpy.run_module('kvcar')"])
+def test_without_the_extra_the_command_says_in_one_line_what_to_install(start):
+    code = f"import sys; sys.modules['typer'] = None\n{start}"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "kvcar's command line needs the package typer; install it with: pip install 'kvcar[cli]'\n"
