@@ -30,7 +30,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def blocks(text, language):
     """Code blocks of a document in a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", text.replace("\\\n", " "), re.MULTILINE | re.DOTALL)
 
 
 def all_commands():
