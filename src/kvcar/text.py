@@ -121,21 +121,23 @@ def split_text(source: TextSource, held_out_fraction: float) -> tuple[TextSource
 
 
 def fit_texts(texts: Texts, hold_out: bool) -> tuple[list[TextSource], list[TextSource]]:
-    """Split texts into what to fit on and, if asked, a tenth of each that is held out to check on.
+    """Split texts into what to fit on and, if asked, a tenth of each that is held out to check on (none otherwise)."""
+    pairs = [_fit_and_check(source, hold_out) for source in given_texts(texts)]
+    return [kept for kept, _ in pairs], [rest for _, rest in pairs if rest is not None]
 
-    The embedded text always keeps its last part for evaluation, so that no bundle is ever fitted on what ``kvcar eval`` reads
-    by default.
-    """
-    fitted, held_out = [], []
-    for source in given_texts(texts):
-        if source.name != EMBEDDED_NAME and not hold_out:
-            fitted.append(source)
-            continue
-        kept, rest = split_text(source, HELD_OUT_FRACTION)
-        # The checksum of the whole text: that is what an evaluation compares with.
-        fitted.append(TextSource(kept.name, kept.text, source.sha256))
-        held_out += [rest] if hold_out else []
-    return fitted, held_out
+
+def fit_and_check_text(path: Path | None, hold_out: bool) -> tuple[TextSource, TextSource | None]:
+    """Split one text, a file or the embedded one, as ``fit_texts`` does several."""
+    return _fit_and_check(read_text(path), hold_out)
+
+
+def _fit_and_check(source: TextSource, hold_out: bool) -> tuple[TextSource, TextSource | None]:
+    # The embedded text always keeps its last part, so that no bundle is ever fitted on what `kvcar eval` reads by default.
+    if source.name != EMBEDDED_NAME and not hold_out:
+        return source, None
+    kept, rest = split_text(source, HELD_OUT_FRACTION)
+    # The checksum of the whole text: that is what an evaluation compares with.
+    return TextSource(kept.name, kept.text, source.sha256), rest if hold_out else None
 
 
 def evaluation_texts(texts: Texts) -> list[TextSource]:

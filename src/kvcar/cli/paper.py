@@ -69,8 +69,8 @@ def similarity(
     from ..paper.algorithm2 import MEASURES, choose_reuses, find_candidates, shared_bundle
     from ..record import Record, write_text
     from ..report.plots import reuse_costs
+    from ..text import fit_and_check_text, up_to_windows
     from .console import check_writable, out, progress_bars
-    from .texts import fit_and_check_text, up_to_windows
 
     if measure not in MEASURES:
         raise InputError(f"unknown measure {measure!r}; known are: {', '.join(MEASURES)}")
@@ -83,7 +83,7 @@ def similarity(
         check_target(output, force)
     for path in (plot, json):
         check_writable(path)
-    source, _ = fit_and_check_text(text, hold_back=False)
+    source, _ = fit_and_check_text(text, hold_out=False)
     with progress_bars() as on_progress:
         loaded = load_model(model, dtype, device, on_progress)
         context = min(_CONTEXT, loaded.model.config.get_text_config().max_position_embeddings, tokens)
@@ -155,14 +155,14 @@ def quantize(
     from ..errors import InputError
     from ..models.load import load_model
     from ..paper.quantize import quantize_latents
+    from ..text import fit_and_check_text, up_to_windows
     from .console import out, progress_bars
-    from .texts import fit_and_check_text, up_to_windows
 
     if scales not in ("static", "dynamic"):
         raise InputError(f"scales must be static or dynamic, got {scales!r}")
     first = Bundle.from_pretrained(bundle)
     check_target(output, force)
-    source, _ = fit_and_check_text(text, hold_back=False)
+    source, _ = fit_and_check_text(text, hold_out=False)
     with progress_bars() as on_progress:
         loaded = load_model(model, dtype, device, on_progress)
         context = min(_CONTEXT, first.plan.geometry.max_positions, tokens)

@@ -104,8 +104,8 @@ def train(
     from ..fit.processes import is_main_process
     from ..models.load import load_model
     from ..paper.algorithm1 import train_bundle
+    from ..text import fit_and_check_text
     from .console import check_writable, progress_bars, step_teller
-    from .texts import fit_and_check_text
 
     first = Bundle.from_pretrained(bundle)
     check_target(output, force)
@@ -174,8 +174,8 @@ def finetune(
     from ..fit.processes import is_main_process
     from ..models.load import load_model
     from ..paper.finetune import finetune_weights
+    from ..text import fit_and_check_text
     from .console import check_writable, out, progress_bars, step_teller
-    from .texts import fit_and_check_text
 
     if tuned not in ("kv", "attention"):
         raise InputError(f"tuned must be kv or attention, got {tuned!r}")
@@ -184,7 +184,7 @@ def finetune(
     check_writable(json)
     if model_output.exists():
         raise InputError(f"{model_output} exists; choose another folder for the tuned model")
-    source, _ = fit_and_check_text(text, hold_back=False)
+    source, _ = fit_and_check_text(text, hold_out=False)
     with progress_bars() as on_progress:
         loaded = load_model(model, "float32", _own_device(device), on_progress)
         windows = _windows(loaded, source, context, tokens)
@@ -221,7 +221,7 @@ def _own_device(device: str) -> str:
 
 
 def _windows(loaded: LoadedModel, source: TextSource, context: int, tokens: int) -> Tensor:
-    from .texts import up_to_windows
+    from ..text import up_to_windows
 
     context = min(context, loaded.model.config.get_text_config().max_position_embeddings, tokens)
     return up_to_windows(loaded.tokenizer, source.text, context, max(1, tokens // context))
