@@ -51,10 +51,21 @@ def principal_basis(mean: Tensor, covariance: Tensor, metrics: Sequence[Tensor] 
         encoder, decoder = directions / std[:, None], directions.T * std
     else:
         roots, inverses = zip(*(_square_roots(metric) for metric in metrics), strict=True)
-        root, inverse = torch.block_diag(*roots), torch.block_diag(*inverses)
-        variances, directions = torch.linalg.eigh(root @ covariance @ root)
-        encoder, decoder = root @ directions, directions.T @ inverse
+        variances, directions = torch.linalg.eigh(times_blocks(blocks_times(roots, covariance), roots))
+        encoder, decoder = blocks_times(roots, directions), times_blocks(directions.T, inverses)
     return Basis(mean, std, encoder.flip(1), decoder.flip(0), variances.flip(0).clamp_min(0))
+
+
+def blocks_times(blocks: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Multiply ``x`` ``[W, N]`` from the left by square matrices that follow each other on a diagonal, zeros left out."""
+    parts = x.split([len(block) for block in blocks])
+    return torch.cat([block @ part for block, part in zip(blocks, parts, strict=True)])
+
+
+def times_blocks(x: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    """Multiply ``x`` ``[N, W]`` by the same from the right."""
+    parts = x.split([len(block) for block in blocks], dim=1)
+    return torch.cat([part @ block for block, part in zip(blocks, parts, strict=True)], dim=1)
 
 
 def _square_roots(metric: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..geometry import KINDS, KVGeometry, Side, Slot
 from ..plan import CacheConfig
 from ..progress import OnProgress, counter, silent
-from .basis import Basis, principal_basis
+from .basis import Basis, blocks_times, principal_basis, times_blocks
 from .capture import capture
 from .effect import EffectProbe, damped, effect_metrics
 from .options import Metric
@@ -165,9 +165,10 @@ class Statistics:
 
     def variances(self, slots: Slots) -> Tensor:
         """Variances of a block's basis under the effect metric, falling, without the basis itself."""
-        root = torch.block_diag(*(torch.linalg.cholesky(m) for m in self._metrics_of(slots)))
+        roots = [torch.linalg.cholesky(metric) for metric in self._metrics_of(slots)]
         # The spectrum of L' C L is that of the symmetric root's product.
-        return torch.linalg.eigvalsh(root.T @ self.covariance(slots) @ root).flip(0).clamp_min(0)
+        weighted = times_blocks(blocks_times([root.T for root in roots], self.covariance(slots)), roots)
+        return torch.linalg.eigvalsh(weighted).flip(0).clamp_min(0)
 
     def mean(self, slots: Slots) -> Tensor:
         """Mean float64 ``[W]`` of a block."""
