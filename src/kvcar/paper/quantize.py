@@ -16,7 +16,7 @@ from ..bundle import Bundle, CodedBlock
 from ..codecs import DynamicQuantizer
 from ..errors import InputError
 from ..fit.basis import fit_quantizer
-from ..fit.statistics import collect_statistics
+from ..fit.statistics import bands_of, collect_statistics
 from ..plan import BitGroup, Block, Scales
 
 _SAMPLE_TOKENS = 4096
@@ -60,7 +60,8 @@ def _with_static_steps(
     bundle.check_model(model)
     plan = bundle.plan
     stride = max(1, windows.numel() // _SAMPLE_TOKENS)
-    statistics = collect_statistics(model, plan.geometry, windows, (1, 0), plan.sinks, stride)
+    bands = bands_of(plan.geometry, [block.slots for block in blocks])
+    statistics = collect_statistics(model, plan.geometry, windows, bands, plan.sinks, stride)
     coded = []
     for each, block in zip(bundle.blocks, blocks, strict=True):
         assert each.codec is not None

@@ -20,7 +20,7 @@ from ..codecs import Quantizer, TrainableCodec, read_quantizer
 from ..codecs.autoencoder import AutoencoderModule
 from ..errors import InputError, UnsupportedModelError
 from ..fit.attention import compressed_attention, read_exactly
-from ..fit.statistics import collect_statistics
+from ..fit.statistics import bands_of, collect_statistics
 from ..geometry import KINDS, Slot
 from ..models.attention_hook import AttentionHook
 from ..models.structure import find_decoder
@@ -172,7 +172,8 @@ def random_units(model: PreTrainedModel, plan: Plan, windows: Tensor, seed: int,
                 "a random start needs autoencoder blocks of 16-bit latents or dynamic scales; "
                 f"got {block.codec} with {block.groups[0].bits if block.groups else 16} bits"
             )
-    statistics = collect_statistics(model, plan.geometry, windows, (1, 0), plan.sinks, windows.numel())
+    bands = bands_of(plan.geometry, [block.slots for block in plan.blocks])
+    statistics = collect_statistics(model, plan.geometry, windows, bands, plan.sinks, windows.numel())
     torch.manual_seed(seed)
     units: dict[str, nn.Module] = {}
     for index, block in enumerate(plan.blocks):
