@@ -23,7 +23,7 @@ from ..models.geometry import read_geometry
 from ..plan import CacheConfig, Plan
 from ..progress import OnProgress, counter, silent
 from ..sizes import REFERENCE_TOKENS, pays_from_tokens, stored_bytes
-from ..text import TextSource, fit_texts, joined, windows_of_all
+from ..text import Texts, TextSource, fit_texts, joined, windows_of_all
 from ..version import __version__
 from .codecs import Solved
 from .options import DEFAULT_CACHE, DEFAULT_PROFILE, PROFILES, FitOptions, Structure
@@ -43,7 +43,7 @@ log = logging.getLogger("kvcar.fit")
 def fit(
     model: PreTrainedModel,
     tokenizer: Any = None,
-    text: Any = None,
+    text: Texts = None,
     *,
     token_ids: Tensor | None = None,
     times_smaller: float | None = None,
@@ -92,7 +92,7 @@ def fit(
     if token_ids is not None:
         if tokenizer is not None or text is not None:
             raise InputError("give a tokenizer and a text, or token_ids, not both")
-        windows, held_out = _split_windows(token_ids, check and not options.lossless)
+        windows, held_out = _split_windows(token_ids, check)
         source = _TOKENS
     elif tokenizer is None:
         raise InputError("a fit needs the model's tokenizer to read a text, or token_ids in place of both")
@@ -183,6 +183,12 @@ class _Maker:
         figures = size_figures(bundle, self._model.dtype.itemsize)
         if found.two_pass_kl is not None:
             figures |= {"two_pass_kl": found.two_pass_kl, "curve": [list(point) for point in found.curve]}
+        log.info(
+            "%.2f times smaller at %d tokens, %d bytes of codecs",
+            figures["times_smaller"],
+            figures["tokens"],
+            figures["codec_bytes"],
+        )
         return bundle.with_figures(figures)
 
     def _found(self, options: FitOptions) -> Found:
@@ -281,7 +287,7 @@ def _spread(windows: Tensor, tokens: int) -> Tensor:
 
 
 def text_windows(
-    model: PreTrainedModel, tokenizer: Any, text: Any, tokens: int | None, options: FitOptions, check: bool
+    model: PreTrainedModel, tokenizer: Any, text: Texts, tokens: int | None, options: FitOptions, check: bool
 ) -> tuple[Tensor, Tensor | None, TextSource]:
     """Windows to fit on, windows held out to check on (None where the text has too few), and where they come from.
 
