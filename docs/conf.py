@@ -26,6 +26,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # they stand in the signatures
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

@@ -43,7 +43,27 @@ def _described(app: Sphinx, name: str) -> str:
     function = inspect.unwrap(found)  # packages that can be called keep the function of their name inside
     lines = GoogleDocstring(inspect.getdoc(function) or "", app.config, app, "function").lines()
     body = "\n".join(f"   {line}" for line in lines)
-    return _rst(f".. py:function:: kvcar.{name}{inspect.signature(function)}\n\n{body}")
+    return _rst(f".. py:function:: kvcar.{name}{_signature(function)}\n\n{body}")
+
+
+class _Bare(str):
+    """Words of a signature that are shown without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Give a signature with annotations as they are written, and functions by name."""
+    bare = inspect.signature(function)
+    parameters = [
+        each.replace(
+            annotation=_Bare(each.annotation),
+            default=_Bare(each.default.__name__) if inspect.isfunction(each.default) else each.default,
+        )
+        for each in bare.parameters.values()
+    ]
+    return bare.replace(parameters=parameters, return_annotation=_Bare(bare.return_annotation))
 
 
 def _rst(text: str) -> str:
