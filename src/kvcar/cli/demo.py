@@ -41,8 +41,7 @@ def demo(
     for kind, results in found.fidelity.items():
         out.print(f"\n[bold]{kind}[/]: {found.texts[kind].name}", highlight=False)
         out.print(fidelity_table(results))
-    for name, bundle in found.compressed.items():
-        out.print(f"{name}: {codecs_in_words(bundle.plan, bundle.codec_bytes)}", highlight=False)
+    out.print(codecs_in_words(found.compressed.plan, found.compressed.codec_bytes), highlight=False)
     for name, text in found.generated.items():
         out.print(f"\n[bold]{name}[/] ({text.cache_bytes:,} bytes of cache):")
         out.print(text.text.strip(), markup=False, highlight=False)

@@ -1,6 +1,6 @@
 """The demo: fit, measure and try a compressed cache on the demo model, and what goes on its page.
 
-Its bundles are fitted as ``kvcar fit`` fits by default, on fewer tokens, and are measured on two kinds of text that every
+Its bundle is fitted as ``kvcar fit`` fits by default, on fewer tokens, and is measured on two kinds of text that every
 machine with Python has: the part of the embedded English text that was held out, and Python code, which is no kind that
 was fitted on.
 """
@@ -35,12 +35,12 @@ from ..text import TextSource, fit_texts, token_windows
 from .page import GeneratedText, PageRow, PageTable, render_page
 from .plots import Point, bits_per_layer, quality_against_size
 
-SIZES = {"5x": 5.0, "8x": 8.0}
+COMPRESSED = "5x"
 IDENTITY = "identity"
 ENGLISH, CODE = "English documentation, held out of the fit", "Python code, another kind of text"
-_FIT_CONTEXT, _FIT_WINDOWS, _EFFECT_TOKENS = 1024, 12, 4096
+_FIT_CONTEXT, _FIT_WINDOWS, _EFFECT_TOKENS = 1024, 12, 3072
 _EVAL_CONTEXT = 2048
-_NEW_TOKENS = 48
+_PROMPT_TOKENS, _NEW_TOKENS = 600, 48
 _QUESTION = "Explain in three sentences what the text above is about."
 _MODEL = "SmolLM2-135M-Instruct, its weights dequantised from a Q4_1 file, run in float32"
 
@@ -60,12 +60,12 @@ class Demo:
     """What a run of the demo found.
 
     Attributes:
-        bundles: the lossless one and one for each of ``SIZES``, by name.
+        bundles: the lossless one and the fitted one, by name.
         source: what they were fitted on.
         texts: what they were measured on, by kind.
-        fidelity: of every bundle, by kind and name.
+        fidelity: of both bundles, by kind and name.
         prompt: what was continued.
-        generated: continuations, of the full cache and of the compressed ones.
+        generated: continuations, of the full cache and of the compressed one.
         seconds: of all of it.
     """
 
@@ -78,9 +78,9 @@ class Demo:
     seconds: float
 
     @property
-    def compressed(self) -> dict[str, Bundle]:
-        """Bundles that save something."""
-        return {name: bundle for name, bundle in self.bundles.items() if name != IDENTITY}
+    def compressed(self) -> Bundle:
+        """The fitted bundle."""
+        return self.bundles[COMPRESSED]
 
 
 def run_demo(on_progress: OnProgress = silent) -> Demo:
@@ -90,9 +90,10 @@ def run_demo(on_progress: OnProgress = silent) -> Demo:
     texts = {ENGLISH: held_out, CODE: python_code()}
     loaded = load_model(ALIAS, dtype="float32", on_step=on_progress)
     windows = token_windows(loaded.tokenizer, source.text, _FIT_CONTEXT, _FIT_WINDOWS)
-    options = [FitOptions(times_smaller=size, effect_tokens=_EFFECT_TOKENS) for size in SIZES.values()]
-    fitted = fit_bundles(loaded.model, windows, options, source, ALIAS, on_progress)
-    bundles = {IDENTITY: lossless(loaded.model, name=ALIAS), **dict(zip(SIZES, fitted, strict=True))}
+    (fitted,) = fit_bundles(
+        loaded.model, windows, [FitOptions(effect_tokens=_EFFECT_TOKENS)], source, ALIAS, on_progress
+    )
+    bundles = {IDENTITY: lossless(loaded.model, name=ALIAS), COMPRESSED: fitted}
     with attach(loaded.model, bundles[IDENTITY]):
         fidelity = {kind: _measure(loaded, bundles, text, kind, on_progress) for kind, text in texts.items()}
         prompt, generated = _generate(loaded, bundles, held_out, on_progress)
@@ -122,14 +123,14 @@ def _measure(
 def _generate(
     loaded: LoadedModel, bundles: Mapping[str, Bundle], text: TextSource, on_progress: OnProgress
 ) -> tuple[str, dict[str, Generated]]:
-    """Continue a prompt, long enough to fill pages, with the full cache and with the compressed ones."""
-    excerpt = loaded.tokenizer.decode(token_windows(loaded.tokenizer, text.text, 600, 3)[1]).strip()
+    """Continue a prompt, long enough to fill pages, with the full cache and with the compressed one."""
+    excerpt = loaded.tokenizer.decode(token_windows(loaded.tokenizer, text.text, _PROMPT_TOKENS, 3)[1]).strip()
     prompt = f"{excerpt}\n\n{_QUESTION}"
     inputs = loaded.tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     makers: dict[str, Any] = {"full": lambda: DynamicCache(config=loaded.model.config)}
-    makers |= {name: (lambda bundle=b: KVCarCache(bundle)) for name, b in bundles.items() if name != IDENTITY}
+    makers[COMPRESSED] = lambda: KVCarCache(bundles[COMPRESSED])
     generated = {}
     for index, (name, make) in enumerate(makers.items()):
         on_progress("generate", index, len(makers))
@@ -175,12 +176,12 @@ def _page(found: Demo) -> str:
         PageTable(f"{kind} ({found.texts[kind].name})", _rows(found, results))
         for kind, results in found.fidelity.items()
     ]
-    plots = {"Quality against size, English": quality_against_size(_points(found, ENGLISH))}
-    plots["Quality against size, Python code"] = quality_against_size(_points(found, CODE))
-    for name, bundle in found.compressed.items():
-        plots[f"Bits per layer, {name}"] = bits_per_layer(
-            bits_by_layer(bundle.plan), "average stored bits per key or value element (full: 16)"
-        )
+    plots = {
+        "Quality against size, by kind of text": quality_against_size(_points(found)),
+        f"Bits per layer, {COMPRESSED}": bits_per_layer(
+            bits_by_layer(found.compressed.plan), "average stored bits per key or value element (full: 16)"
+        ),
+    }
     texts = [
         GeneratedText(
             name,
@@ -205,8 +206,8 @@ def _facts(found: Demo) -> dict[str, str]:
     }
 
 
-def _points(found: Demo, kind: str) -> list[Point]:
-    results = {name: found.fidelity[kind][name] for name in found.compressed}
+def _points(found: Demo) -> list[Point]:
+    results = {kind.partition(",")[0]: found.fidelity[kind][COMPRESSED] for kind in found.fidelity}
     return [Point(n, f.times_smaller, f.kl_divergence.value, f.kl_divergence.stderr) for n, f in results.items()]
 
 
@@ -245,7 +246,7 @@ def _row(name: str, bundle: Bundle, f: Fidelity) -> PageRow:
 _NOTES = (
     "Bytes are those of tensors that exist at this context length: codes, exact first and recent tokens, room not yet "
     "filled, position tables. Times smaller is against the model's own cache in bfloat16. The exact tokens weigh more in "
-    "a short text than in a long one: the settings are named after the saving at 4,096 tokens.",
+    "a short text than in a long one: the setting is named after the saving at 4,096 tokens.",
     "Codecs are like weights: they exist once, for all sequences, beside the cache. Cache and codecs together are smaller "
     "than the full cache from so many tokens on, of all sequences together, each of 4,096 tokens.",
     "Identity keeps everything, in the float32 that the model runs in (hence twice the bytes of a bfloat16 cache): its "
