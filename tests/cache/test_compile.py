@@ -47,7 +47,9 @@ def test_compiled_steps_say_the_same(family):
         cache = KVCarCache(bundle)
         got = logits_of_steps(torch.compile(model.forward, backend="eager"), cache, prompt, following)
     assert cache.pages
-    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    # Sliding layers get their masks written out where they are compiled, and so another kernel of PyTorch's.
+    noise = 5e-5 if family == "gemma3" else 1e-5
+    torch.testing.assert_close(got, expected, atol=noise, rtol=noise)
 
 
 def test_a_growing_cache_is_compiled_for_once():

@@ -10,7 +10,7 @@ from tiny import FAMILIES, tiny_model, token_ids
 
 import kvcar
 from kvcar.cache.cache import KVCarCache
-from kvcar.cache.snapshot import contents_of, fork_of
+from kvcar.cache.snapshot import contents_of
 from kvcar.context import read_context
 from kvcar.errors import AttachError, CacheStateError, ContextError, InputError, ModelMismatchError
 from kvcar.geometry import Slot
@@ -146,7 +146,7 @@ def test_a_loaded_cache_and_its_fork_do_not_touch_each_other(llama, saved):
     model, bundle = llama
     with kvcar.attach(model, bundle):
         loaded, one, two = (KVCarCache.load(saved, model) for _ in range(3))
-        forked = fork_of(loaded)
+        forked = loaded.fork()
         first, second = token_ids(NEXT, seed=1), token_ids(NEXT, seed=2)
         # Turn by turn, the way two conversations go on from one document.
         for x, y in zip(first.split(8, dim=1), second.split(8, dim=1), strict=True):

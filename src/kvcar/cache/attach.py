@@ -28,9 +28,11 @@ from ..models.rotation import learn_rotations
 from ..models.structure import find_decoder
 from ..progress import OnProgress, counter, silent
 from ..sizes import stored_bytes
+from . import guard
 from .attention import Current, set_current, stand_in_for, uncompiled
 from .cache import KVCarCache
 from .coder import PageCoder
+from .encode import stored_plainly
 
 PREFILL_CHUNK_TOKENS = 512
 _LOGGED_TOKENS = 4096
@@ -66,7 +68,8 @@ class Attachment:
         self._parts = find_decoder(model, bundle.plan.geometry.layers)
         self.new_cache()  # a bad window is refused now, not in the first generate
         self._base = str(model.config.get_text_config()._attn_implementation)
-        stand_in = stand_in_for(self._base)
+        self._stand_in = stand_in_for(self._base)
+        expected = guard.reference_logits(model, bundle)
         self._rotations = learn_rotations(model, bundle.plan.geometry)
         self._handles = [
             self._parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
@@ -74,9 +77,18 @@ class Attachment:
         ]
         for module in self._parts.attention:
             set_current(module, self._current)
-        self._set_attention(stand_in)
+        self._set_attention(self._stand_in)
+        # The checkpoint's own preference, which attaching outweighs; what a caller of `generate` asks for stays.
+        self._own_implementation = model.generation_config.cache_implementation
+        model.generation_config.cache_implementation = None
         # Only this instance: `generate` asks it for a cache, and gets a compressed one by default.
         model.__dict__[_PREPARE] = partial(_prepare_cache, self, partial(prepare, model))
+        if expected is not None:
+            try:
+                guard.check_against(model, bundle, expected)
+            except BaseException:
+                self._restore()
+                raise
 
     def new_cache(self) -> KVCarCache:
         """Make an empty cache for this model, with the window given to ``attach``."""
@@ -84,15 +96,19 @@ class Attachment:
 
     def detach(self) -> None:
         """Restore the model; caches made meanwhile can no longer be used with it. Doing it twice is harmless."""
-        if attachment_of(self.model) is not self:
-            return
+        if attachment_of(self.model) is self:
+            self._restore()
+            del _attached[self.model]
+
+    def _restore(self) -> None:
+        """Take away all that was added to the model."""
         for handle in self._handles:
             handle.remove()
         for module in self._parts.attention:
             set_current(module, None)
         self._set_attention(self._base)
+        self.model.generation_config.cache_implementation = self._own_implementation
         self.model.__dict__.pop(_PREPARE, None)
-        del _attached[self.model]
 
     def __enter__(self) -> Self:
         return self
@@ -140,6 +156,11 @@ class Attachment:
         self._current.cache = None
         if cache is None:
             return
+        self._refuse_switched()
+        if kwargs.get("output_attentions"):
+            raise UnsupportedModelError(
+                "attention weights are never formed with a compressed cache; leave output_attentions off"
+            )
         if torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()) and module.training:
             raise UnsupportedModelError(
                 "a compressed cache is for inference; call model.eval() and use torch.no_grad()"
@@ -150,8 +171,18 @@ class Attachment:
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UnsupportedModelError("a compressed cache takes 2-D attention masks (left padding) only")
         _refuse_capture(inputs)
-        cache.begin_pass(self, inputs.shape[0], inputs.shape[1], mask, kwargs.get("position_ids"))
+        with stored_plainly(self._parts.device):
+            cache.begin_pass(self, inputs.shape[0], inputs.shape[1], mask, kwargs.get("position_ids"))
         self._current.cache = cache
+
+    def _refuse_switched(self) -> None:
+        """Another implementation would not read the compressed past."""
+        now = str(self.model.config.get_text_config()._attn_implementation)
+        if now != self._stand_in:
+            raise AttachError(
+                f"the model's attention was switched to {now!r} while it was attached, so that the compressed past would "
+                "not be read; detach it, switch, and attach it again"
+            )
 
     @uncompiled
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
@@ -246,9 +277,6 @@ def _prepare_cache(
     attachment: Attachment, original: Any, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
 ) -> None:
     """Prepare the cache of a ``generate``: a compressed one by default, and chunked prefill with one."""
-    if generation_config.cache_implementation == attachment.model.generation_config.cache_implementation:
-        # The checkpoint's own preference, not the caller's: attaching outweighs it.
-        generation_config.cache_implementation = None
     wants_own = generation_config.cache_implementation is not None or generation_config.use_cache is False
     if model_kwargs.get("past_key_values") is None and not wants_own:
         model_kwargs["past_key_values"] = attachment.new_cache()

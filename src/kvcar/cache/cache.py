@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ..registry import Registry
 from ..sizes import coded_tokens
 from .coder import PageCoder
 from .decoded import DecodedPast
-from .encode import encode_oldest
+from .encode import encode_oldest, refuse_non_finite, stored_plainly
 from .layer import CodedLayer
 from .pages import PageStore, PageViews
 from .sequence import SequenceState, exact_mask, sink_places
@@ -111,19 +112,62 @@ class KVCarCache(Cache):
         for layer in self._coded.values():
             layer.open = True
 
-    @torch.no_grad()
     def end_pass(self) -> None:
-        """Store the tokens of the pass; full pages leave the window for all layers at once."""
+        """Store the tokens of the pass; full pages leave the window for all layers at once.
+
+        Raises:
+            CacheStateError: a layer stored nothing, or keys or values are NaN or infinite; the cache is then as it was before
+                the pass.
+        """
         if self._next_state is None:
             return
-        self._broken = True
-        self._state, self._next_state = self._next_state, None
-        self._store_pass()
+        with stored_plainly(self._next_state.padding.device):
+            self._refuse_silent_layers()
+            leave = self._leaving(self._seen + self._pass_tokens)
+            refuse_non_finite(self._coded, leave)
+            self._broken = True
+            self._state, self._next_state = self._next_state, None
+            if self._coded:
+                self._code_oldest(leave)
         self._seen += self._pass_tokens
         for layer in self._coded.values():
             layer.open = False
         self._mask, self._mask_known = None, False
         self._broken = False
+
+    def fork(self) -> KVCarCache:
+        """Make a cache of the same tokens; the two share pages until one of them writes to a page.
+
+        Raises:
+            CacheStateError: an earlier pass broke off while it stored.
+        """
+        self._refuse_if_broken()
+        self._drop_unfinished_pass()
+        fork = KVCarCache(self.bundle, self.plan.window, self._keeps_decoded)
+        fork._state, fork._seen, fork._host = self._state, self._seen, self._host
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicLayer):
+                # Its tensors are replaced, never written to.
+                fork.layers[index] = copy(layer)
+        if self._pages is None:
+            return fork
+        fork._pages = self._pages.fork()
+        for index, layer in self._coded.items():
+            if layer.buffers is not None:
+                fork._coded[index].restore(layer.paged, *(side.clone() for side in layer.kept()))
+        return fork
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KVCarCache:
+        """Fork: what transformers means by a deep copy of a cache, without a copy of the model or of any page."""
+        del memo
+        return self.fork()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be pickled: a cache belongs to an attached model, and pickles are never read."""
+        raise TypeError(
+            "a KVCarCache cannot be pickled, as it belongs to an attached model; cache.save(path) and "
+            "KVCarCache.load(path, model) write and read it"
+        )
 
     def codes(self, layer: int) -> bool:
         """Whether attention of ``layer`` must come through ``past``."""
@@ -132,7 +176,9 @@ class KVCarCache(Cache):
     def attend(self, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """Attention of a coded layer over what is held and the tokens of the pass under way; ``[B, T, Hq, D]``."""
         exact, paged = self.past(layer)
-        return attend(query, exact, paged, scaling, softcap, self.backend).transpose(1, 2).contiguous()
+        # Pages are decoded in float32, whatever the model computes its products in.
+        with torch.autocast(query.device.type, enabled=False):
+            return attend(query, exact, paged, scaling, softcap, self.backend).transpose(1, 2).contiguous()
 
     def past(self, layer: int) -> tuple[ExactPast, PagedPast | None]:
         """Give what queries of a coded layer attend to in the pass under way."""
@@ -232,7 +278,6 @@ class KVCarCache(Cache):
         self._views.forget()
         self._seen = kept
 
-    @torch.no_grad()
     def flush_window(self) -> None:
         """Put the tokens of the window through the codec too; later ones fill a window again.
 
@@ -244,9 +289,12 @@ class KVCarCache(Cache):
         held = self._seen - self._pages.tokens if self._pages is not None else 0
         if not self._coded or held == 0:
             return
+        refuse_non_finite(self._coded, held)
         self._refuse_unattached()
+        assert self._state is not None
         self._broken = True  # unless all of it succeeds
-        self._code_oldest(held)
+        with stored_plainly(self._state.padding.device):
+            self._code_oldest(held)
         self._broken = False
 
     # What is stored on disk
@@ -402,16 +450,13 @@ class KVCarCache(Cache):
                 "or generate fewer tokens"
             )
 
-    def _store_pass(self) -> None:
-        assert self._pages is not None
+    def _refuse_silent_layers(self) -> None:
         silent = [layer for layer, coded in self._coded.items() if coded.pending is None]
         if silent:
             raise CacheStateError(
-                f"layers {silent} stored nothing in this pass, so their past would be missing; kvcar serves models that "
+                f"layers {silent} stored nothing in this pass, so their past would be missing; kvcar supports models that "
                 "run all layers in every pass"
             )
-        if self._coded:
-            self._code_oldest(self._leaving(self._seen + self._pass_tokens))
 
     def _leaving(self, tokens: int) -> int:
         """How many tokens leave the window when ``tokens`` have been seen."""
@@ -449,12 +494,14 @@ class KVCarCache(Cache):
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._refuse_if_broken()
         self._drop_unfinished_pass()
-        for coded in self._coded.values():
-            coded.map_batch(change)
         self._views.forget()
-        if self._pages is not None:
-            self._pages.map_batch(change)
-        if self._decoded is not None:
-            self._decoded.map_batch(change)
-        if self._state is not None:
+        if self._state is None:
+            return
+        with stored_plainly(self._state.padding.device):
+            for coded in self._coded.values():
+                coded.map_batch(change)
+            if self._pages is not None:
+                self._pages.map_batch(change)
+            if self._decoded is not None:
+                self._decoded.map_batch(change)
             self._state = self._state.mapped(change)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -28,12 +29,7 @@ def encode_oldest(
     rotary_of: RotaryOf,
     leave: int,
 ) -> None:
-    """Append the oldest ``leave`` tokens of all layers to ``pages``, a few pages at a time so that little exists at once.
-
-    Raises:
-        CacheStateError: keys or values are NaN or infinite; nothing was stored then.
-    """
-    _refuse_non_finite(layers, leave)
+    """Append the oldest ``leave`` tokens of all layers to ``pages``, a few pages at a time so that little exists at once."""
     step = ENCODED_PAGES_AT_ONCE * coder.plan.page_tokens
     for first in range(0, leave, step):
         count = min(step, leave - first)
@@ -44,8 +40,22 @@ def encode_oldest(
             pages.append([unit.stored(fetch) for unit in coder.units])
 
 
-def _refuse_non_finite(layers: Mapping[int, CodedLayer], leave: int) -> None:
-    """Codes cannot hold NaN or infinity; looked for before the first page is written."""
+@contextmanager
+def stored_plainly(device: torch.device) -> Iterator[None]:
+    """Run what outlives a pass outside of gradients, autocast and inference mode, whatever the model's pass is in.
+
+    A tensor that is made in inference mode could not be written to after it.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def refuse_non_finite(layers: Mapping[int, CodedLayer], leave: int) -> None:
+    """Look for NaN and infinity, which codes cannot hold, in the tokens that are about to leave.
+
+    Raises:
+        CacheStateError: there are some; nothing has been stored then.
+    """
     for layer, coded in layers.items():
         for kind, side in zip(KINDS, coded.oldest(0, leave), strict=True):
             if not torch.isfinite(side).all():

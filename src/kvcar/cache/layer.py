@@ -56,7 +56,9 @@ class CodedLayer(CacheLayerMixin):
             )
         if self.pending is not None:
             raise CacheStateError("a layer stored keys twice in one forward pass; kvcar does not support such models")
-        self.pending = (key, value)
+        # Under autocast keys come out of their rotation in float32, and values in what products give.
+        dtype = torch.promote_types(key.dtype, value.dtype)
+        self.pending = (key.to(dtype), value.to(dtype))
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""

@@ -88,7 +88,11 @@ class SequenceState:
             return torch.zeros_like(self.offset)
         positions = positions.to(padding.device).expand(len(padding), -1)
         if positions.shape[-1] != count:
-            raise InputError(f"position_ids has {positions.shape[-1]} positions for {count} tokens")
+            raise InputError(
+                f"position_ids has {positions.shape[-1]} positions for {count} tokens, after {seen} tokens that the cache has; "
+                "a prompt for a cache that has tokens must go on after them: give the whole conversation with something new at "
+                "its end, or reset the cache"
+            )
         real = index >= padding[:, None]
         # The last token of a left-padded pass is real unless the whole pass is padding.
         offset = torch.where(real[:, -1], index[-1] - positions[:, -1], self.offset)

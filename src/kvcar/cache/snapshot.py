@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -84,27 +83,9 @@ def cache_of(contents: CacheContents, bundle: Bundle, coder: PageCoder, window: 
     return cache
 
 
-def fork_of(cache: KVCarCache) -> KVCarCache:
-    """A cache of the same tokens, to be added to without changing ``cache``; codes of full arenas are shared.
-
-    Args:
-        cache: between two passes, and holding tokens.
-    """
-    fork = KVCarCache(cache.bundle, cache.plan.window)
-    for index, layer in enumerate(cache.layers):
-        if isinstance(layer, DynamicLayer):
-            # Its tensors are replaced, never written to.
-            fork.layers[index] = copy(layer)
-    assert cache._pages is not None
-    fork._state, fork._seen, fork._host, fork._pages = cache._state, cache._seen, cache._host, cache._pages.fork()
-    for index, layer in cache._coded.items():
-        fork._coded[index].restore(layer.paged, *(side.clone() for side in layer.kept()))
-    return fork
-
-
 def _flushed(cache: KVCarCache) -> KVCarCache:
     """A cache of the same tokens, all of them coded."""
-    fork = fork_of(cache)
+    fork = cache.fork()
     fork.flush_window()
     return fork
 

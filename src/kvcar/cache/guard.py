@@ -1,0 +1,159 @@
+"""A model is believed after it was tried: a short run over lossless pages must say what the model's own cache says.
+
+Whatever kvcar assumes of a model (that attention is causal, that nothing changes keys on their way, that masks mean padding)
+goes wrong here in the open, before the first token of a user is computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from ..bundle import Bundle, CodedBlock
+from ..errors import KVCarError, UnsupportedModelError
+from ..geometry import KINDS, Slot
+from ..models.rotation import evaluating
+from ..plan import Block, CacheConfig, Plan
+from .cache import KVCarCache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_log = logging.getLogger("kvcar")
+
+_CHUNKS_TOKENS = (40, 30, 1, 1)
+_PADDING_TOKENS = 7
+_PAGE_TOKENS = 32
+# Root mean square of what may differ, as a share of the logits': sums in another order, in the dtype that the model computes in.
+_NOISE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+
+_tried: WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, bundle: Bundle) -> Tensor | None:
+    """Run the window of the trial over the model's own cache, before it is attached.
+
+    Returns:
+        Logits float32 ``[tokens, V]`` of everything but padding; None where this model and plan were tried before.
+
+    Raises:
+        UnsupportedModelError: the model cannot be run in chunks over its own cache.
+    """
+    if _key(model, bundle) in _tried.get(model, ()):
+        return None
+    if sum(_CHUNKS_TOKENS) > bundle.plan.geometry.max_positions:
+        return None  # too short a model for pages to matter
+    try:
+        return _logits(model, lambda: DynamicCache(config=model.config))
+    except KVCarError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be run in chunks over its own cache ({type(error).__name__}: "
+            f"{_first_line(error)}), so what a compressed cache would do to it cannot be checked"
+        ) from error
+
+
+@torch.no_grad()
+def check_against(model: PreTrainedModel, bundle: Bundle, expected: Tensor) -> None:
+    """Run the same window over lossless pages and refuse a model that then says something else.
+
+    Args:
+        model: attached.
+        bundle: what it is attached with; its codecs play no part here.
+        expected: see ``reference_logits``.
+
+    Raises:
+        UnsupportedModelError: with what differs and by how much.
+    """
+    started = time.perf_counter()
+    lossless = _lossless(bundle)
+    try:
+        got = _logits(model, lambda: KVCarCache(lossless))
+    except KVCarError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run over a compressed cache ({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    error, noise = _difference(got, expected), _NOISE[model.dtype]
+    if not error <= noise:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} over lossless pages differs from its own cache: {100 * error:.2g} % of its logits' size, "
+            f"where {model.dtype} explains {100 * noise:.2g} % ({_places(got, expected, noise)}). It does something with "
+            "keys, values or masks that kvcar does not know, and is refused rather than answered wrongly"
+        )
+    _tried.setdefault(model, set()).add(_key(model, bundle))
+    _log.info(
+        "%s over lossless pages differs from its own cache by %.1g %% of its logits' size (%.2f s)",
+        type(model).__name__, 100 * error, time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _key(model: PreTrainedModel, bundle: Bundle) -> tuple[object, ...]:
+    return bundle.plan.geometry, bundle.plan.coded_layers, bundle.plan.sinks, model.dtype, str(model.device)
+
+
+def _logits(model: PreTrainedModel, new_cache: Callable[[], Cache]) -> Tensor:
+    """Logits of two sequences, one of them padded: a prefill in chunks, then steps."""
+    total = sum(_CHUNKS_TOKENS)
+    vocabulary = model.config.get_text_config().vocab_size
+    places = torch.arange(2 * total, device=model.device).view(2, total)
+    # Without chance, and without the special tokens that stand first in most vocabularies.
+    ids = (places * 7919 + 11) % max(vocabulary - 8, 1) + min(7, vocabulary - 1)
+    mask = torch.ones_like(ids)
+    mask[0, :_PADDING_TOKENS] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    cache, start, parts = new_cache(), 0, []
+    with evaluating(model):
+        for count in _CHUNKS_TOKENS:
+            stop = start + count
+            given = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop], "past_key_values": cache}
+            parts.append(model(**given, position_ids=positions[:, start:stop], use_cache=True).logits.float())
+            start = stop
+    return torch.cat(parts, dim=1)[mask.bool()]
+
+
+def _lossless(bundle: Bundle) -> Bundle:
+    """The bundle with every coded layer stored unchanged, in pages that fill within the window of the trial."""
+    geometry, layers = bundle.plan.geometry, bundle.plan.coded_layers
+    slots: Sequence[tuple[Slot, ...]] = [
+        tuple(Slot(layer, head, kind) for kind in KINDS for head in range(geometry.kv_heads)) for layer in layers
+    ]
+    config = CacheConfig(window=_PAGE_TOKENS, sinks=min(bundle.plan.sinks, _PAGE_TOKENS), page_tokens=_PAGE_TOKENS)
+    blocks = tuple(Block(codec="identity", slots=own) for own in slots)
+    plan = Plan(geometry=geometry, blocks=blocks, cache=config, exact_dtype="model")
+    return replace(bundle, plan=plan, blocks=(CodedBlock(None, None),) * len(blocks))
+
+
+def _difference(got: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of the logits about their mean."""
+    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+    return float((got - expected).square().mean().sqrt() / spread.clamp_min(1e-12))
+
+
+def _places(got: Tensor, expected: Tensor, noise: float) -> str:
+    """Which tokens differ, in words: the first in the order of the padded sequence, then the other."""
+    own = sum(_CHUNKS_TOKENS) - _PADDING_TOKENS
+    wrong = [i for i in range(len(got)) if not _difference(got[i : i + 1], expected[i : i + 1]) <= noise]
+    padded, plain = [i + _PADDING_TOKENS for i in wrong if i < own], [i - own for i in wrong if i >= own]
+    parts = [
+        f"{len(found)} tokens of the {name} sequence, from token {found[0]} on"
+        for name, found in (("padded", padded), ("other", plain))
+        if found
+    ]
+    return "; ".join(parts) or "all tokens a little"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else "no message"

@@ -1,0 +1,178 @@
+"""Models that kvcar would be wrong about are refused when they are attached, or at the next pass."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from bundles import fitted
+from tiny import FAMILIES, tiny_model, token_ids
+from transformers import AutoModelForCausalLM, DiffLlamaConfig, DynamicCache, LlamaConfig
+
+import kvcar
+from kvcar.cache import guard
+from kvcar.cache.cache import KVCarCache
+from kvcar.errors import AttachError, CacheStateError, InputError, UnsupportedModelError
+
+SMALL = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2, "bos_token_id": 1,
+    "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def built(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_are_right_pass_and_are_tried_once(family, dtype, caplog):
+    model = tiny_model(family, dtype=dtype)
+    bundle = kvcar.lossless(model)
+    with caplog.at_level(logging.INFO, logger="kvcar"):
+        kvcar.attach(model, bundle).detach()
+        kvcar.attach(model, bundle).detach()
+    assert sum("over lossless pages" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [DiffLlamaConfig(**SMALL), LlamaConfig(**SMALL, is_causal=False)],
+    ids=["values changed before attention", "attention to later tokens"],
+)
+def test_models_that_would_be_wrong_are_refused_and_left_as_they_were(config):
+    model = built(config)
+    before = model(token_ids(20)).logits
+    with pytest.raises(UnsupportedModelError, match="differs from its own cache"):
+        kvcar.attach(model, kvcar.lossless(model))
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model(token_ids(20)).logits, before)
+
+
+def test_what_is_wrong_in_padded_rows_alone_is_said():
+    model = tiny_model("llama")
+    expected = guard.reference_logits(model, kvcar.lossless(model))
+    wrong = expected.clone()
+    wrong[:3] += 100.0
+    with (
+        kvcar.attach(model, kvcar.lossless(model)),
+        pytest.raises(UnsupportedModelError, match="3 tokens of the padded"),
+    ):
+        guard.check_against(model, kvcar.lossless(model), wrong)
+
+
+def test_attention_that_is_switched_while_attached_is_refused_at_the_next_pass():
+    model = tiny_model("llama")
+    with kvcar.attach(model, fitted(model, times_smaller=3)):
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(AttachError, match="switched to 'sdpa'"):
+            model.generate(token_ids(100), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_attention_weights_are_refused(family):
+    model = tiny_model(family)
+    with kvcar.attach(model, fitted(model, times_smaller=3)) as attached:
+        cache = attached.new_cache()
+        with torch.no_grad(), pytest.raises(UnsupportedModelError, match="output_attentions"):
+            model(token_ids(10), past_key_values=cache, output_attentions=True)
+
+
+def test_an_explicit_cache_of_the_caller_is_his_even_where_the_checkpoint_prefers_the_same():
+    model = tiny_model("llama")
+    model.generation_config.cache_implementation = "static"
+    with kvcar.attach(model, fitted(model, times_smaller=3)):
+        own = model.generate(token_ids(40), max_new_tokens=2, return_dict_in_generate=True)
+        asked = model.generate(
+            token_ids(40), max_new_tokens=2, cache_implementation="static", return_dict_in_generate=True
+        )
+    assert isinstance(own.past_key_values, KVCarCache)
+    assert not isinstance(asked.past_key_values, KVCarCache)
+    assert model.generation_config.cache_implementation == "static"
+
+
+def test_the_same_prompt_again_on_a_filled_cache_says_what_to_do():
+    model = tiny_model("llama")
+    with kvcar.attach(model, fitted(model, times_smaller=3)) as attached:
+        cache = attached.new_cache()
+        model.generate(token_ids(100), past_key_values=cache, max_new_tokens=2)
+        with pytest.raises((InputError, CacheStateError, ValueError)) as error:
+            model.generate(token_ids(100), past_key_values=cache, max_new_tokens=2)
+    assert "reset the cache" in str(error.value) or not isinstance(error.value, kvcar.KVCarError)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["begun inside", "begun outside"])
+def test_inference_mode_may_come_and_go(first):
+    model = tiny_model("llama")
+    bundle, ids = fitted(model, times_smaller=3), token_ids(330)
+    with kvcar.attach(model, bundle):
+        expected, mixed = KVCarCache(bundle), KVCarCache(bundle)
+        for place, part in enumerate(ids.split(110, dim=1)):
+            with torch.no_grad():
+                right = model(part, past_key_values=expected).logits
+            with torch.inference_mode(place % 2 == (0 if first else 1)), torch.no_grad():
+                got = model(part, past_key_values=mixed).logits
+            assert torch.equal(got, right)
+        mixed.reorder_cache(torch.tensor([0]))
+        mixed.crop(-20)
+
+
+def test_autocast_changes_no_more_than_it_does_without_kvcar():
+    model = tiny_model("llama")
+    ids = token_ids(200)
+
+    def steps(cache):
+        parts = [*ids[:, :190].split(64, dim=1), *ids[:, 190:].split(1, dim=1)]
+        with torch.no_grad():
+            return torch.cat([model(part, past_key_values=cache).logits.float() for part in parts], 1)
+
+    plain = steps(DynamicCache(config=model.config))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own = steps(DynamicCache(config=model.config))
+    with kvcar.attach(model, fitted(model, codec="identity", bits=8, window=0)) as attached:
+        before = steps(attached.new_cache())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            under = steps(attached.new_cache())
+        after = steps(attached.new_cache())
+    assert torch.equal(before, after), "a pass under autocast must leave nothing behind"
+    assert (under - before).abs().mean() < 2 * (own - plain).abs().mean() + 1e-3
+
+
+def test_nan_in_one_pass_leaves_the_cache_as_it_was():
+    model = tiny_model("llama")
+    bundle = fitted(model, times_smaller=3)
+    with kvcar.attach(model, bundle), torch.no_grad():
+        cache, twin = KVCarCache(bundle), KVCarCache(bundle)
+        for each in (cache, twin):
+            model(token_ids(150), past_key_values=each)
+        broken = torch.full((1, 64, 64), torch.nan)
+        with pytest.raises(CacheStateError, match="NaN or infinity"):
+            model(inputs_embeds=broken, past_key_values=cache)
+        assert cache.tokens == 150
+        assert torch.equal(
+            model(token_ids(80, seed=3), past_key_values=cache).logits,
+            model(token_ids(80, seed=3), past_key_values=twin).logits,
+        )
+
+
+def test_a_deep_copy_is_a_fork_and_a_pickle_is_refused():
+    model = tiny_model("llama")
+    bundle = fitted(model, times_smaller=3)
+    with kvcar.attach(model, bundle) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(token_ids(200), past_key_values=cache)
+        copied = copy.deepcopy(cache)
+        assert copied.bundle is cache.bundle
+        assert all(a is b for a, b in zip(copied._pages.arenas, cache._pages.arenas, strict=True))
+        assert torch.equal(
+            model(token_ids(1, seed=2), past_key_values=copied).logits,
+            model(token_ids(1, seed=2), past_key_values=cache).logits,
+        )
+        with pytest.raises(TypeError, match=r"cache\.save"):
+            pickle.dumps(cache)
+        assert copy.deepcopy(attached.new_cache()).tokens == 0
