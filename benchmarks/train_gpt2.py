@@ -16,8 +16,8 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from kvcar.text import read_text
 from kvcar.record import Record
+from kvcar.text import read_text
 
 RESULTS = Path(__file__).parent / "results"
 END = "<|endoftext|>"

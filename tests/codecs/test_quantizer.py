@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from tiny import tiny_model, token_ids
 
-from kvcar.codecs import DynamicQuantizer
-from kvcar.plan import BitGroup, Block
 from kvcar.cache.attach import attach
 from kvcar.cache.cache import KVCarCache
+from kvcar.codecs import DynamicQuantizer
 from kvcar.geometry import Slot
+from kvcar.plan import BitGroup, Block
 
 SLOT = (Slot(0, 0, "key"),)
 

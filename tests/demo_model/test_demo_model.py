@@ -7,8 +7,8 @@ from peak_memory import measure_peak_growth
 from typer.testing import CliRunner
 
 from kvcar.cli import app
-from kvcar.text import evaluation_texts, token_windows
 from kvcar.models.load import load_model
+from kvcar.text import evaluation_texts, token_windows
 
 pytestmark = pytest.mark.demo_model
 
@@ -22,7 +22,19 @@ def run(*args):
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "5x"
-    run("fit-structure", "demo", "-o", folder, "--times-smaller", 5, "--layers-per-block", 5, "--tokens", 10240, "--no-check")
+    run(
+        "fit-structure",
+        "demo",
+        "-o",
+        folder,
+        "--times-smaller",
+        5,
+        "--layers-per-block",
+        5,
+        "--tokens",
+        10240,
+        "--no-check",
+    )
     return folder
 
 

@@ -57,8 +57,7 @@ def save(
 ) -> None:
     """Store a context; the help text says the rest."""
     from ..bundle import Bundle
-    from ..cache.attach import attach
-    from ..cache.attach import prefill
+    from ..cache.attach import attach, prefill
     from ..context import check_store, save_context
     from ..models.load import load_model
     from ..record import Record
