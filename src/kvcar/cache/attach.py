@@ -49,7 +49,7 @@ class Attachment:
     """The connection between one model and its compressed caches; a context manager that detaches at its end.
 
     Made by ``attach``. While it lasts, ``model.generate(...)`` uses a fresh ``KVCarCache`` unless it is given a cache
-    (any cache of transformers works as before) or told not to use one. Long prompts are prefilled in chunks.
+    (any cache of transformers works as before) or asked not to use one. Long prompts are prefilled in chunks.
     """
 
     def __init__(self, model: PreTrainedModel, bundle: Bundle, window: int | None, prefill_chunk: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -16,32 +16,14 @@ from ..bundle import Bundle
 from ..errors import CacheStateError, InputError
 from ..kernels.attend import ExactPast, PagedPast, attend
 from ..kernels.backend import Backend, backend_for
-from ..kernels.rotary import RotaryTable
 from ..registry import Registry
 from ..sizes import coded_tokens
-from .coder import PageCoder
+from .coder import Host
 from .decoded import DecodedPast
 from .encode import encode_oldest, refuse_non_finite, stored_plainly
 from .layer import CodedLayer
 from .pages import PageStore, PageViews
 from .sequence import SequenceState, exact_mask, sink_places
-
-
-class Host(Protocol):
-    """An attached model, as its caches see it."""
-
-    def check_bundle(self, bundle: Bundle) -> None:
-        """Refuse a bundle of another model."""
-        ...
-
-    def coder(self, bundle: Bundle) -> PageCoder:
-        """Give the bundle made ready for the model's device and dtype."""
-        ...
-
-    def rotary(self, layer: int) -> RotaryTable | None:
-        """Say how a layer rotates its keys; None where it does not."""
-        ...
-
 
 CONTEXT_STORE: Registry[Callable[..., Any]] = Registry("way to store contexts (import kvcar.context.stored)")
 """"save" and "load" of ``kvcar.context``, which registers them; the cache itself knows nothing of files."""
@@ -174,7 +156,7 @@ class KVCarCache(Cache):
         return layer in self._coded
 
     def attend(self, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
-        """Attention of a coded layer over what is held and the tokens of the pass under way; ``[B, T, Hq, D]``."""
+        """Attention of a coded layer over the past and the tokens of the pass under way; ``[B, T, Hq, D]``."""
         exact, paged = self.past(layer)
         # Pages are decoded in float32, whatever the model computes its products in.
         with torch.autocast(query.device.type, enabled=False):
@@ -286,35 +268,23 @@ class KVCarCache(Cache):
         """
         self._refuse_if_broken()
         self._drop_unfinished_pass()
-        held = self._seen - self._pages.tokens if self._pages is not None else 0
-        if not self._coded or held == 0:
+        in_window = self._seen - self._pages.tokens if self._pages is not None else 0
+        if not self._coded or in_window == 0:
             return
-        refuse_non_finite(self._coded, held)
+        refuse_non_finite(self._coded, in_window)
         self._refuse_unattached()
         assert self._state is not None
         self._broken = True  # unless all of it succeeds
         with stored_plainly(self._state.padding.device):
-            self._code_oldest(held)
+            self._code_oldest(in_window)
         self._broken = False
 
     # What is stored on disk
 
     def save(self, path: str | Path, *, keep_window: bool = False, token_ids: Tensor | None = None) -> None:
-        """Write everything held to one file, entropy-coded, from which ``load`` goes on without a prefill.
+        """Write everything stored to one file, from which ``load`` goes on without a prefill; the cache stays as it is.
 
-        The cache itself stays as it is. A file that is there is replaced; an interruption leaves no half file.
-
-        Args:
-            path: the file.
-            keep_window: store the window exactly, which takes far more bytes per token. By default its tokens go
-                through the codec first, on a copy, as ``flush_window`` does.
-            token_ids: the tokens held, int64 ``[B, tokens]``, padding included; stored for whoever wants to check or
-                compute the context again, ``load`` does not need them.
-
-        Raises:
-            CacheStateError: nothing is held, or see ``flush_window``.
-            InputError: token ids of another shape, or the extra ``store`` is not installed.
-            ContextError: the file cannot be written.
+        Args, and the errors raised, are those of ``kvcar.context.save_context``.
         """
         CONTEXT_STORE["save"](self, path, keep_window, token_ids)
 
@@ -328,29 +298,18 @@ class KVCarCache(Cache):
     ) -> KVCarCache:
         """Read a cache that ``save`` wrote; its codes are those that were saved, bit for bit.
 
-        Args:
-            path: the file.
-            model: the model that the context was computed with; attach it before or after.
-            bundle: the bundle that it was saved with, or its folder; None takes the one ``model`` is attached with.
-            window: of the tokens to come, see ``KVCarCache``; None takes the saved cache's.
-
-        Raises:
-            ContextError: there is no such file, it is damaged or of an unknown version, or it was saved with another
-                bundle or another exact dtype.
-            ModelMismatchError: the bundle was fitted for another model.
-            AttachError: no bundle is given and the model is not attached.
-            InputError: as for ``KVCarCache``, or the extra ``store`` is not installed.
+        Args, and the errors raised, are those of ``kvcar.context.load_context``.
         """
         return CONTEXT_STORE["load"](path, model, bundle, window)
 
     @property
     def batch_size(self) -> int:
-        """Sequences held, -1 before the first pass."""
+        """Sequences in the cache, -1 before the first pass."""
         return -1 if self._state is None else len(self._state.padding)
 
     @property
     def tokens(self) -> int:
-        """Tokens held of each sequence, padding included; those of a pass under way are not."""
+        """Tokens stored of each sequence, padding included; those of a pass under way are not."""
         return self._seen
 
     @property
@@ -441,12 +400,12 @@ class KVCarCache(Cache):
             layer.crop(-extra)
 
     def _check_positions(self, tokens: int, state: SequenceState) -> None:
-        most = self.plan.geometry.max_positions
+        positions = self.plan.geometry.max_positions
         # Padding takes no position, so the longest sequence decides.
         longest = self._seen + tokens - int(state.offset.min())
-        if longest > most:
+        if longest > positions:
             raise CacheStateError(
-                f"this pass would end at position {longest}, but the model has {most} positions; shorten the prompt "
+                f"this pass would end at position {longest}, but the model has {positions} positions; shorten the prompt "
                 "or generate fewer tokens"
             )
 

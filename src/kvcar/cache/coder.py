@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..geometry import Kind, Slot
 from ..kernels.attend import Reader
 from ..kernels.encode import AffineEncoder, Writer, encode_pages
 from ..kernels.pack import pack, unpack
+from ..kernels.rotary import RotaryTable
 from ..layout import PageUnit, page_layout
 
 Restore = Callable[[Tensor], Tensor]
@@ -125,6 +127,22 @@ class UnitCoder:
     def _affine_of(self, columns: slice | Tensor) -> tuple[Restore | None, tuple[Tensor, Tensor] | None]:
         restore, affine = self._restore_and_affine
         return restore, None if affine is None else (affine[0][:, columns], affine[1][columns])
+
+
+class Host(Protocol):
+    """An attached model, as its caches see it."""
+
+    def check_bundle(self, bundle: Bundle) -> None:
+        """Refuse a bundle of another model."""
+        ...
+
+    def coder(self, bundle: Bundle) -> PageCoder:
+        """Give the bundle made ready for the model's device and dtype."""
+        ...
+
+    def rotary(self, layer: int) -> RotaryTable | None:
+        """Say how a layer rotates its keys; None where it does not."""
+        ...
 
 
 class PageCoder:

@@ -41,27 +41,27 @@ class DecodedPast:
 
     def crop(self, tokens: int) -> None:
         """Forget all but the first ``tokens`` tokens."""
-        self._tokens = {layer: min(held, tokens) for layer, held in self._tokens.items()}
+        self._tokens = {layer: min(filled, tokens) for layer, filled in self._tokens.items()}
         self._fresh = _Fresh()
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace what is held by ``change`` of it, which works on the batch axis (0)."""
+        """Replace what is decoded by ``change`` of it, which works on the batch axis (0)."""
         # Without the room behind, which is many times what a short text fills.
         for layer, (keys, values) in self._sides.items():
-            held = self._tokens[layer]
-            self._sides[layer] = (change(keys[:, :, :held]), change(values[:, :, :held]))
+            filled = self._tokens[layer]
+            self._sides[layer] = (change(keys[:, :, :filled]), change(values[:, :, :filled]))
         self._fresh = _Fresh()
 
     def _up_to(self, layer: int, paged: PagedPast) -> tuple[Tensor, Tensor]:
-        held = self._tokens.get(layer, 0)
-        if held < paged.tokens:
-            fresh = self._fresh.keys(paged, held), self._fresh.values(paged, held)
-            self._sides[layer] = self._grown(layer, held, paged.tokens, fresh)
+        filled = self._tokens.get(layer, 0)
+        if filled < paged.tokens:
+            fresh = self._fresh.keys(paged, filled), self._fresh.values(paged, filled)
+            self._sides[layer] = self._grown(layer, filled, paged.tokens, fresh)
             self._tokens[layer] = paged.tokens
         keys, values = self._sides[layer]
         return keys[:, :, : paged.tokens], values[:, :, : paged.tokens]
 
-    def _grown(self, layer: int, held: int, tokens: int, fresh: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _grown(self, layer: int, filled: int, tokens: int, fresh: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         grown = []
         for side, new in enumerate(fresh):
             batch, heads, _, dim = new.shape
@@ -69,9 +69,9 @@ class DecodedPast:
             if buffer.shape[2] < tokens:
                 room = -(-tokens // _GROWTH_TOKENS) * _GROWTH_TOKENS
                 larger = new.new_empty(batch, heads, room, dim)
-                larger[:, :, :held] = buffer[:, :, :held]
+                larger[:, :, :filled] = buffer[:, :, :filled]
                 buffer = larger
-            buffer[:, :, held:tokens] = new
+            buffer[:, :, filled:tokens] = new
             grown.append(buffer)
         return grown[0], grown[1]
 

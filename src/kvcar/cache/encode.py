@@ -1,4 +1,4 @@
-"""Turning the oldest exactly held tokens into pages, for all layers at once."""
+"""Turning the oldest tokens of the window into pages, for all layers at once."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class CodedLayer(CacheLayerMixin):
         self.sinks = sinks
         self.open = False
         self.paged = 0
-        self.held = 0
+        self.in_window = 0
         self.buffers: tuple[Tensor, Tensor] | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
 
@@ -62,7 +62,7 @@ class CodedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
-        return self.paged + self.held + (0 if self.pending is None else self.pending[0].shape[2])
+        return self.paged + self.in_window + (0 if self.pending is None else self.pending[0].shape[2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask that transformers would build."""
@@ -82,17 +82,17 @@ class CodedLayer(CacheLayerMixin):
         Sinks come first only once pages exist; until then the first tokens are in the window.
         """
         assert self.pending is not None
-        start, stop = 0 if self.paged else self.sinks, self.sinks + self.held
+        start, stop = 0 if self.paged else self.sinks, self.sinks + self.in_window
         if self.buffers is None or start == stop:
             return ExactPast(*self.pending, mask)
         return ExactPast(*self.pending, mask, Buffered(*self.buffers, start, stop))
 
     def oldest(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, count, D]`` of tokens ``first`` on, counted from the oldest outside the pages."""
-        low, high = min(first, self.held), min(first + count, self.held)
+        low, high = min(first, self.in_window), min(first + count, self.in_window)
         parts = []
         for side, new in enumerate(self._arriving()):
-            fresh = new[:, :, max(0, first - self.held) : max(0, first + count - self.held)]
+            fresh = new[:, :, max(0, first - self.in_window) : max(0, first + count - self.in_window)]
             if low == high or self.buffers is None:
                 parts.append(fresh)
                 continue
@@ -104,13 +104,13 @@ class CodedLayer(CacheLayerMixin):
         """The oldest ``leave`` tokens have become pages, at the end of a pass or between two; the others stay here.
 
         Args:
-            leave: tokens that leave, counted from the oldest held.
+            leave: tokens that leave, counted from the oldest outside the pages.
             sink_source: int64 ``[B, sinks]``, for every sink its place among the leaving tokens, -1 where it is not
                 among them; None when no sink is.
             dtype: dtype of what is kept exactly.
         """
         going = self.oldest(0, leave) if sink_source is not None else None
-        total = self.held + self._arriving()[0].shape[2] - leave
+        total = self.in_window + self._arriving()[0].shape[2] - leave
         if leave == 0 and self.buffers is not None and self._fits(total):
             self._write_in_place()
         else:
@@ -118,22 +118,22 @@ class CodedLayer(CacheLayerMixin):
         if going is not None and sink_source is not None:
             self._fill_sinks(going, sink_source)
         self.paged += leave
-        self.held = total
+        self.in_window = total
         self.pending = None
 
-    def crop_window(self, held: int) -> None:
-        """Keep the oldest ``held`` tokens of the window."""
-        self.held = held
+    def crop_window(self, tokens: int) -> None:
+        """Keep the oldest ``tokens`` tokens of the window."""
+        self.in_window = tokens
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, H, sinks + held, D]`` of what is held exactly between passes."""
+        """Keys and values ``[B, H, sinks + window, D]`` of what is stored exactly between passes."""
         assert self.buffers is not None
         keys, values = self.buffers
-        return keys[:, :, : self.sinks + self.held], values[:, :, : self.sinks + self.held]
+        return keys[:, :, : self.sinks + self.in_window], values[:, :, : self.sinks + self.in_window]
 
     def restore(self, paged: int, keys: Tensor, values: Tensor) -> None:
         """Hold what ``kept`` gave of a layer of which ``paged`` tokens lay in pages."""
-        self.paged, self.held = paged, keys.shape[2] - self.sinks
+        self.paged, self.in_window = paged, keys.shape[2] - self.sinks
         self.buffers = (keys, values)
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -143,7 +143,7 @@ class CodedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.paged = self.held = 0
+        self.paged = self.in_window = 0
         self.buffers = self.pending = None
 
     @property
@@ -165,7 +165,7 @@ class CodedLayer(CacheLayerMixin):
     def _write_in_place(self) -> None:
         assert self.buffers is not None
         for buffer, new in zip(self.buffers, self._arriving(), strict=True):
-            start = self.sinks + self.held
+            start = self.sinks + self.in_window
             buffer[:, :, start : start + new.shape[2]] = new
 
     def _rebuilt(self, leave: int, total: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -174,9 +174,9 @@ class CodedLayer(CacheLayerMixin):
             batch, heads, _, dim = new.shape
             size = self.sinks + window_capacity(total)
             buffer = torch.zeros(batch, heads, size, dim, dtype=dtype, device=new.device)
-            stays = max(0, self.held - leave)
+            stays = max(0, self.in_window - leave)
             if self.buffers is not None:
-                old, end = self.buffers[side], self.sinks + self.held
+                old, end = self.buffers[side], self.sinks + self.in_window
                 buffer[:, :, : self.sinks] = old[:, :, : self.sinks]
                 buffer[:, :, self.sinks : self.sinks + stays] = old[:, :, end - stays : end]
             buffer[:, :, self.sinks + stays : self.sinks + total] = new[:, :, new.shape[2] - (total - stays) :]

