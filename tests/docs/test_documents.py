@@ -100,6 +100,8 @@ def test_the_readmes_python_runs(model_folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
 def test_examples_run(script, model_folder, text_file, tmp_path):
     arguments = [str(model_folder), "--text", str(text_file)]
+    if script.stem == "measure":
+        arguments += ["--sizes", "4", "--context", "256"]
     result = subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "times smaller" in result.stdout
