@@ -39,6 +39,12 @@ class Slot(NamedTuple):
 
 PositiveInt = Annotated[int, Field(ge=1)]
 
+# Far beyond every model, and small enough that a file from a stranger cannot make slots of it that fill memory.
+_Layers = Annotated[int, Field(ge=1, le=4096)]
+_Heads = Annotated[int, Field(ge=1, le=4096)]
+_HeadDim = Annotated[int, Field(ge=1, le=65536)]
+_Tokens = Annotated[int, Field(ge=1, le=2**31)]
+
 
 class KVGeometry(StrictModel):
     """What of a model's config decides the shape of its KV cache.
@@ -54,12 +60,12 @@ class KVGeometry(StrictModel):
         sliding_window: tokens such a layer attends to, 0 where no layer slides.
     """
 
-    layers: PositiveInt
-    kv_heads: PositiveInt
-    query_heads: PositiveInt
-    head_dim: PositiveInt
+    layers: _Layers
+    kv_heads: _Heads
+    query_heads: _Heads
+    head_dim: _HeadDim
     rotary: bool
-    max_positions: PositiveInt
+    max_positions: _Tokens
     sliding_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
     sliding_window: Annotated[int, Field(ge=0)] = 0
 

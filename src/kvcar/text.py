@@ -247,3 +247,18 @@ def _join_documents(path: Path, text: str, chosen: slice | None) -> str:
 
 def _source(name: str, text: str) -> TextSource:
     return TextSource(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
+
+
+def checked_token_ids(token_ids: Any, vocabulary: int) -> Tensor:
+    """Windows of token ids as int64 ``[N, T]``; raises InputError unless they are whole numbers that the model knows."""
+    if not isinstance(token_ids, Tensor) or token_ids.ndim != 2 or token_ids.numel() == 0:
+        got = (
+            f"a tensor of shape {tuple(token_ids.shape)}" if isinstance(token_ids, Tensor) else type(token_ids).__name__
+        )
+        raise InputError(f"token_ids must be a tensor [windows, tokens] with something in it, got {got}")
+    if token_ids.is_floating_point() or token_ids.is_complex() or token_ids.dtype == torch.bool:
+        raise InputError(f"token_ids must be whole numbers, got {token_ids.dtype}")
+    low, high = int(token_ids.min()), int(token_ids.max())
+    if low < 0 or high >= vocabulary:
+        raise InputError(f"token_ids must be 0 to {vocabulary - 1} for this model, got {low} to {high}")
+    return token_ids.long()

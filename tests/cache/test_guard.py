@@ -3,12 +3,13 @@
 import copy
 import logging
 import pickle
+import threading
 
 import pytest
 import torch
 from bundles import fitted
 from tiny import FAMILIES, tiny_model, token_ids
-from transformers import AutoModelForCausalLM, DiffLlamaConfig, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DiffLlamaConfig, DynamicCache, LlamaConfig, MixtralConfig
 
 import kvcar
 from kvcar.cache import guard
@@ -176,3 +177,54 @@ def test_a_deep_copy_is_a_fork_and_a_pickle_is_refused():
         with pytest.raises(TypeError, match=r"cache\.save"):
             pickle.dumps(cache)
         assert copy.deepcopy(attached.new_cache()).tokens == 0
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["shifted", "padded"])
+def test_positions_that_a_later_pass_leaves_out_are_refused_where_they_would_count_otherwise(padded):
+    model = tiny_model("llama")
+    bundle, ids = fitted(model, times_smaller=3), token_ids(140, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0) if padded else torch.arange(140)[None] + 50
+    given = {"attention_mask": mask[:, :100]} if padded else {}
+    with kvcar.attach(model, bundle) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(ids[:, :100], position_ids=positions[:, :100], past_key_values=cache, **given)
+        with pytest.raises(CacheStateError, match="go on elsewhere"):
+            model(ids[:, 100:], past_key_values=cache, **({"attention_mask": mask} if padded else {}))
+        assert cache.tokens == 100
+
+
+def test_mixtures_of_experts_are_taken():
+    model = built(MixtralConfig(**SMALL, num_local_experts=4))
+    ids = token_ids(150, batch=2)
+    plain = model.generate(ids, max_new_tokens=8, do_sample=False)
+    with kvcar.attach(model, kvcar.lossless(model)):
+        assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), plain)
+
+
+def test_several_threads_that_attach_one_model_get_one_attachment():
+    model = tiny_model("llama", seed=3)
+    bundle, outcomes, start = kvcar.lossless(model), [], threading.Barrier(4)
+
+    def attach():
+        start.wait()
+        try:
+            outcomes.append(kvcar.attach(model, bundle))
+        except AttachError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=attach) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(isinstance(each, AttachError) for each in outcomes) == [False, True, True, True]
+    kvcar.detach(model)
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5, "a"])
+def test_a_chunk_of_no_tokens_is_refused(chunk):
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match="prefill_chunk"):
+        kvcar.attach(model, kvcar.lossless(model), prefill_chunk=chunk)

@@ -36,6 +36,12 @@ def check_target(folder: Path, overwrite: bool) -> None:
             raise BundleError(f"{folder} exists and is not a bundle; choose another folder")
         if not overwrite:
             raise BundleError(f"{folder} already holds a bundle; choose another folder or ask to overwrite it")
+        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
+        if foreign:
+            raise BundleError(
+                f"{folder} holds more than a bundle ({', '.join(foreign[:3])}), which overwriting would delete; choose another "
+                "folder, or move those files away"
+            )
     parent = folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {PLAN_FILE}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}; fit the bundle again") from None
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
@@ -143,7 +149,7 @@ def local_folder(source: str | Path, **download: Any) -> Path:
         download["revision"] = found[2]
     try:
         return Path(snapshot_download(found[1], allow_patterns=list(FILES), **download))
-    except (OSError, ValueError) as error:  # what the hub's errors derive from
+    except Exception as error:  # the hub's own errors, and those of whatever it reaches the network with
         first = str(error).strip().partition("\n")[0] or type(error).__name__
         raise BundleError(
             f"there is no folder {source}, and the hub has no such bundle that can be read: {first} (the hub needs the "
@@ -152,10 +158,20 @@ def local_folder(source: str | Path, **download: Any) -> Path:
 
 
 def upload(folder: Path, repo_id: str, private: bool | None, token: str | bool | None, **commit: Any) -> str:
-    """Upload a bundle's folder to the hub, which is asked for the repository first; returns its address."""
+    """Upload a bundle's folder to the hub, which is asked for the repository first; returns its address.
+
+    Raises:
+        BundleError: the hub does not take it.
+    """
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    repository = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repository.repo_id, folder_path=folder, allow_patterns=list(FILES), **commit)
+    try:
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=folder, allow_patterns=list(FILES), **commit)
+    except Exception as error:  # the hub's own errors, and those of whatever it reaches the network with
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise BundleError(
+            f"the hub did not take the bundle as {repo_id}: {first} (it needs the network, a login, and the right to write)"
+        ) from error
     return str(repository)

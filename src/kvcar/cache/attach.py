@@ -7,6 +7,7 @@ is changed, and ``detach`` leaves the model as it was found.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections.abc import Mapping
 from functools import partial
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..bundle import Bundle
-from ..errors import AttachError, UnsupportedModelError
+from ..errors import AttachError, InputError, UnsupportedModelError
 from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
 from ..models.rotation import learn_rotations
@@ -43,6 +44,7 @@ _log = logging.getLogger("kvcar")
 
 # Weak both ways: the model's own hooks keep an attachment alive, so that a model that is dropped takes it along.
 _attached: WeakKeyDictionary[nn.Module, weakref.ref[Attachment]] = WeakKeyDictionary()
+_attaching = threading.Lock()
 
 
 class Attachment:
@@ -218,13 +220,16 @@ def attach(
         AttachError: the model is attached already.
         ModelMismatchError: the bundle was fitted for another model.
         UnsupportedModelError: the model's structure is not one kvcar supports.
-        InputError: the window is no multiple of the page size.
+        InputError: the window is no multiple of the page size, or no token would be computed at once.
     """
-    if attachment_of(model) is not None:
-        raise AttachError("this model is attached already; detach it first")
+    if type(prefill_chunk) is not int or prefill_chunk < 1:
+        raise InputError(f"prefill_chunk must be at least 1 token, got {prefill_chunk!r}")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
-    attachment = Attachment(model, bundle, window, prefill_chunk)
-    _attached[model] = weakref.ref(attachment)
+    with _attaching:
+        if attachment_of(model) is not None:
+            raise AttachError("this model is attached already; detach it first")
+        attachment = Attachment(model, bundle, window, prefill_chunk)
+        _attached[model] = weakref.ref(attachment)
     _log.info("attached %s", attachment)
     return attachment
 

@@ -26,7 +26,10 @@ from .cache import KVCarCache
 
 STAND_IN_PREFIX = "kvcar_"
 _BASES = ("sdpa", "eager")
-_IGNORED = {"is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states"}
+_IGNORED = {
+    "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states",
+    "output_router_logits",
+}  # fmt: skip
 _ATTRIBUTE = "kvcar_current"
 
 _handles = count()

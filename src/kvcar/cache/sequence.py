@@ -84,8 +84,8 @@ class SequenceState:
 
     def _read_positions(self, seen: int, count: int, positions: Tensor | None, padding: Tensor) -> Tensor:
         index = torch.arange(seen, seen + count, device=padding.device)
-        if positions is None:
-            return torch.zeros_like(self.offset)
+        # What a model does that is given none: it counts all tokens, padding too.
+        positions = index[None] if positions is None else positions
         positions = positions.to(padding.device).expand(len(padding), -1)
         if positions.shape[-1] != count:
             raise InputError(

@@ -22,7 +22,7 @@ from ..cache.attach import attach, attachment_of
 from ..cache.cache import KVCarCache
 from ..errors import InputError
 from ..progress import OnProgress, counter, silent
-from ..text import Texts, evaluation_texts, token_windows
+from ..text import Texts, checked_token_ids, evaluation_texts, token_windows
 from .memory import bfloat16_bytes, kept_bytes
 
 CHUNK_TOKENS = 64
@@ -188,6 +188,7 @@ def evaluate(
         token_ids = _windows(tokenizer, text, context, windows)
     elif not (tokenizer is None and text is None and context is None):
         raise InputError("token_ids stand in place of tokenizer, text and context; give one or the other")
+    token_ids = checked_token_ids(token_ids, model.config.get_text_config().vocab_size)
     attached = nullcontext() if attachment_of(model) else attach(model, loaded, window)
     with attached:
         on_chunk = counter(on_progress, "evaluate", token_ids.numel())

@@ -59,7 +59,7 @@ class EffectProbe(AttentionHook):
                 for window in windows:
                     # By window, so that it does not matter which process runs it.
                     self._draw = torch.Generator().manual_seed(self._seed + int(window.sum()))
-                    with torch.enable_grad():
+                    with torch.inference_mode(False), torch.enable_grad():
                         logits = self.model(input_ids=window[None].to(self.parts.device), use_cache=False).logits[0]
                         self._likelihood(logits).backward()
                     yield len(window) - self.sinks

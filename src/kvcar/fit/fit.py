@@ -14,16 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..bundle import Bundle, CodedBlock, FitProvenance, identify
-from ..cache.attach import attach
+from ..cache.attach import attach, attachment_of
 from ..cache.cache import KVCarCache
-from ..errors import FitError, InputError
+from ..errors import AttachError, FitError, InputError
 from ..evaluate.fidelity import fidelity_figures, measure_fidelity
 from ..geometry import KVGeometry
 from ..models.geometry import read_geometry
 from ..plan import CacheConfig, Plan
 from ..progress import OnProgress, counter, silent
 from ..sizes import REFERENCE_TOKENS, pays_from_tokens, stored_bytes
-from ..text import Texts, TextSource, fit_texts, joined, windows_of_all
+from ..text import Texts, TextSource, checked_token_ids, fit_texts, joined, windows_of_all
 from ..version import __version__
 from .codecs import Solved
 from .options import DEFAULT_CACHE, DEFAULT_PROFILE, PROFILES, FitOptions, Structure
@@ -87,11 +87,15 @@ def fit(
     Raises:
         FitError: NaN in the model, too little text, or a target out of reach.
         InputError: options that exclude each other or do not fit the model.
+        AttachError: the model is attached.
     """
     options = FitOptions(times_smaller, max_kl, profile, structure, cache.with_window(window), effect_tokens, seed)
+    if attachment_of(model) is not None:
+        raise AttachError("this model is attached, and a fit needs it as it is; detach it first")
     if token_ids is not None:
         if tokenizer is not None or text is not None:
             raise InputError("give a tokenizer and a text, or token_ids, not both")
+        token_ids = checked_token_ids(token_ids, model.config.get_text_config().vocab_size)
         windows, held_out = _split_windows(token_ids, check)
         source = _TOKENS
     elif tokenizer is None:
