@@ -49,7 +49,7 @@ def test_models_that_are_right_pass_and_are_tried_once(family, dtype, caplog):
 def test_models_that_would_be_wrong_are_refused_and_left_as_they_were(config):
     model = built(config)
     before = model(token_ids(20)).logits
-    with pytest.raises(UnsupportedModelError, match="differs from its own cache"):
+    with pytest.raises(UnsupportedModelError, match="differs from its own cache|does not take named attention"):
         kvcar.attach(model, kvcar.lossless(model))
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(token_ids(20)).logits, before)
@@ -102,9 +102,8 @@ def test_the_same_prompt_again_on_a_filled_cache_says_what_to_do():
     with kvcar.attach(model, fitted(model, times_smaller=3)) as attached:
         cache = attached.new_cache()
         model.generate(token_ids(100), past_key_values=cache, max_new_tokens=2)
-        with pytest.raises((InputError, CacheStateError, ValueError)) as error:
+        with pytest.raises(InputError, match="reset the cache"):
             model.generate(token_ids(100), past_key_values=cache, max_new_tokens=2)
-    assert "reset the cache" in str(error.value) or not isinstance(error.value, kvcar.KVCarError)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["begun inside", "begun outside"])

@@ -69,7 +69,7 @@ class SequenceState:
         if mask.ndim != 2 or tuple(mask.shape) != (batch, seen + count):
             raise InputError(
                 f"the attention mask has shape {tuple(mask.shape)}, but batch {batch} has {seen} cached and {count} new "
-                f"tokens; kvcar needs a 2-D mask over all of them, ({batch}, {seen + count})"
+                f"tokens; kvcar needs a 2-D mask over all of them, ({batch}, {seen + count}); for another prompt, reset the cache"
             )
         mask = mask.to(self.padding.device).bool()
         padding = (mask.long().cumsum(-1) == 0).sum(-1)
