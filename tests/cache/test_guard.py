@@ -49,7 +49,7 @@ def test_models_that_are_right_pass_and_are_tried_once(family, dtype, caplog):
 def test_models_that_would_be_wrong_are_refused_and_left_as_they_were(config):
     model = built(config)
     before = model(token_ids(20)).logits
-    with pytest.raises(UnsupportedModelError, match="differs from its own cache|does not take named attention"):
+    with pytest.raises(UnsupportedModelError, match=r"differs from its own cache|does not take named attention"):
         kvcar.attach(model, kvcar.lossless(model))
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(token_ids(20)).logits, before)
