@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,9 +22,6 @@ from ..geometry import KINDS, Slot
 from ..models.rotation import evaluating
 from ..plan import Block, CacheConfig, Plan
 from .cache import KVCarCache
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _log = logging.getLogger("kvcar")
 
