@@ -1,4 +1,4 @@
-"""The compressed cache itself: what ``model.generate(..., past_key_values=...)`` is given."""
+"""The compressed cache itself: what ``model.generate(..., past_key_values=...)`` is given, and what a user does with it."""
 
 from __future__ import annotations
 
@@ -7,29 +7,21 @@ from copy import copy
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
-import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from ..bundle import Bundle
 from ..errors import CacheStateError, InputError
-from ..kernels.attend import ExactPast, PagedPast, attend
-from ..kernels.backend import Backend, backend_for
 from ..registry import Registry
-from ..sizes import coded_tokens
-from .coder import Host
-from .decoded import DecodedPast
-from .encode import encode_oldest, refuse_non_finite, stored_plainly
-from .layer import CodedLayer
-from .pages import PageStore, PageViews
-from .sequence import SequenceState, exact_mask, sink_places
+from .encode import refuse_non_finite, stored_plainly
+from .passes import PassCache
 
 CONTEXT_STORE: Registry[Callable[..., Any]] = Registry("way to store contexts (import kvcar.context.stored)")
 """"save" and "load" of ``kvcar.context``, which registers them; the cache itself knows nothing of files."""
 
 
-class KVCarCache(Cache):
+class KVCarCache(PassCache):
     """A KV cache whose old tokens are stored as packed codes.
 
     Use it with a model that ``kvcar.attach`` has connected: ``model.generate(..., past_key_values=cache)``. The first
@@ -46,76 +38,6 @@ class KVCarCache(Cache):
     Raises:
         InputError: the window is no multiple of the page size.
     """
-
-    def __init__(
-        self,
-        bundle: Bundle | str | Path,
-        window: int | None = None,
-        keep_decoded: bool = False,
-    ) -> None:
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
-        plan = self.bundle.plan
-        self.plan = plan.model_copy(update={"cache": plan.cache.with_window(window)})
-        super().__init__(layers=[self._new_layer(layer) for layer in range(self.plan.geometry.layers)])
-        self._coded = {layer: self._coded_layer(layer) for layer in self.plan.coded_layers}
-        self._host: Host | None = None
-        self._keeps_decoded = keep_decoded
-        self.backend: Backend | None = None
-        self._clear()
-
-    # What attach calls around and inside a forward pass
-
-    def begin_pass(self, host: Host, batch: int, tokens: int, mask: Tensor | None, positions: Tensor | None) -> None:
-        """Get ready for a forward pass over ``tokens`` tokens of ``batch`` sequences.
-
-        Raises:
-            CacheStateError: an earlier pass broke off while it stored, the batch changed, or the pass goes beyond
-                the model's positions.
-            InputError: the mask is not left padding.
-        """
-        self._refuse_if_broken()
-        self._drop_unfinished_pass()
-        host.check_bundle(self.bundle)
-        self._host = host
-        if self._state is None:
-            coder = host.coder(self.bundle)
-            self._state = SequenceState(batch, coder.device)
-            self._pages = PageStore(coder.units, coder.layout.page_bytes, self.plan.page_tokens)
-        if len(self._state.padding) != batch:
-            raise CacheStateError(
-                f"the cache holds {len(self._state.padding)} sequences, but this pass has {batch}; reset the cache first"
-            )
-        state = self._state.advance(self._seen, tokens, mask, positions)
-        self._check_positions(tokens, state)
-        self._next_state = state
-        self._pass_tokens = tokens
-        self.backend = backend_for(state.padding.device)
-        self._mask, self._mask_known = None, False
-        for layer in self._coded.values():
-            layer.open = True
-
-    def end_pass(self) -> None:
-        """Store the tokens of the pass; full pages leave the window for all layers at once.
-
-        Raises:
-            CacheStateError: a layer stored nothing, or keys or values are NaN or infinite; the cache is then as it was before
-                the pass.
-        """
-        if self._next_state is None:
-            return
-        with stored_plainly(self._next_state.padding.device):
-            self._refuse_silent_layers()
-            leave = self._leaving(self._seen + self._pass_tokens)
-            refuse_non_finite(self._coded, leave)
-            self._broken = True
-            self._state, self._next_state = self._next_state, None
-            if self._coded:
-                self._code_oldest(leave)
-        self._seen += self._pass_tokens
-        for layer in self._coded.values():
-            layer.open = False
-        self._mask, self._mask_known = None, False
-        self._broken = False
 
     def fork(self) -> KVCarCache:
         """Make a cache of the same tokens; the two share pages until one of them writes to a page.
@@ -151,62 +73,7 @@ class KVCarCache(Cache):
             "KVCarCache.load(path, model) write and read it"
         )
 
-    def codes(self, layer: int) -> bool:
-        """Whether attention of ``layer`` must come through ``past``."""
-        return layer in self._coded
-
-    def attend(self, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
-        """Attention of a coded layer over the past and the tokens of the pass under way; ``[B, T, Hq, D]``."""
-        exact, paged = self.past(layer)
-        # Pages are decoded in float32, whatever the model computes its products in.
-        with torch.autocast(query.device.type, enabled=False):
-            return attend(query, exact, paged, scaling, softcap, self.backend).transpose(1, 2).contiguous()
-
-    def past(self, layer: int) -> tuple[ExactPast, PagedPast | None]:
-        """Give what queries of a coded layer attend to in the pass under way."""
-        assert self._next_state is not None
-        exact = self._coded[layer].exact(self._exact_mask())
-        assert self._pages is not None
-        if self._pages.tokens == 0:
-            return exact, None
-        paged = self._paged(layer, self._next_state)
-        if self._decoded is not None:
-            return self._decoded.extend(layer, exact.joined(), paged), None
-        return exact, paged
-
-    # What transformers calls, and a compiler traces
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Take the keys and values ``[B, H, T, D]`` of a layer and return what its attention is to be given."""
-        if layer_idx not in self._coded:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        # Where attention is compiled, the operator writes them (``attention.attend_layer``).
-        if not (torch.compiler.is_compiling() and self._coded[layer_idx].open):
-            self.write(layer_idx, key_states, value_states)
-        return key_states, value_states
-
-    def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Add the keys and values ``[B, H, T, D]`` of the pass under way to a coded layer: the one way in.
-
-        Raises:
-            AttachError: the model that calls is not attached, so that its attention would miss the past.
-            CacheStateError: the layer is written to twice in one pass.
-        """
-        self._coded[layer].write(key, value)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen by a layer, padding included."""
-        if torch.compiler.is_compiling() and layer_idx in self._coded:
-            return self._seen
-        return super().get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Length and offset of the mask that transformers would build."""
-        if torch.compiler.is_compiling() and layer_idx in self._coded:
-            return self._seen + query_length, 0
-        return super().get_mask_sizes(query_length, layer_idx)
+    # Sequences and tokens
 
     def reset(self) -> None:
         """Forget all tokens; the cache can be used again, also with another batch size."""
@@ -302,6 +169,8 @@ class KVCarCache(Cache):
         """
         return CONTEXT_STORE["load"](path, model, bundle, window)
 
+    # What it holds, and its bytes
+
     @property
     def batch_size(self) -> int:
         """Sequences in the cache, -1 before the first pass."""
@@ -322,8 +191,6 @@ class KVCarCache(Cache):
         """Pages that hold tokens, of each sequence, a partly filled one counted."""
         return -(-self.paged_tokens // self.plan.page_tokens)
 
-    # Accounting
-
     def stored_bytes(self) -> int:
         """Bytes of all tensors that hold this cache, unfilled room and position tables included."""
         return sum(self.stored_bytes_by_part().values())
@@ -343,38 +210,6 @@ class KVCarCache(Cache):
 
     # Inside
 
-    def _new_layer(self, layer: int) -> CodedLayer | DynamicLayer:
-        geometry = self.plan.geometry
-        if layer in self.plan.coded_layers:
-            return CodedLayer(self.plan.sinks)
-        if layer in geometry.sliding_layers:
-            return DynamicSlidingWindowLayer(sliding_window=geometry.sliding_window)
-        return DynamicLayer()
-
-    def _coded_layer(self, layer: int) -> CodedLayer:
-        coded = self.layers[layer]
-        assert isinstance(coded, CodedLayer)
-        return coded
-
-    def _plain_layers(self) -> list[DynamicLayer]:
-        return [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
-
-    def _clear(self) -> None:
-        self._seen = 0
-        self._pass_tokens = 0
-        self._state: SequenceState | None = None
-        self._next_state: SequenceState | None = None
-        self._pages: PageStore | None = None
-        self._decoded = DecodedPast() if self._keeps_decoded else None
-        self._views = PageViews(self.plan.sinks)
-        self._mask: Tensor | None = None
-        self._mask_known = False
-        self._broken = False
-
-    def _refuse_if_broken(self) -> None:
-        if self._broken:
-            raise CacheStateError("an earlier pass was interrupted while it stored its tokens; reset the cache")
-
     def _refuse_unattached(self) -> None:
         """A cache that was loaded has not met its model yet, and so cannot rotate keys back."""
         if self._host is None:
@@ -382,73 +217,6 @@ class KVCarCache(Cache):
                 "this cache was loaded and its model has not run over it yet, so the window cannot be coded; run the "
                 "model over some token first, or save with keep_window=True"
             )
-
-    def _drop_unfinished_pass(self) -> None:
-        """Forget a pass that an exception or an interrupt ended before its tokens were stored."""
-        self._next_state = None
-        for coded in self._coded.values():
-            coded.pending = None
-            coded.open = False
-        for layer in self._plain_layers():
-            extra = layer.get_seq_length() - self._seen
-            if extra == 0:
-                continue
-            if extra < 0 or isinstance(layer, DynamicSlidingWindowLayer):
-                raise CacheStateError(
-                    "an earlier pass was interrupted and a sliding layer cannot go back; reset the cache"
-                )
-            layer.crop(-extra)
-
-    def _check_positions(self, tokens: int, state: SequenceState) -> None:
-        positions = self.plan.geometry.max_positions
-        # Padding takes no position, so the longest sequence decides.
-        longest = self._seen + tokens - int(state.offset.min())
-        if longest > positions:
-            raise CacheStateError(
-                f"this pass would end at position {longest}, but the model has {positions} positions; shorten the prompt "
-                "or generate fewer tokens"
-            )
-
-    def _refuse_silent_layers(self) -> None:
-        silent = [layer for layer, coded in self._coded.items() if coded.pending is None]
-        if silent:
-            raise CacheStateError(
-                f"layers {silent} stored nothing in this pass, so their past would be missing; kvcar supports models that "
-                "run all layers in every pass"
-            )
-
-    def _leaving(self, tokens: int) -> int:
-        """How many tokens leave the window when ``tokens`` have been seen."""
-        assert self._pages is not None
-        return max(0, coded_tokens(tokens, self.plan.window, self.plan.page_tokens) - self._pages.tokens)
-
-    def _code_oldest(self, leave: int) -> None:
-        """Move the oldest ``leave`` tokens of all layers into pages; those of the pass under way become the window's."""
-        assert self._host is not None
-        assert self._pages is not None
-        assert self._state is not None
-        start = self._pages.tokens
-        coder = self._host.coder(self.bundle)
-        if leave:
-            encode_oldest(self._coded, self._pages, coder, self._state, self._host.rotary, leave)
-        places = sink_places(self._state, start, leave, self.plan.sinks)
-        for coded in self._coded.values():
-            coded.store(leave, places, coder.dtype)
-
-    def _paged(self, layer: int, state: SequenceState) -> PagedPast:
-        """All pages, as attention of a coded layer reads them."""
-        assert self._host is not None
-        assert self._pages is not None
-        return self._views.of(layer, self._pages, state, self._host.coder(self.bundle), self._host.rotary(layer))
-
-    def _exact_mask(self) -> Tensor | None:
-        """Mask over what attention sees exactly; the same for all layers of a pass, so built once."""
-        assert self._next_state is not None
-        assert self._pages is not None
-        if not self._mask_known:
-            given = (self._seen, self._pages.tokens, self._pass_tokens, self.plan.sinks)
-            self._mask, self._mask_known = exact_mask(self._next_state, *given), True
-        return self._mask
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._refuse_if_broken()
