@@ -7,9 +7,20 @@ from torch import Tensor
 from ..backend import Backend, backend_for
 from . import naive as naive
 from . import tiled as tiled
-from .inputs import ATTENTION, Buffered, ExactPast, PagedPast, Reader, all_heads, turned_keys
+from .inputs import ATTENTION, Buffered, ExactPast, PagedPast, Reader, RoundedDecoder, all_heads, turned_keys
 
-__all__ = ["ATTENTION", "Buffered", "ExactPast", "PagedPast", "Reader", "all_heads", "attend", "case_of", "turned_keys"]
+__all__ = [
+    "ATTENTION",
+    "Buffered",
+    "ExactPast",
+    "PagedPast",
+    "Reader",
+    "RoundedDecoder",
+    "all_heads",
+    "attend",
+    "case_of",
+    "turned_keys",
+]
 
 STEP_ROWS = 64
 

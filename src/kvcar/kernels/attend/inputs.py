@@ -20,6 +20,23 @@ ATTENTION = Operation("attention", __package__ or "", cases=("step", "chunk"))
 
 
 @dataclass(frozen=True, eq=False)
+class RoundedDecoder:
+    """A decoder of codes ``u`` in 8 bits: ``u[:exact] @ exact + (u[exact:] @ decoder) * scale + bias``.
+
+    Attributes:
+        exact: of the leading latents, floating point ``[exact, len(heads) * D]``.
+        decoder: of the latents after those, int8 ``[len(heads), groups, D, 4]``: ``[h, g, d, i]`` is what latent
+            ``exact + 4 * g + i`` adds to element ``d`` of head ``h``; 0 where there is no such latent.
+        scale, bias: of every element, float32 ``[len(heads) * D]``.
+    """
+
+    exact: Tensor
+    decoder: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Reader:
     """How one unit's segment gives the keys or the values of some KV heads of one layer.
 
@@ -32,6 +49,7 @@ class Reader:
             the decoder is not affine or the segment is lossless.
         rotated: keys are stored after RoPE and need no rotation.
         exact_dtype: dtype of the elements of a lossless segment.
+        rounded: the same decoder as ``affine`` as it lies in memory in 8 bits, where it does.
     """
 
     segment: SegmentLayout
@@ -41,6 +59,7 @@ class Reader:
     affine: tuple[Tensor, Tensor] | None
     rotated: bool
     exact_dtype: torch.dtype
+    rounded: RoundedDecoder | None = None
 
     @cached_property
     def kept(self) -> dict[str, object]:
