@@ -15,6 +15,7 @@ ORDER = [
     "registry",
     "version",
     "progress",
+    "files",
     "geometry",
     "plan",
     "layout",

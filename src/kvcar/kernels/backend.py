@@ -6,7 +6,7 @@ for):
 
 - ``naive``: the specification, slow.
 - ``torch``: PyTorch alone, on any device; takes whatever another backend has no implementation for.
-- ``cpu``: compiled C. The default on CPUs with a C compiler.
+- ``cpu``: compiled C. The default on CPUs with a C compiler that works.
 - ``triton``: Triton. The default on GPUs where Triton is installed.
 
 The device chooses the backend (``backend_for``), ``KVCAR_KERNELS`` overrides it. The choice, and every input that a
@@ -27,7 +27,7 @@ from typing import Literal, TypeVar, get_args
 import torch
 
 from ..errors import InputError, KernelError
-from .native import find_compiler
+from .native import find_compiler, native_library
 
 Backend = Literal["naive", "torch", "cpu", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -148,6 +148,10 @@ def _default(device: str) -> tuple[Backend, str]:
         compiler = find_compiler()
         if compiler is None:
             return "torch", "as no C compiler was found (cc, gcc, clang or CC); decoding is several times slower so"
+        try:
+            native_library()
+        except KernelError as error:
+            return "torch", f"decoding several times slower so: {error}"
         return "cpu", f"compiled by {compiler.version}"
     if device == "cuda":
         if not _has_triton():
@@ -159,6 +163,8 @@ def _default(device: str) -> tuple[Backend, str]:
 def _refuse_missing(name: Backend, device: str, interpreted: str) -> None:
     if name == "cpu" and device != "cpu":
         raise KernelError(f"{VARIABLE}=cpu, but the model is on {device}; unset it, or take torch or triton")
+    if name == "cpu":
+        native_library()  # now, and not when the prompt is computed
     if name != "triton":
         return
     if not _has_triton():
