@@ -144,32 +144,7 @@ def _system(name: str) -> list[str]:
         budget = f"{r['memory_bytes'] / 2**20:,.0f} MiB"
         sections += [f"### Longest sequence in {budget} of cache, by batch size", markdown(first)]
         sections += [f"### Largest batch in {budget} of cache, by length", markdown(second)]
-        if r.get("confirmed"):
-            sections += _confirmed(r, longest, budget)
     return sections
-
-
-def _confirmed(r: dict[str, Any], longest: dict[str, dict[str, int]], budget: str) -> list[str]:
-    rows = [["cache", "batch", "computed longest", "reached", "cache's tensors then (bytes)", "ended by"]]
-    for run in r["confirmed"]:
-        ended = "the model's positions" if run["limited_by_positions"] else "memory"
-        computed = longest[run["setting"]][str(run["batch"])]
-        rows.append(
-            [
-                _cache(run["setting"]),
-                str(run["batch"]),
-                f"{computed:,}",
-                f"{run['tokens']:,}",
-                f"{run['cache_bytes']:,}",
-                ended,
-            ]
-        )
-    note = (
-        f"Each in a process of its own, fed 64 tokens a sequence at a time until the resident size had grown by {budget}; the model "
-        f"computes in {r['config']['dtype']}, the caches hold bfloat16. What was freed is given back before the size is read; what "
-        f"allocators keep still counts, so what is reached lies below what is computed. Record: `{r['record']}`"
-    )
-    return ["### Confirmed by running", markdown(rows), note]
 
 
 def _cache(name: str) -> str:

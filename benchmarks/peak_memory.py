@@ -6,9 +6,13 @@ resident size, prefills and decodes, and reports how far the peak rose.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import platform
+import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +23,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from kvcar.cache.attach import PREFILL_CHUNK_TOKENS, attach
 from kvcar.cache.cache import KVCarCache
 from kvcar.errors import InputError
-from kvcar.evaluate.memory import forget_peak, kept_elements, resident_bytes, run_child, status_bytes
+from kvcar.evaluate.memory import kept_elements
 from kvcar.models.load import load_model
+from kvcar.models.structure import cache_argument
 
 _WARM_UP_TOKENS = 700
 _IN_USE_ONLY = {"MALLOC_MMAP_THRESHOLD_": str(64 * 1024)}
@@ -87,6 +92,58 @@ def measure_chunk_transient(
     return run.peak_growth_bytes - run.cache_bytes
 
 
+def run_child(
+    program: list[str], given: dict[str, Any], environment: Mapping[str, str] | None = None
+) -> dict[str, int]:
+    """Run a Python program with ``given`` as JSON and read the figures of its last line.
+
+    Args:
+        program: what follows the interpreter's name.
+        given: its last argument.
+        environment: what to add to this process' own.
+
+    Raises:
+        InputError: the child failed; its last lines are in the message.
+    """
+    command = [sys.executable, *program, json.dumps(given)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **(environment or {})}
+    )
+    if result.returncode:
+        last = "\n".join(result.stderr.strip().splitlines()[-3:])
+        raise InputError(f"the memory measurement failed:\n{last}")
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def status_bytes(field: str) -> int:
+    """Read a size from the kernel's account of this process, such as VmRSS (resident now) or VmHWM (its peak)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise InputError(f"this system does not report {field}; peak memory is measured on Linux only")
+
+
+def forget_peak() -> None:
+    """Set the kernel's peak to the present size, so that loading the model does not count."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        raise InputError(f"this system cannot reset a process' peak memory ({error.strerror}); Linux can") from None
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system, so that the resident size is what is in use; only glibc can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+def resident_bytes() -> int:
+    """Read the resident size of this process without what was freed."""
+    trim_heap()
+    return status_bytes("VmRSS")
+
+
 @torch.no_grad()
 def _run(model: PreTrainedModel, cache: Cache, tokens: int, decode_tokens: int) -> None:
     """Prefill in chunks, then decode, on token ids that repeat no short pattern."""
@@ -94,9 +151,9 @@ def _run(model: PreTrainedModel, cache: Cache, tokens: int, decode_tokens: int) 
     prefill = tokens - decode_tokens
     for start in range(0, prefill, PREFILL_CHUNK_TOKENS):
         stop = min(start + PREFILL_CHUNK_TOKENS, prefill)
-        model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, start:stop], **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
     for index in range(prefill, tokens):
-        model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, index : index + 1], **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
 
 
 def _child(given: dict[str, Any]) -> MemoryRun:

@@ -70,9 +70,9 @@ def main(
 
 def _fit(layers: int, profile: str, tokens: int) -> dict[str, float]:
     import torch
+    from peak_memory import forget_peak, status_bytes
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from kvcar.evaluate.memory import forget_peak, status_bytes
     from kvcar.fit.fit import fit_bundles
     from kvcar.fit.options import PROFILES, FitOptions
     from kvcar.fit.partition import searched_bands

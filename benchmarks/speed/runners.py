@@ -17,6 +17,7 @@ from kvcar.bundle import Bundle
 from kvcar.cache.cache import KVCarCache
 from kvcar.errors import InputError
 from kvcar.evaluate.memory import kept_bytes
+from kvcar.models.structure import cache_argument
 
 from .device import now
 
@@ -54,7 +55,7 @@ class Runner:
     def feed(self, ids: Tensor) -> float:
         """Seconds that tokens ``ids`` int64 ``[B, T]`` take in one pass."""
         began = now(ids.device)
-        self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=ids, **cache_argument(self.model, self.cache), use_cache=True, logits_to_keep=1)
         seconds = now(ids.device) - began
         self.fed += ids.shape[1]
         return seconds

@@ -17,7 +17,6 @@ from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
@@ -26,7 +25,7 @@ from ..errors import AttachError, InputError, UnsupportedModelError
 from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
 from ..models.rotation import learn_rotations
-from ..models.structure import find_decoder
+from ..models.structure import CACHE_NAME, CACHE_NAMES, TRANSFORMERS_VERSION, cache_argument, find_decoder
 from ..progress import OnProgress, counter, silent
 from ..sizes import stored_bytes
 from . import guard
@@ -39,7 +38,7 @@ PREFILL_CHUNK_TOKENS = 512
 _LOGGED_TOKENS = 4096
 _PREPARE = "_prepare_cache_for_generation"
 # Before 5.23 a prompt that is cut into chunks begins at position 0, whatever the cache has.
-_CHUNKS_AFTER_A_PAST = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
+_CHUNKS_AFTER_A_PAST = TRANSFORMERS_VERSION >= (5, 23)
 _log = logging.getLogger("kvcar")
 
 # Weak both ways: the model's own hooks keep an attachment alive, so that a model that is dropped takes it along.
@@ -259,15 +258,12 @@ def prefill(
     """Feed ``ids`` int64 ``[B, tokens]`` to ``model`` over ``cache``, ``chunk`` tokens at once, just for the cache."""
     count = counter(on_progress, "prefill", ids.shape[1])
     for part in ids.to(model.device).split(chunk, dim=1):
-        model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
         count(part.shape[1])
 
 
 def _given_cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> KVCarCache | None:
-    given = kwargs.get("past_key_values")
-    if given is None:
-        given = next((a for a in args if isinstance(a, KVCarCache)), None)
-    return given if isinstance(given, KVCarCache) else None
+    return next((a for a in (*map(kwargs.get, CACHE_NAMES), *args) if isinstance(a, KVCarCache)), None)
 
 
 def _refuse_capture(inputs: Tensor) -> None:
@@ -283,9 +279,9 @@ def _prepare_cache(
 ) -> None:
     """Prepare the cache of a ``generate``: a compressed one by default, and chunked prefill with one."""
     wants_own = generation_config.cache_implementation is not None or generation_config.use_cache is False
-    if model_kwargs.get("past_key_values") is None and not wants_own:
-        model_kwargs["past_key_values"] = attachment.new_cache()
-    cache = model_kwargs.get("past_key_values")
+    if model_kwargs.get(CACHE_NAME) is None and not wants_own:
+        model_kwargs[CACHE_NAME] = attachment.new_cache()
+    cache = model_kwargs.get(CACHE_NAME)
     # transformers cuts token ids into chunks, not embeddings.
     if (
         isinstance(cache, KVCarCache)

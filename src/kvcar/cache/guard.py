@@ -20,6 +20,7 @@ from ..bundle import Bundle, CodedBlock
 from ..errors import KVCarError, UnsupportedModelError
 from ..geometry import KINDS, Slot
 from ..models.rotation import evaluating
+from ..models.structure import cache_argument
 from ..plan import Block, CacheConfig, Plan
 from .cache import KVCarCache
 
@@ -113,8 +114,12 @@ def _logits(model: PreTrainedModel, new_cache: Callable[[], Cache]) -> Tensor:
     with evaluating(model):
         for count in _CHUNKS_TOKENS:
             stop = start + count
-            given = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop], "past_key_values": cache}
-            parts.append(model(**given, position_ids=positions[:, start:stop], use_cache=True).logits.float())
+            given = {"input_ids": ids[:, start:stop], "attention_mask": mask[:, :stop]}
+            parts.append(
+                model(
+                    **given, **cache_argument(model, cache), position_ids=positions[:, start:stop], use_cache=True
+                ).logits.float()
+            )
             start = stop
     return torch.cat(parts, dim=1)[mask.bool()]
 

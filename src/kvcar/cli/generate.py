@@ -58,6 +58,7 @@ def generate(
     from ..cache.attach import attach
     from ..cache.cache import KVCarCache
     from ..models.load import load_model
+    from ..models.structure import cache_argument
     from ..record import Record
 
     given = _prompt(prompt, prompt_file)
@@ -81,7 +82,7 @@ def generate(
         )
         began = time.perf_counter()
         result = loaded.model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=max_new_tokens,
+            **inputs, **cache_argument(loaded.model, cache), max_new_tokens=max_new_tokens,
             streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True), **sampling,
         )  # fmt: skip
         seconds = time.perf_counter() - began

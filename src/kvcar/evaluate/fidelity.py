@@ -21,6 +21,7 @@ from ..bundle import Bundle
 from ..cache.attach import attach, attachment_of
 from ..cache.cache import KVCarCache
 from ..errors import InputError
+from ..models.structure import cache_argument
 from ..progress import OnProgress, counter, silent
 from ..text import Texts, checked_token_ids, evaluation_texts, token_windows
 from .memory import bfloat16_bytes, kept_bytes
@@ -263,7 +264,7 @@ def _chunks(window: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def step_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
     """Compute logits ``[T, V]`` of one step over ``ids`` int64 ``[T]``, which are in the cache then."""
-    return model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
+    return model(input_ids=ids[None], **cache_argument(model, cache), use_cache=True).logits[0]
 
 
 def _summarise(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from ..models.geometry import read_geometry
-from ..models.structure import find_decoder
+from ..models.structure import cache_argument, find_decoder
 
 Text = tuple[Sequence[int], Sequence[int]]
 """Ids of a context and of its continuation."""
@@ -65,7 +65,7 @@ class Scorer:
                 cache.batch_select_indices(torch.tensor(moved, device=self._device))
             places = (rows.texts, rows.row_of_text, rows.text_of_row)
             alive, row, one_text = (torch.tensor(x, device=self._device) for x in places)
-            given = {"input_ids": ids[one_text, span], "past_key_values": cache, "use_cache": True}
+            given = {"input_ids": ids[one_text, span], "use_cache": True} | cache_argument(self._model, cache)
             wanted = targets[alive, span]
             asked = wanted >= 0
             if not asked.any():

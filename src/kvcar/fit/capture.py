@@ -16,7 +16,7 @@ from ..errors import FitError
 from ..geometry import KVGeometry, Slot
 from ..kernels.rotary import RotaryTable
 from ..models.rotation import learn_rotations
-from ..models.structure import WatchingCache, find_decoder
+from ..models.structure import WatchingCache, cache_argument, find_decoder
 
 OnBlock = Callable[[int, Tensor], None]
 """(block index, vectors float32 ``[tokens, W]``) -> None, called once per block and window."""
@@ -43,7 +43,9 @@ def capture(
     for window in windows:
         gather = _BlockGatherer(blocks, sinks, tables, on_block)
         ids = window[None].to(parts.device)
-        parts.decoder(input_ids=ids, past_key_values=WatchingCache(geometry, gather.take), use_cache=True)
+        parts.decoder(
+            input_ids=ids, **cache_argument(parts.decoder, WatchingCache(geometry, gather.take)), use_cache=True
+        )
         yield len(window) - sinks
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..geometry import KVGeometry
 from ..kernels.rotary import RotaryStyle, RotaryTable
-from .structure import DecoderParts, WatchingCache, find_decoder
+from .structure import DecoderParts, WatchingCache, cache_argument, find_decoder
 
 _log = logging.getLogger("kvcar.models")
 
@@ -115,7 +115,7 @@ def _watched_pass(
     ids = torch.ones(1, _WINDOW_TOKENS, dtype=torch.int64, device=parts.device)
     try:
         with evaluating(model):
-            parts.decoder(input_ids=ids, past_key_values=WatchingCache(geometry, take), use_cache=True)
+            parts.decoder(input_ids=ids, **cache_argument(parts.decoder, WatchingCache(geometry, take)), use_cache=True)
     finally:
         for handle in handles:
             handle.remove()

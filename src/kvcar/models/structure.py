@@ -8,12 +8,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedModelError
 from ..geometry import KVGeometry
+
+TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+CACHE_NAMES = ("cache", "past_key_values")
+"""What modules call the cache they are given: from transformers 5.24 on, and before."""
+CACHE_NAME = CACHE_NAMES[TRANSFORMERS_VERSION < (5, 24)]
+"""What ``generate`` calls it inside, whatever its caller did."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _innermost_with_cache(model: nn.Module, names: list[str]) -> nn.Module:
-    """The innermost common ancestor of the named modules whose forward takes ``past_key_values`` and is given the inputs.
+    """The innermost common ancestor of the named modules whose forward takes a cache and is given the inputs.
 
     A layer takes a cache too, and is an ancestor of all attention modules where it is the only layer.
     """
@@ -77,9 +84,16 @@ def _innermost_with_cache(model: nn.Module, names: list[str]) -> nn.Module:
         common.append(parts[0])
     for depth in range(len(common), -1, -1):
         module = model.get_submodule(".".join(common[:depth]))
-        if {"past_key_values", "inputs_embeds"} <= inspect.signature(module.forward).parameters.keys():
+        parameters = inspect.signature(module.forward).parameters
+        if "inputs_embeds" in parameters and any(name in parameters for name in CACHE_NAMES):
             return module
-    raise UnsupportedModelError(f"no module of {type(model).__name__} takes past_key_values")
+    raise UnsupportedModelError(f"no module of {type(model).__name__} takes a cache ({' or '.join(CACHE_NAMES)})")
+
+
+def cache_argument(module: nn.Module, cache: Cache) -> dict[str, Any]:
+    """Give ``cache`` as the keyword argument that the forward of ``module`` knows it by."""
+    parameters = inspect.signature(module.forward).parameters
+    return {next((name for name in CACHE_NAMES if name in parameters), CACHE_NAME): cache}
 
 
 OnKeysValues = Callable[[int, Tensor, Tensor], None]

@@ -28,6 +28,7 @@ from ..fit.fit import fit_bundles, lossless
 from ..fit.options import FitOptions
 from ..models.demo import ALIAS
 from ..models.load import LoadedModel, load_model
+from ..models.structure import cache_argument
 from ..progress import OnProgress, counter, silent
 from ..record import Record, provenance, write_text
 from ..sizes import pays_from_tokens
@@ -142,7 +143,9 @@ def _generate(
 def _continue(loaded: LoadedModel, inputs: Any, cache: Cache) -> Generated:
     began = time.perf_counter()
     with torch.no_grad():
-        ids: Any = loaded.model.generate(**inputs, past_key_values=cache, max_new_tokens=_NEW_TOKENS, do_sample=False)
+        ids: Any = loaded.model.generate(
+            **inputs, **cache_argument(loaded.model, cache), max_new_tokens=_NEW_TOKENS, do_sample=False
+        )
     new = ids[0, inputs["input_ids"].shape[1] :]
     stored = cache.stored_bytes() if isinstance(cache, KVCarCache) else bfloat16_bytes(cache)
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
