@@ -107,7 +107,7 @@ class Bundle:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex over plan and codecs: what a stored context is tied to.
+        """SHA-256 in hex over plan, codecs and the sampled weights of the model: what a stored context is tied to.
 
         Over the tensors themselves and not their file, so that the writer of the file does not matter; over the
         plan's fields that differ from their defaults, so that fields of later versions do not matter either.
@@ -119,6 +119,7 @@ class Bundle:
                 data = tensor.detach().cpu().contiguous()
                 digest.update(f"\n{index} {name} {data.dtype} {tuple(data.shape)}\n".encode())
                 digest.update(data.numpy().data)
+        digest.update(self.model.fingerprint.encode())
         return digest.hexdigest()
 
     def check_model(self, model: PreTrainedModel) -> None:

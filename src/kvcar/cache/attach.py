@@ -26,6 +26,7 @@ from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
 from ..models.rotation import learn_rotations
 from ..models.structure import CACHE_NAME, CACHE_NAMES, TRANSFORMERS_VERSION, cache_argument, find_decoder
+from ..models.weights import active_adapters, weights_state
 from ..progress import OnProgress, counter, silent
 from ..sizes import stored_bytes
 from . import guard
@@ -64,6 +65,7 @@ class Attachment:
         self.model, self.bundle = model, bundle
         self._window, self._prefill_chunk = window, prefill_chunk
         self._checked = {bundle.digest}
+        self._weights = weights_state(model)
         self._coders: dict[str, PageCoder] = {}
         self._current = Current()
         self._parts = find_decoder(model, bundle.plan.geometry.layers)
@@ -139,6 +141,22 @@ class Attachment:
             bundle.check_model(self.model)
             self._checked.add(bundle.digest)
 
+    def check_weights(self) -> None:
+        """Refuse a model whose weights or adapters are no longer those that it was attached with.
+
+        Raises:
+            ModelMismatchError: they are other weights than those that the bundle was fitted for.
+            AttachError: they were written to, or put in another place.
+        """
+        if weights_state(self.model) == self._weights:
+            return
+        self.bundle.check_model(self.model)
+        on = ", ".join(active_adapters(self.model)) or "none"
+        raise AttachError(
+            f"the weights of {type(self.model).__name__} were written to, moved or replaced since it was attached (adapters that "
+            f"are on: {on}); where they still are what the bundle was fitted for, detach the model and attach it again"
+        )
+
     def coder(self, bundle: Bundle) -> PageCoder:
         """Give the bundle made ready for this model's device and dtype; made once each."""
         if bundle.digest not in self._coders:
@@ -168,6 +186,8 @@ class Attachment:
             )
         inputs = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
         inputs = args[0] if inputs is None else inputs
+        if cache.tokens == 0 or inputs.shape[1] > 1:
+            self.check_weights()
         mask = kwargs.get("attention_mask")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise UnsupportedModelError("a compressed cache takes 2-D attention masks (left padding) only")
@@ -223,6 +243,11 @@ def attach(
     """
     if type(prefill_chunk) is not int or prefill_chunk < 1:
         raise InputError(f"prefill_chunk must be at least 1 token, got {prefill_chunk!r}")
+    if not isinstance(model, PreTrainedModel):
+        inner = " (of a PeftModel: its get_base_model(), and go on using the PeftModel)" * hasattr(
+            model, "get_base_model"
+        )
+        raise UnsupportedModelError(f"attach takes a model of transformers, got {type(model).__name__}{inner}")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
     with _attaching:
         if attachment_of(model) is not None:

@@ -169,6 +169,7 @@ def _made_ready(
         return bundle, PageCoder(bundle, device, model.dtype)
     # Equal bundles need not be made ready twice.
     bundle = attachment.bundle if attachment.bundle.digest == bundle.digest else bundle
+    attachment.check_weights()
     attachment.check_bundle(bundle)
     return bundle, attachment.coder(bundle)
 

@@ -1,4 +1,4 @@
-"""Recognising a model by a few hundred of its weights, in whatever dtype it is loaded."""
+"""Recognising a model by a few hundred of the weights it computes with, in whatever dtype it is loaded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
+from .weights import active_adapters, weights_in_use
 
 _SAMPLES = 512
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
@@ -23,21 +24,25 @@ class Fingerprint:
         values: float32 ``[n]``, in a fixed order.
         dtype: what the model's weights were stored as, without the ``torch.`` prefix.
         digest: SHA-256 in hex over names, shapes, places and values.
+        adapters: names of the adapters that are on, of a model that has some; no part of what is compared, as their
+            weights are.
     """
 
     values: Tensor
     dtype: str
     digest: str
+    adapters: tuple[str, ...] = ()
 
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Sample a model's floating-point parameters at fixed places, a few of each.
+    """Sample a model's floating-point parameters in use at fixed places, a few of each, and the scales of its adapters.
 
     Raises:
         UnsupportedModelError: the weights are not loaded (meta device) or none is a floating-point number.
     """
-    parameters = sorted((n, p) for n, p in model.named_parameters() if p.is_floating_point() and p.numel())
+    used = weights_in_use(model)
+    parameters = sorted((n, p) for n, p in used.parameters.items() if p.is_floating_point() and p.numel())
     if not parameters:
         raise UnsupportedModelError(f"{type(model).__name__} has no floating-point weights to recognise it by")
     digest = hashlib.sha256()
@@ -52,8 +57,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         digest.update(f"{name} {tuple(parameter.shape)} {places.tolist()}".encode())
         digest.update(sample.numpy().tobytes())
         values.append(sample)
+    for name, scale in sorted(used.scales.items()):
+        digest.update(f"{name} {scale!r}".encode())
+        values.append(torch.tensor([scale]))
     dtype = str(parameters[0][1].dtype).removeprefix("torch.")
-    return Fingerprint(torch.cat(values), dtype, digest.hexdigest())
+    return Fingerprint(torch.cat(values), dtype, digest.hexdigest(), active_adapters(model))
 
 
 def mismatch(bundle: Fingerprint, model: Fingerprint) -> str | None:
@@ -62,8 +70,9 @@ def mismatch(bundle: Fingerprint, model: Fingerprint) -> str | None:
     Weights loaded in another dtype are the same if rounding both to the coarser one makes them equal; bfloat16 and
     float16, of which neither holds the other, may differ by one step of bfloat16.
     """
+    adapters = f" (adapters that are on: {', '.join(model.adapters)})" if model.adapters else ""
     if len(bundle.values) != len(model.values):
-        return f"the model has {len(model.values)} sampled weights where the bundle has {len(bundle.values)}"
+        return f"the model has {len(model.values)} sampled weights where the bundle has {len(bundle.values)}{adapters}"
     first, second = _DTYPES.get(bundle.dtype), _DTYPES.get(model.dtype)
     if first is None or second is None:
         return f"the dtypes {bundle.dtype} and {model.dtype} cannot be compared"
@@ -77,4 +86,4 @@ def mismatch(bundle: Fingerprint, model: Fingerprint) -> str | None:
     wrong = int((~same).sum())
     if not wrong:
         return None
-    return f"{wrong} of {len(same)} sampled weights differ (bundle in {bundle.dtype}, model in {model.dtype})"
+    return f"{wrong} of {len(same)} sampled weights differ (bundle in {bundle.dtype}, model in {model.dtype}){adapters}"
