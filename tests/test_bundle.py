@@ -98,8 +98,20 @@ def test_truncated_and_tampered_codecs_are_refused(folder):
         (lambda t: t.update({"blocks.1.mean": torch.zeros(3)}), r"shape \(3,\)"),
         (lambda t: t.update({"blocks.0.decoder": t["blocks.0.decoder"].half()}), "float16, but the format has float32"),
         (lambda t: t["blocks.0.encoder"].fill_(torch.nan), "NaN or infinity"),
+        (lambda t: t["blocks.0.decoder"].fill_(-1e30), r"holds 1e\+30"),
         (lambda t: t["blocks.0.quantizer.scale"].zero_(), "not positive"),
-        (lambda t: t.pop("fingerprint.values"), "lacks the model's fingerprint"),
+        (lambda t: t["blocks.0.quantizer.scale"].fill_(1e-40), "not positive"),
+        (lambda t: t.update({"blocks.0.more": torch.zeros(3)}), "has a tensor 'more'"),
+        (lambda t: t.update({"blocks.99.mean": torch.zeros(3)}), "'blocks.99.mean', which no block"),
+        (lambda t: t.update({"surprise": torch.zeros(3)}), "'surprise', which no block"),
+        (
+            lambda t: t.update({"blocks.0.mean": torch.zeros(64, dtype=torch.int64)}),
+            "int64, but the format has float32",
+        ),
+        (lambda t: t.update({"blocks.0.mean": torch.tensor(0.0)}), r"shape \(\)"),
+        (lambda t: t.update({"blocks.0.encoder": torch.zeros(0, 0)}), r"shape \(0, 0\)"),
+        (lambda t: t.update({"fingerprint.values": torch.zeros(3, 3)}), r"shape \(3, 3\)"),
+        (lambda t: t.pop("fingerprint.values"), "lacks its tensor 'values'"),
     ],
 )
 def test_codecs_that_do_not_fit_the_plan_are_refused(folder, change, message):
@@ -149,6 +161,86 @@ def test_a_pickle_is_never_opened(folder):
         Bundle.from_pretrained(folder)
 
 
+CODECS_OF_STRANGERS = {
+    "identity": {"order": torch.zeros(32, dtype=torch.int32)},
+    "autoencoder": {"encoder.first": torch.zeros(32), "decoder.second_bias": torch.zeros(31)},
+}
+
+
+@pytest.mark.parametrize("codec", CODECS_OF_STRANGERS)
+def test_every_tensor_of_every_codec_is_checked(codec, tmp_path):
+    folder = fitted(MODEL, codec=codec, bits=4, **({"steps": 1} if codec == "autoencoder" else {})).save_pretrained(
+        tmp_path / "bundle"
+    )
+    names = [name for name in load_file(folder / CODECS_FILE) if name.startswith("blocks.0.")]
+    assert {name.removeprefix("blocks.0.") for name in names if "quantizer" not in name} == set(CODECS[codec].stored)
+    for name in names:
+        for change in (
+            lambda t, name=name: t.pop(name),
+            lambda t, name=name: t.update({name: t[name].double()}),
+            lambda t, name=name: t.update({name: t[name][None]}),
+            lambda t, name=name: t.update({name: t[name][:-1]}),
+            *(lambda t, name=name, value=value: t.update({name: torch.zeros_like(t[name]) + value})
+              for value in (torch.nan, torch.inf, 3e38) if "order" not in name),
+        ):  # fmt: skip
+            shutil.copytree(folder, tmp_path / "other", dirs_exist_ok=True)
+            edit_codecs(tmp_path / "other", change)
+            with pytest.raises(BundleError):
+                Bundle.from_pretrained(tmp_path / "other")
+    for name, tensor in CODECS_OF_STRANGERS[codec].items():
+        shutil.copytree(folder, tmp_path / "other", dirs_exist_ok=True)
+        edit_codecs(tmp_path / "other", lambda t, name=name, tensor=tensor: t.update({f"blocks.0.{name}": tensor}))
+        with pytest.raises(BundleError):
+            Bundle.from_pretrained(tmp_path / "other")
+
+
+def test_a_dtype_that_torch_does_not_have(folder):
+    path = folder / CODECS_FILE
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"F32"', b'"F4" ', 1))
+    edit_manifest(folder, lambda d: d.update(codecs_sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+    with pytest.raises(BundleError, match="not a readable safetensors file"):
+        Bundle.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a": ' * 900 + "1" + "}" * 900, '{"format_version": ' + "9" * 5000 + "}", "\ufeff{}", ""]
+)
+def test_manifests_that_are_hard_to_read(folder, text):
+    (folder / PLAN_FILE).write_text(text)
+    with pytest.raises((BundleError, PlanError)):
+        Bundle.from_pretrained(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+@pytest.mark.parametrize("name", [PLAN_FILE, CODECS_FILE])
+def test_a_pipe_is_refused_and_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(BundleError, match="not a regular file"):
+        Bundle.from_pretrained(folder)
+
+
+def test_a_path_with_a_nul(bundle):
+    with pytest.raises(BundleError, match=r"no bundle at|is no path"):
+        Bundle.from_pretrained("a\0b")
+    with pytest.raises(BundleError, match="is no path"):
+        bundle.save_pretrained("a\0b")
+
+
+def test_geometries_that_would_fill_memory(folder):
+    for change in (
+        lambda g: g.update(layers=4096, kv_heads=4096, query_heads=4096),
+        lambda g: g.update(sliding_layers=[7]),
+        lambda g: g.update(sliding_layers=[1, 1]),
+        lambda g: g.update(sliding_window=2**40),
+    ):
+        shutil.copytree(folder, folder.with_name("other"), dirs_exist_ok=True)
+        edit_manifest(folder.with_name("other"), lambda d, change=change: change(d["plan"]["geometry"]))
+        with pytest.raises(PlanError):
+            Bundle.from_pretrained(folder.with_name("other"))
+
+
 def test_the_wrong_model_is_refused_and_says_what_differs(bundle):
     with pytest.raises(ModelMismatchError, match="layers: 6 instead of 4"):
         kvcar.attach(tiny_model("llama", num_hidden_layers=6), bundle)
@@ -182,32 +274,6 @@ def test_what_is_there_is_not_overwritten_unasked(bundle, folder, tmp_path):
     with pytest.raises(BundleError, match="not a bundle"):
         bundle.save_pretrained(tmp_path / "diary", overwrite=True)
     assert (tmp_path / "diary" / "monday.txt").exists()
-
-
-def test_an_interrupted_save_leaves_nothing(bundle, tmp_path, monkeypatch):
-    def interrupted(source, target):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        bundle.save_pretrained(tmp_path / "bundle")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupted_overwrite_keeps_what_was_there(bundle, folder, tmp_path, monkeypatch):
-    real, calls, before = os.replace, [], (folder / PLAN_FILE).read_bytes()
-
-    def second_fails(source, target):
-        calls.append(target)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        real(source, target)
-
-    monkeypatch.setattr(os, "replace", second_fails)
-    with pytest.raises(KeyboardInterrupt):
-        bundle.with_figures({"more": 1}).save_pretrained(folder, overwrite=True)
-    assert (folder / PLAN_FILE).read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_an_unwritable_place_is_told(bundle, tmp_path):

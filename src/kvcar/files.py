@@ -39,10 +39,24 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is not a regular file")
+        raise OSError(errno.EINVAL, "not a regular file")
     with staged_file(path.parent, pieces) as staging:
         os.replace(staging, path)
         sync_folder(path.parent)
+
+
+def read_regular(path: Path, maximum: int | None = None) -> bytes:
+    """Read all of a file; a pipe or a device would never end.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is no regular file, or has more than ``maximum`` bytes.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if maximum is not None and found.st_size > maximum:
+        raise OSError(errno.EFBIG, f"it has {found.st_size} bytes, more than {maximum}")
+    return path.read_bytes()
 
 
 @contextmanager
@@ -67,9 +81,12 @@ def staging_folder(parent: Path, mode: int = 0o777) -> Iterator[Path]:
     """Make a folder of a temporary name in ``parent``, to be renamed; removed at the end if it is still there."""
     remove_leftovers(parent)
 
-    def make(path: Path) -> int:
+    def make(path: Path) -> int | None:
         path.mkdir(mode)
-        return -1 if fcntl is None else os.open(path, os.O_RDONLY)
+        try:
+            return -1 if fcntl is None else os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
 
     staging, descriptor = _made_and_locked(parent, make)
     try:
@@ -135,11 +152,13 @@ def _make_file(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
 
 
-def _made_and_locked(folder: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+def _made_and_locked(folder: Path, make: Callable[[Path], int | None]) -> tuple[Path, int]:
     """Make a staging file or folder and lock it; one that was taken for left over before it was locked is made again."""
     while True:
         path = folder / f".kvcar-{secrets.token_hex(8)}"
         descriptor = make(path)
+        if descriptor is None:
+            continue
         _lock(descriptor)
         if descriptor < 0 or os.path.exists(path):
             return path, descriptor

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Kind = Literal["key", "value"]
 KINDS: tuple[Kind, Kind] = ("key", "value")
@@ -40,6 +40,7 @@ class Slot(NamedTuple):
 PositiveInt = Annotated[int, Field(ge=1)]
 
 # Far beyond every model, and small enough that a file from a stranger cannot make slots of it that fill memory.
+_LARGEST_HEADS = 1 << 17
 _Layers = Annotated[int, Field(ge=1, le=4096)]
 _Heads = Annotated[int, Field(ge=1, le=4096)]
 _HeadDim = Annotated[int, Field(ge=1, le=65536)]
@@ -66,8 +67,16 @@ class KVGeometry(StrictModel):
     head_dim: _HeadDim
     rotary: bool
     max_positions: _Tokens
-    sliding_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
-    sliding_window: Annotated[int, Field(ge=0)] = 0
+    sliding_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False, max_length=4096)
+    sliding_window: Annotated[int, Field(ge=0, le=2**31)] = 0
+
+    @model_validator(mode="after")
+    def _bounded(self) -> KVGeometry:
+        if self.layers * self.kv_heads > _LARGEST_HEADS:
+            raise ValueError(f"{self.layers} layers of {self.kv_heads} heads are beyond every model")
+        if len({layer for layer in self.sliding_layers if layer < self.layers}) != len(self.sliding_layers):
+            raise ValueError("sliding_layers names a layer twice, or one that the model does not have")
+        return self
 
     @property
     def codable_layers(self) -> tuple[int, ...]:
@@ -94,4 +103,6 @@ class KVGeometry(StrictModel):
                     yield Slot(layer, head, each_kind)
 
     def __contains__(self, slot: object) -> bool:
-        return isinstance(slot, Slot) and slot.layer in self.codable_layers and 0 <= slot.head < self.kv_heads
+        if not isinstance(slot, Slot) or slot.layer in self.sliding_layers:
+            return False
+        return 0 <= slot.layer < self.layers and 0 <= slot.head < self.kv_heads

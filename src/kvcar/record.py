@@ -8,13 +8,13 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import reason_of, write_whole
 from .version import __version__
 
 # What measurements themselves write: the first record of a run must not make the tree of the next one look changed.
@@ -103,18 +103,9 @@ def write_json(path: Path, data: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file through a temporary neighbour; raises InputError where that cannot be done."""
-    staging = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.absolute().parent, prefix=".kvcar-", delete=False
-        ) as out:
-            staging = Path(out.name)
-            out.write(text)
-        staging.chmod(0o644)
-        staging.replace(path)
-    except OSError as error:
-        if staging is not None:
-            staging.unlink(missing_ok=True)
+        write_whole(path, [text.encode()])
+    except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot write {path}: {error.strerror}; choose a folder that exists and that you may write to"
+            f"cannot write {path}: {reason_of(error)}; choose a folder that exists and that you may write to"
         ) from None

@@ -66,7 +66,7 @@ def test_an_interrupted_write_leaves_the_old_file(llama, tmp_path, monkeypatch, 
 
     with kvcar.attach(model, bundle):
         cache = filled(model, bundle, token_ids(3))
-        monkeypatch.setattr(*(("os.fsync",) if call == "fsync" else ("pathlib.Path.replace",)), fail)
+        monkeypatch.setattr(f"os.{call}", fail)
         with pytest.raises((ContextError, KeyboardInterrupt)):
             save_context(cache, path)
     assert [each.name for each in tmp_path.iterdir()] == ["a.ctx"]

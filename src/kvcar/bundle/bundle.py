@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..codecs import CODECS, Codec, Quantizer, read_quantizer
+from ..codecs import CODECS, Codec, Quantizer, Stored, checked, read_quantizer
 from ..errors import BundleError, ModelMismatchError, PlanError
 from ..models.fingerprint import Fingerprint, fingerprint, mismatch
 from ..models.geometry import read_geometry
@@ -35,12 +36,13 @@ from .files import (
     check_target,
     local_folder,
     manifest_digest,
-    read_codecs,
-    read_manifest,
+    read_files,
     upload,
     write_folder,
 )
 from .origin import FitProvenance, ModelIdentity
+
+_FINGERPRINT = "fingerprint"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class CodedBlock:
     def from_tensors(cls, tensors: Mapping[str, Tensor], block: Block, head_dim: int) -> CodedBlock:
         """Rebuild and check; raises BundleError."""
         if block.lossless:
+            checked(tensors, {})
             return cls(None, None)
         prefix = "quantizer."
         own = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
@@ -173,6 +176,7 @@ class Bundle:
         write_folder(
             folder,
             files | {CARD_FILE: model_card(self.plan, self.model, self.fit, self.figures, self.codec_bytes).encode()},
+            overwrite,
         )
         return folder
 
@@ -207,7 +211,7 @@ class Bundle:
             )  # fmt: skip
 
     def _codecs_bytes(self) -> bytes:
-        tensors = {"fingerprint.values": self.fingerprint.values}
+        tensors = {f"{_FINGERPRINT}.values": self.fingerprint.values}
         for index, block in enumerate(self.blocks):
             tensors |= {f"blocks.{index}.{name}": t for name, t in block.tensors().items()}
         return save_safetensors({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
@@ -238,7 +242,7 @@ class Bundle:
         folder = local_folder(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        manifest = read_manifest(folder)
+        manifest, tensors = read_files(folder)
         plan = Plan.from_data(manifest.get("plan"))
         for block in plan.blocks:
             if block.codec not in CODECS:
@@ -252,17 +256,24 @@ class Bundle:
         except ValueError as error:
             problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise BundleError(f"{folder / PLAN_FILE} is damaged: {problem}; fit the bundle again") from None
-        tensors = read_codecs(folder, manifest.get("codecs_sha256"))
-        values = tensors.pop("fingerprint.values", None)
-        if values is None:
-            raise BundleError(f"{folder / CODECS_FILE} lacks the model's fingerprint; fit the bundle again")
+        of_block = _by_block(tensors, len(plan.blocks))
+        values = checked(of_block.pop(_FINGERPRINT), {"values": Stored("n")})["values"]
         blocks = tuple(
-            CodedBlock.from_tensors(_below(tensors, f"blocks.{i}."), block, plan.geometry.head_dim)
+            CodedBlock.from_tensors(of_block[f"blocks.{i}"], block, plan.geometry.head_dim)
             for i, block in enumerate(plan.blocks)
         )
         print_ = Fingerprint(values=values, dtype=model.dtype, digest=model.fingerprint)
         return cls(plan, blocks, print_, model, fit, figures)
 
 
-def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+def _by_block(tensors: Mapping[str, Tensor], blocks: int) -> dict[str, dict[str, Tensor]]:
+    """Tensors below the fingerprint's name and each block's; raises BundleError if one is below none of them."""
+    found: dict[str, dict[str, Tensor]] = {_FINGERPRINT: {}} | {f"blocks.{i}": {} for i in range(blocks)}
+    for name, tensor in tensors.items():
+        owner = re.match(r"(fingerprint|blocks\.\d+)\.", name)
+        if owner is None or owner[1] not in found:
+            raise BundleError(
+                f"{CODECS_FILE} has a tensor {name[:80]!r}, which no block of the plan has; fit the bundle again"
+            )
+        found[owner[1]][name[owner.end() :]] = tensor
+    return found

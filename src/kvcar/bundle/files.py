@@ -6,9 +6,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,22 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from ..errors import BundleError, PlanError
+from ..files import (
+    is_staging,
+    locked_folder,
+    read_regular,
+    reason_of,
+    remove_leftovers,
+    staged_file,
+    staging_folder,
+    sync_folder,
+)
 from ..plan import FORMAT_VERSION
 
 PLAN_FILE, CODECS_FILE, CARD_FILE = "plan.json", "codecs.safetensors", "README.md"
 FILES = (PLAN_FILE, CODECS_FILE, CARD_FILE)
+_INTERIM = re.compile(r"codecs-[0-9a-f]{32}\.safetensors")
+_ATTEMPTS, _MAX_PLAN_BYTES = 20, 64 << 20
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
@@ -31,52 +42,142 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 def check_target(folder: Path, overwrite: bool) -> None:
     """Make sure, before any work is done, that a bundle can be written to ``folder``; raises BundleError."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    folder = _real(folder)
+    if folder.exists() and not (folder.is_dir() and all(map(_is_ours, folder.iterdir()))):
         if not (folder / PLAN_FILE).is_file():
             raise BundleError(f"{folder} exists and is not a bundle; choose another folder")
-        if not overwrite:
-            raise BundleError(f"{folder} already holds a bundle; choose another folder or ask to overwrite it")
-        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
-        if foreign:
+        foreign = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES and not _is_ours(entry))
+        if overwrite and foreign:
             raise BundleError(
-                f"{folder} holds more than a bundle ({', '.join(foreign[:3])}), which overwriting would delete; choose another "
-                "folder, or move those files away"
+                f"{folder} holds more than a bundle ({', '.join(foreign[:3])}); choose another folder, or move those files away"
             )
-    parent = folder.absolute().parent
+        if not overwrite:
+            raise _already_there(folder)
+    place = folder if folder.exists() else folder.parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=parent, prefix=".kvcar-"):
+        place.mkdir(parents=True, exist_ok=True)
+        with staging_folder(place):
             pass
-    except OSError as error:
-        raise BundleError(f"cannot write to {parent}: {error.strerror}; choose a folder you may write to") from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot write to {place}: {reason_of(error)}; choose a folder you may write to") from None
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write to a temporary neighbour and rename, so that an interruption leaves no half bundle."""
-    parent = folder.absolute().parent
+def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool) -> None:
+    """Write a bundle's files, whole or not at all; a symbolic link is followed.
+
+    A new folder appears with all its files. In one that is there the codecs come first, under a name that holds their
+    SHA-256; renaming the manifest then makes the new bundle the one that is read, whatever becomes of the writer, and
+    the codecs get their usual name last. Writers wait for each other.
+    """
+    folder = _real(folder)
     try:
-        staging = Path(tempfile.mkdtemp(dir=parent, prefix=".kvcar-"))
-    except OSError as error:
-        raise BundleError(f"cannot write to {parent}: {error.strerror}; choose a folder you may write to") from None
-    try:
+        if not folder.is_dir() and _write_new(folder, files):
+            return
+        with locked_folder(folder):
+            if (folder / PLAN_FILE).exists() and not overwrite:
+                raise _already_there(folder)
+            _overwrite(folder, files)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"cannot write {folder}: {reason_of(error)}; nothing was changed") from None
+
+
+def _write_new(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Write a folder that is not there yet; False where another writer was faster."""
+    with staging_folder(folder.parent) as staging:
         for name, data in files.items():
-            (staging / name).write_bytes(data)
-        staging.chmod(0o755)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(dir=parent, prefix=".kvcar-"))
-            os.replace(folder, old)
-            try:
-                os.replace(staging, folder)
-            except BaseException:
-                os.replace(old, folder)
-                raise
-            shutil.rmtree(old)
+            with staged_file(staging, [data]) as staged:
+                os.replace(staged, staging / name)
+        sync_folder(staging)
+        try:
+            os.rename(staging, folder)
+        except OSError:
+            if folder.is_dir():
+                return False
+            raise
+        sync_folder(folder.parent)
+    return True
+
+
+def _overwrite(folder: Path, files: Mapping[str, bytes]) -> None:
+    _settle(folder)
+    interim = folder / _interim_name(hashlib.sha256(files[CODECS_FILE]).hexdigest())
+    with ExitStack() as stack:
+        staged = {name: stack.enter_context(staged_file(folder, [data])) for name, data in files.items()}
+        os.replace(staged.pop(CODECS_FILE), interim)
+        sync_folder(folder)
+        try:
+            os.replace(staged.pop(PLAN_FILE), folder / PLAN_FILE)
+        except BaseException:
+            interim.unlink()
+            raise
+        sync_folder(folder)
+        for name, path in staged.items():
+            os.replace(path, folder / name)
+    _settle(folder)
+
+
+def _settle(folder: Path) -> None:
+    """Give codecs that the manifest names their usual name, and remove those that it does not."""
+    remove_leftovers(folder)
+    for path in [entry for entry in folder.iterdir() if _INTERIM.fullmatch(entry.name)]:
+        if path.name == _interim_name(_named_sha256(folder)):
+            os.replace(path, folder / CODECS_FILE)
         else:
-            os.replace(staging, folder)
-    except OSError as error:
-        raise BundleError(f"cannot write {folder}: {error.strerror or error}; nothing was changed") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            path.unlink()
+    sync_folder(folder)
+
+
+def _named_sha256(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / PLAN_FILE).read_bytes())["codecs_sha256"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return ""  # there is no bundle yet, or a damaged one: its codecs have their usual name or none
+
+
+def _interim_name(sha256: str) -> str:
+    return f"codecs-{sha256[:32]}.safetensors"
+
+
+def _is_ours(entry: Path) -> bool:
+    """Whether a file is one that a killed writer left."""
+    return is_staging(entry.name) or _INTERIM.fullmatch(entry.name) is not None
+
+
+def _real(folder: Path) -> Path:
+    try:
+        return Path(os.path.realpath(folder))
+    except ValueError as error:
+        raise BundleError(f"{str(folder)!r} is no path: {error}") from None
+
+
+def _already_there(folder: Path) -> BundleError:
+    return BundleError(f"{folder} already holds a bundle; choose another folder or ask to overwrite it")
+
+
+def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the manifest and the codecs that were written with it, even while somebody overwrites them.
+
+    Raises:
+        BundleError: there is no bundle, or a file is missing, truncated or changed.
+        PlanError: it is of another version.
+    """
+    attempt, before = 0, None
+    while True:
+        manifest = read_manifest(folder)
+        sha256 = manifest.get("codecs_sha256")
+        try:
+            return manifest, read_codecs(folder / CODECS_FILE, sha256)
+        except _OtherCodecsError:
+            # The same manifest again, and nobody is overwriting it.
+            if attempt == _ATTEMPTS or (attempt and manifest == before):
+                raise
+        with suppress(_OtherCodecsError):
+            return manifest, read_codecs(folder / _interim_name(str(sha256)), sha256)
+        attempt, before = attempt + 1, manifest
+
+
+class _OtherCodecsError(BundleError):
+    """The file is missing, or not the one that the manifest names."""
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -90,18 +191,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise BundleError(f"there is no bundle at {folder}; 'kvcar fit' writes one")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_regular(path, _MAX_PLAN_BYTES))
+        found = manifest_digest(data) if isinstance(data, dict) else None
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {PLAN_FILE}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}; fit the bundle again") from None
+        reason = "arrays nested too deep" if isinstance(error, RecursionError) else reason_of(error)
+        raise BundleError(f"{path} cannot be read: {reason}; fit the bundle again") from None
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise PlanError(
-            f"{path} is of bundle format {version!r}, and this kvcar reads format {FORMAT_VERSION}; "
+            f"{path} is of bundle format {str(version)[:20]}, and this kvcar reads format {FORMAT_VERSION}; "
             + ("fit the bundle again" if version == 1 else "upgrade kvcar, or fit the bundle again")
         )
-    found = manifest_digest(data)
+    assert isinstance(data, dict)
     if found != data.get("sha256"):
         raise BundleError(
             f"{path} was changed: the SHA-256 of its contents is {found[:12]}..., it says {str(data.get('sha256'))[:12]}...; "
@@ -110,22 +213,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return data
 
 
-def read_codecs(folder: Path, expected_sha256: object) -> dict[str, Tensor]:
-    """Read ``codecs.safetensors``; raises BundleError unless it is the file that the manifest was written with."""
-    path = folder / CODECS_FILE
+def read_codecs(path: Path, expected_sha256: object) -> dict[str, Tensor]:
+    """Read a file of codecs; raises BundleError unless it is the file that the manifest was written with."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}; fit the bundle again") from None
+        data = read_regular(path)
+    except (OSError, ValueError) as error:
+        raise _OtherCodecsError(f"{path} cannot be read: {reason_of(error)}; fit the bundle again") from None
     found = hashlib.sha256(data).hexdigest()
     if found != expected_sha256:
-        raise BundleError(
+        raise _OtherCodecsError(
             f"{path} is truncated or was changed: its SHA-256 is {found[:12]}..., the plan expects "
             f"{str(expected_sha256)[:12]}...; copy the bundle again or fit it again"
         )
     try:
         return load_safetensors(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        # A dtype that torch lacks, for one, is none of safetensors' own errors.
         raise BundleError(f"{path} is not a readable safetensors file: {error}; fit the bundle again") from None
 
 

@@ -2,6 +2,7 @@
 
 from .autoencoder import AutoencoderCodec
 from .base import CODECS, Codec
+from .checks import Stored, checked
 from .identity import IdentityCodec
 from .linear import LinearCodec
 from .quantizer import DynamicQuantizer, Quantizer, StaticQuantizer, read_quantizer
@@ -16,6 +17,8 @@ __all__ = [
     "LinearCodec",
     "Quantizer",
     "StaticQuantizer",
+    "Stored",
     "TrainableCodec",
+    "checked",
     "read_quantizer",
 ]

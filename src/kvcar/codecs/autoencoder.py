@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import CODECS, Codec
-from .checks import take
+from .checks import Stored
 from .trainable import TrainableCodec
 
 LEAKY_SLOPE = 0.01
@@ -39,16 +39,15 @@ class FoldedHalf:
         return {f"{prefix}.{name}": getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
-    def take(cls, tensors: Mapping[str, Tensor], prefix: str, width_in: int, width_out: int) -> FoldedHalf:
-        """Read back and check; the hidden width is whatever the first map says."""
-        first = tensors.get(f"{prefix}.first")
-        hidden = first.shape[-1] if first is not None and first.ndim == 2 else 0
-        return cls(
-            first=take(tensors, f"{prefix}.first", width_in, hidden),
-            first_bias=take(tensors, f"{prefix}.first_bias", hidden),
-            second=take(tensors, f"{prefix}.second", hidden, width_out),
-            second_bias=take(tensors, f"{prefix}.second_bias", width_out),
-        )
+    def rebuilt(cls, tensors: Mapping[str, Tensor], prefix: str) -> FoldedHalf:
+        """Undo ``tensors``."""
+        return cls(**{name: tensors[f"{prefix}.{name}"] for name in cls.__dataclass_fields__})
+
+    @classmethod
+    def stored(cls, prefix: str, width_in: str, hidden: str, width_out: str) -> dict[str, Stored]:
+        """What ``tensors`` are, each size a letter; the hidden width is whatever the first map has."""
+        shapes = (width_in + hidden, hidden, hidden + width_out, width_out)
+        return {f"{prefix}.{name}": Stored(s) for name, s in zip(cls.__dataclass_fields__, shapes, strict=True)}
 
 
 @CODECS.register("autoencoder")
@@ -56,6 +55,7 @@ class AutoencoderCodec(Codec):
     """Inference form of the paper's autoencoder; ``AutoencoderModule`` is the form that trains."""
 
     name = "autoencoder"
+    stored = FoldedHalf.stored("encoder", "W", "h", "R") | FoldedHalf.stored("decoder", "R", "H", "W")
 
     def __init__(self, encoder: FoldedHalf, decoder: FoldedHalf) -> None:
         self._encoder, self._decoder = encoder, decoder
@@ -73,12 +73,9 @@ class AutoencoderCodec(Codec):
         return self._encoder.tensors("encoder") | self._decoder.tensors("decoder")
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int, latents: int) -> Self:
+    def rebuilt(cls, tensors: Mapping[str, Tensor]) -> Self:
         """See ``Codec``."""
-        return cls(
-            encoder=FoldedHalf.take(tensors, "encoder", width, latents),
-            decoder=FoldedHalf.take(tensors, "decoder", latents, width),
-        )
+        return cls(FoldedHalf.rebuilt(tensors, "encoder"), FoldedHalf.rebuilt(tensors, "decoder"))
 
     def trainable(self) -> TrainableCodec:
         """See ``Codec``; BatchNorm stays folded, so batches need not be large."""

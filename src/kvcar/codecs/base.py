@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..registry import Registry
+from .checks import Stored, checked
 
 if TYPE_CHECKING:
     from .trainable import TrainableCodec
@@ -21,6 +22,8 @@ class Codec(ABC):
     """Maps vectors ``[..., W]`` of a block (keys before RoPE) to latents ``[..., R]`` and back, in float32."""
 
     name: ClassVar[str]
+    stored: ClassVar[Mapping[str, Stored]]
+    """What a bundle stores; ``W`` in shapes is the width, ``R`` the latents."""
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -35,13 +38,18 @@ class Codec(ABC):
         """Everything that a bundle has to store, by name; ``from_tensors`` takes it back."""
 
     @classmethod
-    @abstractmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], width: int, latents: int) -> Self:
         """Rebuild from stored tensors.
 
         Raises:
-            BundleError: a tensor is missing or its shape does not fit ``width`` (W) and ``latents`` (R).
+            BundleError: they are not those of ``stored`` for ``width`` (W) and ``latents`` (R).
         """
+        return cls.rebuilt(checked(tensors, cls.stored, W=width, R=latents))
+
+    @classmethod
+    @abstractmethod
+    def rebuilt(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """Rebuild from tensors that are those of ``stored``."""
 
     def affine_decoder(self) -> tuple[Tensor, Tensor] | None:
         """Matrix ``[R, W]`` and bias ``[W]`` when decoding is affine; attention then sums values in latent space."""

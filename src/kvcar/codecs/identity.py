@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ..errors import BundleError
 from .base import CODECS, Codec
+from .checks import Stored
 
 
 @CODECS.register("identity")
@@ -17,6 +18,7 @@ class IdentityCodec(Codec):
     """Latent ``i`` is element ``order[i]`` of the block, so that latents can fall in bits as the format asks."""
 
     name = "identity"
+    stored: ClassVar[Mapping[str, Stored]] = {"order": Stored("W", torch.int32)}
 
     def __init__(self, order: Tensor) -> None:
         self._order = order
@@ -42,12 +44,15 @@ class IdentityCodec(Codec):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], width: int, latents: int) -> Self:
-        """See ``Codec``; a lossless block stores no tensor and keeps the order."""
-        if not tensors:
-            return cls(torch.arange(width))
-        order = tensors.get("order")
-        if latents != width or order is None or order.shape != (width,):
-            raise BundleError(f"an identity block of width {width} needs that many latents and an order, got {latents}")
-        if not torch.equal(order.long().sort().values.cpu(), torch.arange(width)):
-            raise BundleError(f"the order of an identity block must be a permutation of {width} elements")
-        return cls(order.long())
+        """See ``Codec``."""
+        if latents != width:
+            raise BundleError(f"an identity block of width {width} needs that many latents, got {latents}")
+        return super().from_tensors(tensors, width, latents)
+
+    @classmethod
+    def rebuilt(cls, tensors: Mapping[str, Tensor]) -> Self:
+        """See ``Codec``."""
+        order = tensors["order"].long()
+        if not torch.equal(order.sort().values.cpu(), torch.arange(len(order))):
+            raise BundleError(f"the order of an identity block must be a permutation of {len(order)} elements")
+        return cls(order)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from .base import CODECS, Codec
-from .checks import take
+from .checks import Stored
 from .trainable import TrainableCodec
 
 
@@ -25,6 +25,12 @@ class LinearCodec(Codec):
     """
 
     name = "linear"
+    stored: ClassVar[Mapping[str, Stored]] = {
+        "mean": Stored("W"),
+        "encoder": Stored("WR"),
+        "decoder": Stored("RW"),
+        "centre": Stored("W", optional=True),
+    }
 
     def __init__(self, mean: Tensor, encoder: Tensor, decoder: Tensor, centre: Tensor | None = None) -> None:
         self.mean, self.encoder, self.decoder = mean, encoder, decoder
@@ -53,14 +59,9 @@ class LinearCodec(Codec):
         return tensors if self.centre is self.mean else tensors | {"centre": self.centre}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], width: int, latents: int) -> Self:
+    def rebuilt(cls, tensors: Mapping[str, Tensor]) -> Self:
         """See ``Codec``."""
-        return cls(
-            mean=take(tensors, "mean", width),
-            encoder=take(tensors, "encoder", width, latents),
-            decoder=take(tensors, "decoder", latents, width),
-            centre=take(tensors, "centre", width) if "centre" in tensors else None,
-        )
+        return cls(**tensors)
 
     def trainable(self) -> TrainableCodec:
         """See ``Codec``."""

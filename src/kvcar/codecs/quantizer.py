@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import BundleError
 from ..plan import DYNAMIC_SCALE_LATENTS, RAW_BITS, BitGroup, Block
-from .checks import take
+from .checks import Stored, checked
 
 FLOAT16_MAX = 65504.0
 # The smallest normal float16, so that a step keeps its precision.
 _SMALLEST_STEP, _LARGEST_STEP = 2.0**-14, FLOAT16_MAX
+# Of a static step: what it divides must not overflow.
+_SMALLEST_SCALE = 2.0**-96
 
 
 def latent_bits(groups: Sequence[BitGroup]) -> Tensor:
@@ -63,6 +66,8 @@ class StaticQuantizer(Quantizer):
         zero: latent that code 0 stands for, float32 ``[R]``.
     """
 
+    stored: ClassVar[Mapping[str, Stored]] = {"scale": Stored("R"), "zero": Stored("R")}
+
     def __init__(self, groups: Sequence[BitGroup], scale: Tensor, zero: Tensor) -> None:
         self.groups = tuple(groups)
         self.scale, self.zero = scale, zero
@@ -101,9 +106,9 @@ class StaticQuantizer(Quantizer):
         Raises:
             BundleError: a tensor is missing, misshapen or not finite, or a scale is not positive.
         """
-        count = sum(group.count for group in groups)
-        scale, zero = take(tensors, "scale", count), take(tensors, "zero", count)
-        if not (scale > 0).all():
+        found = checked(tensors, cls.stored, R=sum(group.count for group in groups))
+        scale, zero = found["scale"], found["zero"]
+        if not (scale >= _SMALLEST_SCALE).all():
             raise BundleError("a quantiser's scale is not positive; the bundle is damaged, fit it again")
         raw = latent_bits(groups) == RAW_BITS
         if not ((scale[raw] == 1).all() and (zero[raw] == 0).all()):
@@ -146,5 +151,6 @@ class DynamicQuantizer(Quantizer):
 def read_quantizer(tensors: Mapping[str, Tensor], block: Block) -> Quantizer:
     """The quantiser of a block from a bundle's tensors; raises BundleError as ``from_tensors`` does."""
     if block.scales == "dynamic":
+        checked(tensors, {})
         return DynamicQuantizer(block.groups[0].bits)
     return StaticQuantizer.from_tensors(tensors, block.groups)

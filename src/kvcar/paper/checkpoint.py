@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..files import reason_of, write_whole
 
 _FILE = "training.safetensors"
 
@@ -63,11 +62,9 @@ def save_checkpoint(
     data = save({n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}, {"state": json.dumps(standing)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".kvcar-", delete=False) as out:
-            out.write(data)
-        os.replace(out.name, folder / _FILE)
-    except OSError as error:
-        raise InputError(f"cannot write a checkpoint to {folder}: {error.strerror}; choose another folder") from None
+        write_whole(folder / _FILE, [data])
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write a checkpoint to {folder}: {reason_of(error)}; choose another folder") from None
 
 
 def load_checkpoint(folder: Path, run: dict[str, Any], units: nn.Module) -> tuple[TrainState, dict[str, Tensor] | None]:
