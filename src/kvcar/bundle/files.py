@@ -192,7 +192,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(f"there is no bundle at {folder}; 'kvcar fit' writes one")
     try:
         data = json.loads(read_regular(path, _MAX_PLAN_BYTES))
-        found = manifest_digest(data) if isinstance(data, dict) else None
+        found = manifest_digest(data) if isinstance(data, dict) else ""
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {PLAN_FILE}") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -204,7 +204,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} is of bundle format {str(version)[:20]}, and this kvcar reads format {FORMAT_VERSION}; "
             + ("fit the bundle again" if version == 1 else "upgrade kvcar, or fit the bundle again")
         )
-    assert isinstance(data, dict)
     if found != data.get("sha256"):
         raise BundleError(
             f"{path} was changed: the SHA-256 of its contents is {found[:12]}..., it says {str(data.get('sha256'))[:12]}...; "
