@@ -227,3 +227,132 @@ def test_a_chunk_of_no_tokens_is_refused(chunk):
     model = tiny_model("llama")
     with pytest.raises(InputError, match="prefill_chunk"):
         kvcar.attach(model, kvcar.lossless(model), prefill_chunk=chunk)
+
+
+def test_a_padded_cache_wants_its_mask_in_later_passes_too():
+    model = tiny_model("llama")
+    bundle, ids = fitted(model, times_smaller=3), token_ids(101, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    with kvcar.attach(model, bundle) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        given = {"attention_mask": mask[:, :100], "position_ids": positions[:, :100]}
+        model(ids[:, :100], past_key_values=cache, **given)
+        with pytest.raises(InputError, match="give the mask over all 101 tokens"):
+            model(ids[:, 100:], position_ids=positions[:, 100:], past_key_values=cache)
+        assert cache.tokens == 100
+
+
+def test_negative_positions_of_text_are_refused_and_of_padding_taken():
+    model = tiny_model("llama")
+    bundle, ids = fitted(model, times_smaller=3), token_ids(70)
+    with kvcar.attach(model, bundle) as attached, torch.no_grad():
+        with pytest.raises(CacheStateError, match="negative"):
+            model(ids, position_ids=torch.arange(70)[None] - 5, past_key_values=attached.new_cache())
+        mask = torch.ones_like(ids)
+        mask[0, :5] = 0
+        given = {"attention_mask": mask, "position_ids": torch.arange(70)[None] - 5}
+        model(ids, past_key_values=attached.new_cache(), **given)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+def test_positions_that_begin_late_are_right_also_in_a_loaded_cache(kernels, monkeypatch, tmp_path):
+    monkeypatch.setenv("KVCAR_KERNELS", kernels)
+    model = tiny_model("llama")
+    bundle, ids = fitted(model, codec="identity", bits=8, window=0), token_ids(151)
+    positions = torch.arange(151)[None] + 300
+    with torch.no_grad(), kvcar.attach(model, bundle) as attached:
+        cache = attached.new_cache()
+        model(ids[:, :150], position_ids=positions[:, :150], past_key_values=cache)
+        cache.save(tmp_path / "late")
+        expected = model(ids[:, 150:], position_ids=positions[:, 150:], past_key_values=cache).logits
+    fresh = tiny_model("llama")  # has made no tables of angles yet
+    with torch.no_grad(), kvcar.attach(fresh, bundle):
+        loaded = KVCarCache.load(tmp_path / "late", fresh)
+        got = fresh(ids[:, 150:], position_ids=positions[:, 150:], past_key_values=loaded).logits
+    torch.testing.assert_close(got, expected)
+
+
+def test_cropping_beyond_a_sliding_window_is_refused_before_anything_changes():
+    model = tiny_model("gemma3")
+    bundle, ids = fitted(model, bits=6), token_ids(151)
+    with kvcar.attach(model, bundle) as attached, torch.no_grad():
+        cache, twin = attached.new_cache(), attached.new_cache()
+        for each in (cache, twin):
+            model(ids[:, :150], past_key_values=each)
+        with pytest.raises(CacheStateError, match="sliding window have forgotten"):
+            cache.crop(-10)
+        got, expected = (model(ids[:, 150:], past_key_values=each).logits for each in (cache, twin))
+        assert torch.equal(got, expected)
+
+
+def test_leaving_a_model_early_is_refused_with_all_its_layers_there():
+    model = tiny_model("llama")
+    with kvcar.attach(model, fitted(model, times_smaller=3)):
+        with pytest.raises(UnsupportedModelError, match="assistant_early_exit"):
+            model.generate(token_ids(40), max_new_tokens=4, assistant_early_exit=2)
+        assert model.config.num_hidden_layers == 4
+        assert model.generate(token_ids(40), max_new_tokens=4).shape == (1, 44)
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, pickle.dumps], ids=["copied", "pickled"])
+def test_an_attached_model_is_neither_copied_nor_pickled_and_saved_as_ever(made, tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "before")
+    with kvcar.attach(model, kvcar.lossless(model)):
+        with pytest.raises(AttachError, match="detach it first"):
+            made(model)
+        model.save_pretrained(tmp_path / "attached")
+        assert (tmp_path / "before" / "config.json").read_text() == (tmp_path / "attached" / "config.json").read_text()
+    made(model)
+
+
+def test_detaching_while_another_thread_runs_is_refused():
+    model = tiny_model("llama")
+    attached = kvcar.attach(model, kvcar.lossless(model))
+    inside, detached, outcome = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        inside.set()
+        detached.wait(10)
+
+    def run():
+        with torch.no_grad():
+            outcome.append(model(token_ids(50), past_key_values=attached.new_cache()).logits)
+
+    expected = model(token_ids(50)).logits
+    handle = model.model.layers[2].register_forward_pre_hook(wait)
+    thread = threading.Thread(target=run)
+    thread.start()
+    assert inside.wait(10)
+    with pytest.raises(AttachError, match="another thread is in a pass"):
+        kvcar.detach(model)
+    detached.set()
+    thread.join()
+    handle.remove()
+    torch.testing.assert_close(outcome[0], expected)
+    kvcar.detach(model)
+
+
+def test_a_thread_whose_pass_failed_does_not_keep_a_model_attached():
+    model = tiny_model("llama")
+    attached = kvcar.attach(model, kvcar.lossless(model))
+    handle = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    failed, done = [], threading.Event()
+
+    def run():
+        try:
+            model(token_ids(50), past_key_values=attached.new_cache())
+        except ZeroDivisionError as error:
+            failed.append(error)
+        done.wait(10)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    while not failed:
+        thread.join(0.01)
+    handle.remove()
+    kvcar.detach(model)
+    done.set()
+    thread.join()

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self, SupportsIndex
 from weakref import WeakKeyDictionary
 
 import torch
@@ -76,7 +76,7 @@ class Attachment:
         self._rotations = learn_rotations(model, bundle.plan.geometry)
         self._handles = [
             self._parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            self._parts.decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
+            self._parts.decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
         ]
         for module in self._parts.attention:
             set_current(module, self._current)
@@ -98,8 +98,13 @@ class Attachment:
         return KVCarCache(self.bundle, window=self._window)
 
     def detach(self) -> None:
-        """Restore the model; caches made meanwhile can no longer be used with it. Doing it twice is harmless."""
+        """Restore the model; caches made meanwhile can no longer be used with it. Doing it twice is harmless.
+
+        Raises:
+            AttachError: another thread is in a pass of the model.
+        """
         if attachment_of(self.model) is self:
+            self._current.close()
             self._restore()
             del _attached[self.model]
 
@@ -112,6 +117,10 @@ class Attachment:
         self._set_attention(self._base)
         self.model.generation_config.cache_implementation = self._own_implementation
         self.model.__dict__.pop(_PREPARE, None)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse copies and pickles of an attached model."""
+        return self._current.__reduce_ex__(protocol)
 
     def __enter__(self) -> Self:
         return self
@@ -207,9 +216,10 @@ class Attachment:
 
     @uncompiled
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        del module, args, kwargs, output
+        del module, args, kwargs
         cache, self._current.cache = self._current.cache, None
-        if cache is not None:
+        # Of a pass that failed there is no output.
+        if cache is not None and output is not None:
             cache.end_pass()
 
     def _set_attention(self, implementation: str) -> None:
@@ -307,6 +317,11 @@ def _prepare_cache(
     if model_kwargs.get(CACHE_NAME) is None and not wants_own:
         model_kwargs[CACHE_NAME] = attachment.new_cache()
     cache = model_kwargs.get(CACHE_NAME)
+    if isinstance(cache, KVCarCache) and generation_config.assistant_early_exit is not None:
+        raise UnsupportedModelError(
+            "a compressed cache needs all layers of the model in every pass; leave assistant_early_exit off, or use a smaller "
+            "model as the assistant"
+        )
     # transformers cuts token ids into chunks, not embeddings.
     if (
         isinstance(cache, KVCarCache)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, SupportsIndex, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import UnsupportedModelError
+from ..errors import AttachError, UnsupportedModelError
 from .cache import KVCarCache
 
 STAND_IN_PREFIX = "kvcar_"
@@ -54,6 +54,7 @@ class Current:
 
     def __init__(self) -> None:
         self._by_thread = threading.local()
+        self._lock, self._in_a_pass, self._closed = threading.Lock(), set[int](), False
         self.handle = next(_handles)
         _alive[self.handle] = self
 
@@ -64,7 +65,32 @@ class Current:
 
     @cache.setter
     def cache(self, cache: KVCarCache | None) -> None:
+        with self._lock:
+            if cache is None:
+                self._in_a_pass.discard(threading.get_ident())
+            elif self._closed:
+                raise AttachError("another thread detached the model as this pass began; attach it again")
+            else:
+                self._in_a_pass.add(threading.get_ident())
         self._by_thread.cache = cache
+
+    def close(self) -> None:
+        """Let no pass begin any more; raises AttachError where another thread is in one, which would lose its past."""
+        with self._lock:
+            alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+            if alive & self._in_a_pass:
+                raise AttachError(
+                    "another thread is in a pass of this model; let it finish before the model is detached, and use "
+                    "kvcar.detach(model) then"
+                )
+            self._closed = True
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse copies and pickles of an attached model, which come by here."""
+        raise AttachError(
+            "an attached model can neither be copied nor pickled, as its hooks belong to it alone; detach it first "
+            "(model.save_pretrained and state_dict work as ever)"
+        )
 
 
 def set_current(module: nn.Module, current: Current | None) -> None:

@@ -9,12 +9,12 @@ from typing import Any, NoReturn, SupportsIndex
 
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..bundle import Bundle
 from ..errors import CacheStateError, InputError
 from ..registry import Registry
-from .encode import refuse_non_finite, stored_plainly
+from .encode import stored_plainly, without_lost
 from .passes import PassCache
 
 CONTEXT_STORE: Registry[Callable[..., Any]] = Registry("way to store contexts (import kvcar.context.stored)")
@@ -102,7 +102,8 @@ class KVCarCache(PassCache):
         """Remove the most recent ``-tokens_to_remove`` tokens (a negative number, as transformers has it).
 
         Raises:
-            CacheStateError: more tokens than there are, or removing would reach into the sinks.
+            CacheStateError: more tokens than there are, removing would reach into the sinks, or sliding layers have
+                forgotten what came before.
         """
         self._refuse_if_broken()
         self._drop_unfinished_pass()
@@ -115,8 +116,7 @@ class KVCarCache(PassCache):
         paged = min(kept, self._pages.tokens) if self._pages else 0
         if kept < 0 or (paged and paged < self._state.padding_most + self.plan.sinks):
             raise CacheStateError(f"cannot remove {removed} of {self._seen} tokens; reset the cache instead")
-        for layer in self._plain_layers():
-            layer.crop(tokens_to_remove)
+        self._crop_plain(tokens_to_remove)
         for layer in self._coded.values():
             layer.paged = paged
             layer.crop_window(kept - paged)
@@ -125,22 +125,22 @@ class KVCarCache(PassCache):
         if self._decoded is not None:
             self._decoded.crop(paged)
         self._views.forget()
-        self._seen = kept
+        self._state, self._seen = self._state.cropped(paged), kept
 
     def flush_window(self) -> None:
         """Put the tokens of the window through the codec too; later ones fill a window again.
 
         Raises:
-            CacheStateError: keys or values are NaN or infinite, or no model has run over the cache yet.
+            CacheStateError: keys or values of all sequences are NaN or infinite, or no model has run over the cache yet.
         """
         self._refuse_if_broken()
         self._drop_unfinished_pass()
         in_window = self._seen - self._pages.tokens if self._pages is not None else 0
         if not self._coded or in_window == 0:
             return
-        refuse_non_finite(self._coded, in_window)
         self._refuse_unattached()
         assert self._state is not None
+        self._state = without_lost(self._coded, in_window, self._state, self.paged_tokens)
         self._broken = True  # unless all of it succeeds
         with stored_plainly(self._state.padding.device):
             self._code_oldest(in_window)
@@ -182,11 +182,6 @@ class KVCarCache(PassCache):
         return self._seen
 
     @property
-    def paged_tokens(self) -> int:
-        """Those of them that lie in pages."""
-        return 0 if self._pages is None else self._pages.tokens
-
-    @property
     def pages(self) -> int:
         """Pages that hold tokens, of each sequence, a partly filled one counted."""
         return -(-self.paged_tokens // self.plan.page_tokens)
@@ -217,6 +212,18 @@ class KVCarCache(PassCache):
                 "this cache was loaded and its model has not run over it yet, so the window cannot be coded; run the "
                 "model over some token first, or save with keep_window=True"
             )
+
+    def _crop_plain(self, tokens_to_remove: int) -> None:
+        """Sliding layers first, which refuse before anything has changed."""
+        layers = sorted(self._plain_layers(), key=lambda layer: not isinstance(layer, DynamicSlidingWindowLayer))
+        for layer in layers:
+            try:
+                layer.crop(tokens_to_remove)
+            except (RuntimeError, ValueError) as error:
+                raise CacheStateError(
+                    f"cannot remove {-tokens_to_remove} of {self._seen} tokens, as layers of a sliding window have forgotten "
+                    "what came before it; reset the cache, or call cache.activate_past_recording() before what is to be removed"
+                ) from error
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._refuse_if_broken()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -15,6 +16,8 @@ from .coder import PageCoder
 from .layer import CodedLayer
 from .pages import PageStore
 from .sequence import SequenceState
+
+_log = logging.getLogger("kvcar")
 
 ENCODED_PAGES_AT_ONCE = 4
 
@@ -50,19 +53,46 @@ def stored_plainly(device: torch.device) -> Iterator[None]:
         yield
 
 
-def refuse_non_finite(layers: Mapping[int, CodedLayer], leave: int) -> None:
+def without_lost(layers: Mapping[int, CodedLayer], leave: int, state: SequenceState, paged: int) -> SequenceState:
     """Look for NaN and infinity, which codes cannot hold, in the tokens that are about to leave.
 
+    A sequence that has some is lost, as it is in a model's own cache, and does not keep the others of its batch from
+    going on.
+
+    Args:
+        layers: that hold the tokens.
+        leave: how many of them leave, the oldest.
+        state: of the pass under way.
+        paged: tokens in the pages.
+
+    Returns:
+        The state with what is lost.
+
     Raises:
-        CacheStateError: there are some; nothing has been stored then.
+        CacheStateError: all sequences are lost; nothing has been stored then.
     """
+    bad, where = torch.zeros(len(state.padding), leave, dtype=torch.bool, device=state.padding.device), ""
     for layer, coded in layers.items():
         for kind, side in zip(KINDS, coded.oldest(0, leave), strict=True):
-            if not torch.isfinite(side).all():
-                raise CacheStateError(
-                    f"the {kind}s of layer {layer} hold NaN or infinity, so they cannot be stored as codes; check "
-                    "the model's weights and dtype"
-                )
+            finite = torch.isfinite(side)
+            if not finite.all():
+                bad |= ~finite.all(-1).all(1)
+                where = where or f"the {kind}s of layer {layer}"
+    if not where:
+        return state
+    after = state.losing(bad, paged)
+    assert after.lost is not None
+    if after.lost.all():
+        raise CacheStateError(
+            f"{where} hold NaN or infinity, so they cannot be stored as codes; check the model's weights and dtype"
+        )
+    fresh = after.lost if state.lost is None else after.lost & ~state.lost
+    if fresh.any():
+        _log.warning(
+            "%s hold NaN or infinity in sequences %s of a batch of %d; their outputs are NaN from here on, the others go on",
+            where, fresh.nonzero().flatten().tolist(), len(bad),
+        )  # fmt: skip
+    return after
 
 
 def _fetcher(
@@ -86,6 +116,8 @@ def _fetcher(
         if key not in memo:
             side = layers[slot.layer].oldest(first, count)[KINDS.index(slot.kind)]
             rotary = rotary_of(slot.layer)
+            if state.lost_from is not None:
+                side = torch.nan_to_num(side, nan=0.0, posinf=0.0, neginf=0.0)
             if slot.kind == "key" and before_rope and rotary is not None:
                 side = rotary.unrotate(side, positions)
             memo[key] = side

@@ -16,7 +16,7 @@ from ..kernels.backend import Backend, backend_for
 from ..sizes import coded_tokens
 from .coder import Host
 from .decoded import DecodedPast
-from .encode import encode_oldest, refuse_non_finite, stored_plainly
+from .encode import encode_oldest, stored_plainly, without_lost
 from .layer import CodedLayer
 from .pages import PageStore, PageViews
 from .sequence import SequenceState, exact_mask, sink_places
@@ -76,17 +76,17 @@ class PassCache(Cache):
         """Store the tokens of the pass; full pages leave the window for all layers at once.
 
         Raises:
-            CacheStateError: a layer stored nothing, or keys or values are NaN or infinite; the cache is then as it was before
-                the pass.
+            CacheStateError: a layer stored nothing, or keys or values of all sequences are NaN or infinite; the cache is then
+                as it was before the pass.
         """
         if self._next_state is None:
             return
         with stored_plainly(self._next_state.padding.device):
             self._refuse_silent_layers()
             leave = self._leaving(self._seen + self._pass_tokens)
-            refuse_non_finite(self._coded, leave)
+            state = without_lost(self._coded, leave, self._next_state, self.paged_tokens)
             self._broken = True
-            self._state, self._next_state = self._next_state, None
+            self._state, self._next_state = state, None
             if self._coded:
                 self._code_oldest(leave)
         self._seen += self._pass_tokens
@@ -99,12 +99,20 @@ class PassCache(Cache):
         """Whether attention of ``layer`` must come through ``past``."""
         return layer in self._coded
 
+    @property
+    def paged_tokens(self) -> int:
+        """Tokens of each sequence that lie in pages."""
+        return 0 if self._pages is None else self._pages.tokens
+
     def attend(self, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """Attention of a coded layer over the past and the tokens of the pass under way; ``[B, T, Hq, D]``."""
         exact, paged = self.past(layer)
         # Pages are decoded in float32, whatever the model computes its products in.
         with torch.autocast(query.device.type, enabled=False):
-            return attend(query, exact, paged, scaling, softcap, self.backend).transpose(1, 2).contiguous()
+            output = attend(query, exact, paged, scaling, softcap, self.backend).transpose(1, 2).contiguous()
+        assert self._next_state is not None
+        lost = self._next_state.lost
+        return output if lost is None else output.masked_fill(lost[:, None, None, None], torch.nan)
 
     def past(self, layer: int) -> tuple[ExactPast, PagedPast | None]:
         """Give what queries of a coded layer attend to in the pass under way."""

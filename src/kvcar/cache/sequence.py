@@ -3,34 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from ..errors import CacheStateError, InputError
 
+_NEVER = torch.iinfo(torch.int64).max
+
 
 class SequenceState:
-    """Left padding and position offset of every sequence of a batch.
+    """Left padding and position offset of every sequence of a batch, and which of them are lost to NaN.
 
-    Token ``i`` of sequence ``b`` is padding if ``i < padding[b]``, and stands at position ``i - offset[b]``.
+    Token ``i`` of sequence ``b`` is padding if ``i < padding[b]``, and stands at position ``i - offset[b]``. Where any
+    sequence is lost, pages hold no values of it from token ``lost_from[b]`` on, and attention over it gives NaN.
     """
 
     def __init__(self, batch: int, device: torch.device) -> None:
         self.padding = torch.zeros(batch, dtype=torch.int64, device=device)
         self.offset = torch.zeros(batch, dtype=torch.int64, device=device)
         self.padding_most = 0
+        self.lost_from: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables."""
-        return self.padding.nbytes + self.offset.nbytes
+        return self.padding.nbytes + self.offset.nbytes + (0 if self.lost_from is None else self.lost_from.nbytes)
+
+    @property
+    def lost(self) -> Tensor | None:
+        """Which sequences are lost, bool ``[B]``; None for none."""
+        return None if self.lost_from is None else self.lost_from < _NEVER
+
+    def losing(self, bad: Tensor, start: int) -> SequenceState:
+        """The state after tokens ``bad``, bool ``[B, N]``, of those from ``start`` on could not be stored."""
+        state, first = copy(self), torch.where(bad.any(-1), start + bad.int().argmax(-1), _NEVER)
+        state.lost_from = first if self.lost_from is None else torch.minimum(self.lost_from, first)
+        return state
+
+    def cropped(self, tokens: int) -> SequenceState:
+        """The state where only the first ``tokens`` tokens are left in the pages: what was lost after them is gone."""
+        if self.lost_from is None:
+            return self
+        state = copy(self)
+        state.lost_from = _any_lost(self.lost_from.masked_fill(self.lost_from >= tokens, _NEVER))
+        return state
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> SequenceState:
         """The state of other sequences: ``change`` of every table, which works on the batch axis (0)."""
         state = SequenceState(0, self.padding.device)
         state.padding, state.offset = change(self.padding), change(self.offset)
         state.padding_most = int(state.padding.max())
+        state.lost_from = None if self.lost_from is None else _any_lost(change(self.lost_from))
         return state
 
     def advance(self, seen: int, count: int, mask: Tensor | None, positions: Tensor | None) -> SequenceState:
@@ -43,12 +68,17 @@ class SequenceState:
             positions: ``[B or 1, count]`` or None for the default, which counts all tokens.
 
         Raises:
-            InputError: the mask is not left padding, or disagrees with an earlier one.
-            CacheStateError: positions have gaps.
+            InputError: the mask is not left padding, disagrees with an earlier one, or is missing after one that padded.
+            CacheStateError: positions have gaps, or are negative.
         """
         if self._goes_on(seen, count, mask, positions):
             return self
-        after = SequenceState(len(self.padding), self.padding.device)
+        if mask is None and seen and self.padding_most:
+            raise InputError(
+                "an earlier pass had padding, and this one has no attention mask, without which a model takes padding for "
+                f"text; give the mask over all {seen + count} tokens"
+            )
+        after = copy(self)
         after.padding = self.padding if mask is None else _kept(self.padding, self._read_mask(seen, count, mask))
         after.padding_most = self.padding_most if after.padding is self.padding else int(after.padding.max())
         after.offset = _kept(self.offset, self._read_positions(seen, count, positions, after.padding))
@@ -100,10 +130,18 @@ class SequenceState:
             raise CacheStateError(
                 "position_ids must rise by one from token to token; kvcar cannot rotate such keys back"
             )
+        if (real & (index < offset[:, None])).any():
+            raise CacheStateError(
+                "position_ids of tokens that are no padding are negative; kvcar cannot rotate such keys back"
+            )
         known = (padding < seen) & (offset != self.offset)
         if known.any():
             raise CacheStateError("position_ids go on elsewhere than the cached tokens stopped; reset the cache first")
         return offset
+
+
+def _any_lost(lost_from: Tensor) -> Tensor | None:
+    return lost_from if bool((lost_from < _NEVER).any()) else None
 
 
 def _kept(old: Tensor, new: Tensor) -> Tensor:

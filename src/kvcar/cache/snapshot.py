@@ -48,8 +48,14 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
     cache._drop_unfinished_pass()
     if cache._state is None or cache._pages is None or cache._seen == 0:
         raise CacheStateError("the cache holds no tokens yet, so there is nothing to save; run the model over some")
-    plain = {index: _plain_kept(layer) for index, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer)}
     source = cache if keep_window else _flushed(cache)
+    lost = None if source._state is None else source._state.lost
+    if lost is not None:
+        raise CacheStateError(
+            f"sequences {lost.nonzero().flatten().tolist()} of the cache hold NaN or infinity; keep the others alone with "
+            "cache.batch_select_indices and save those"
+        )
+    plain = {index: _plain_kept(layer) for index, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer)}
     assert source._pages is not None
     return CacheContents(
         tokens=cache._seen,

@@ -86,7 +86,7 @@ class _Job(ctypes.Structure):
 
     _fields_ = [
         *((name, _I32) for name in ("batch", "heads", "rows", "head_dim", "page_tokens", "pairs", "splits", "threads")),
-        ("tokens", _I64), ("first", _POINTER), ("offset", _POINTER),
+        ("tokens", _I64), ("positions", _I64), ("first", _POINTER), ("offset", _POINTER),
         ("fine_cos", _POINTER), ("fine_sin", _POINTER), ("coarse_cos", _POINTER), ("coarse_sin", _POINTER),
         ("scaling", _F32), ("softcap", _F32), ("key_readers", _I32), ("value_readers", _I32), ("arenas", _I32),
         ("keys", _POINTER), ("values", _POINTER), ("arena", _POINTER), ("maximum", _POINTER), ("mass", _POINTER),
@@ -204,7 +204,8 @@ class NativeJob:
         job.arenas, job.arena = len(arenas), ctypes.addressof(arenas)
         if paged.rotary is None:
             return first, offset, arenas
-        fine, coarse = paged.rotary.tables(paged.tokens)
+        fine, coarse = paged.rotary.tables(paged.positions)
+        job.positions = len(fine[0]) * len(coarse[0])
         job.fine_cos, job.fine_sin = fine[0].data_ptr(), fine[1].data_ptr()
         job.coarse_cos, job.coarse_sin = coarse[0].data_ptr(), coarse[1].data_ptr()
         return first, offset, arenas, fine, coarse

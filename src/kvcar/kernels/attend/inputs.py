@@ -155,6 +155,11 @@ class PagedPast:
         return self.key_readers[0].segment.page_tokens
 
     @cached_property
+    def positions(self) -> int:
+        """Positions that tables of angles must reach; more than tokens where the first one stands beyond 0."""
+        return self.tokens + max(0, -int(self.offset.min()))
+
+    @cached_property
     def kept(self) -> dict[str, object]:
         """What kernels made of it and need again, by names of their own; a step's past is often the last one's."""
         return {}

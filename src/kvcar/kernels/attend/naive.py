@@ -39,8 +39,9 @@ def attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
-    # A padded query sees nothing; its output is never used, but must not be NaN.
-    return (torch.nan_to_num(weights) @ values).to(query.dtype)
+    # A padded query sees nothing; its output is never used, but must not be NaN as that of one that sees NaN is.
+    weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return (weights @ values).to(query.dtype)
 
 
 def _decode_all(paged: PagedPast) -> tuple[Tensor, Tensor, Tensor]:

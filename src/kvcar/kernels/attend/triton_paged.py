@@ -94,7 +94,7 @@ class Scorer:
         batch, heads, rows, head_dim = call.q.shape
         half = call.half and bank.fits_float16
         decoder = key_decoder(bank, rotary, head_dim, torch.float16 if half else torch.float32)
-        fine, coarse = angle_tables(rotary, call.paged.tokens)
+        fine, coarse = angle_tables(rotary, call.paged.positions)
         block, block_rows = tile_tokens(call, keys=True), rows * decoder.heads_together
         planes, by_words = bank.planes(block, call.page_tokens)
         block_q = query_block(block_rows)

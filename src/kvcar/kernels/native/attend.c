@@ -62,7 +62,7 @@ typedef struct {
 
 typedef struct {
     int32_t batch, heads, rows, head_dim, page_tokens, pairs, splits, threads;
-    int64_t tokens;
+    int64_t tokens, positions; /* in pages; that the tables of angles reach */
     const int64_t *first, *offset; /* [batch]: first token attended; position of token 0 is -offset */
     const float *fine_cos, *fine_sin, *coarse_cos, *coarse_sin; /* [TILE or more][pairs] each */
     float scaling, softcap;                                     /* on scores; 0 for no cap */
@@ -110,7 +110,9 @@ static void turn_queries(const Job *job, const float *query, int64_t position, f
     const float scaling = job->scaling;
     /* A tile that begins with padding may start before position 0. */
     const float sign = position < 0 ? -1.0f : 1.0f;
-    position = position < 0 ? -position : position;
+    /* Whoever calls makes tables that reach; offsets that lie must not read beyond them. */
+    const int64_t last = job->positions - 1;
+    position = position > last || position < -last ? last : position < 0 ? -position : position;
     const float *ca = job->coarse_cos + position / TILE * pairs, *sa = job->coarse_sin + position / TILE * pairs;
     const float *cb = job->fine_cos + position % TILE * pairs, *sb = job->fine_sin + position % TILE * pairs;
     for (int row = 0; row < rows; row++) {
@@ -494,7 +496,8 @@ static int finish(const Job *job, int b)
                 const float total = mass[at] * paged + exact_mass[at] * exact;
                 float *o = job->out + ((long)b * all + at) * dim;
                 for (int d = 0; d < dim; d++)
-                    o[d] = total > 0 ? (decoded[(long)row * width + d] * paged + o[d] * exact) / total : 0;
+                    /* NaN stays NaN. */
+                    o[d] = total == 0 ? 0 : (decoded[(long)row * width + d] * paged + o[d] * exact) / total;
             }
         }
     }

@@ -9,10 +9,10 @@
 
 #define NOTHING (-1e30f) /* maximum of a row that has seen no token */
 
-/* exp(x) for x <= 0, to a few units in the last place. */
-static inline float exp_of(float x)
+/* exp(x) for x <= 0, to a few units in the last place; NaN for NaN. */
+static inline float exp_of(const float given)
 {
-    x = x < -87.0f ? -87.0f : x;
+    const float x = given > -87.0f ? given : -87.0f; /* a number in any case, as no integer stands for NaN */
     const float n = __builtin_floorf(x * 1.44269504f + 0.5f);
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -23,7 +23,7 @@ static inline float exp_of(float x)
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     union { int32_t i; float f; } scale = { .i = ((int32_t)n + 127) << 23 };
-    return p * scale.f;
+    return given == given ? p * scale.f : given;
 }
 
 static inline void start_rows(int rows, float *maximum, float *mass)
