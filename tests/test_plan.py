@@ -123,3 +123,28 @@ def test_wrong_plans_are_refused_and_say_why(change, message):
 def test_what_is_no_plan_at_all(text):
     with pytest.raises(PlanError):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format_version": ' + "9" * 5000 + "}", '{"a": ' * 900 + "1" + "}" * 900]
+)
+def test_texts_that_are_hard_to_read(text):
+    with pytest.raises(PlanError):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize("odd", ["9" * 5000, ["x"] * 5000])
+def test_messages_stay_short_whatever_a_stranger_wrote(odd):
+    data = plan().model_dump(mode="json")
+    for change in (
+        lambda d: d["blocks"][0]["slots"].__setitem__(0, [0, odd, "key"]),
+        lambda d: d.update(exact_dtype=odd),
+        lambda d: d.update(cache=odd),
+        lambda d: d.update(format_version=odd),
+        lambda d: d.update({str(odd): 1}),
+    ):
+        changed = json.loads(json.dumps(data))
+        change(changed)
+        with pytest.raises(PlanError) as caught:
+            Plan.from_data(changed)
+        assert len(str(caught.value)) < 1000

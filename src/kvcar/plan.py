@@ -20,6 +20,8 @@ FORMAT_VERSION = 2
 RAW_BITS = 16
 PACKED_BITS = tuple(range(1, 9))
 
+_LONGEST_PROBLEM = 300  # a message quotes what a stranger wrote
+
 DYNAMIC_SCALE_LATENTS = 2
 MAX_PAGE_TOKENS = 1024
 MAX_SINKS = 64
@@ -254,7 +256,7 @@ class Plan(StrictModel):
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanError(f"the plan is not valid JSON: {error}") from None
         return cls.from_data(data)
 
@@ -266,7 +268,7 @@ class Plan(StrictModel):
         version = data.get("format_version")
         if version != FORMAT_VERSION:
             raise PlanError(
-                f"plan format version {version!r} is not known to this kvcar, which reads version {FORMAT_VERSION}; "
+                f"plan format version {str(version)[:20]} is not known to this kvcar, which reads version {FORMAT_VERSION}; "
                 "upgrade kvcar or fit the bundle again"
             )
         try:
@@ -277,8 +279,8 @@ class Plan(StrictModel):
 
 def _first_problem(error: ValidationError) -> str:
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"]) or "plan"
-    return f"the plan does not fit its schema at {place}: {first['msg']} (of {error.error_count()} problems)"
+    place = ".".join(str(part) for part in first["loc"])[:80] or "plan"
+    return f"the plan does not fit its schema at {place}: {first['msg'][:_LONGEST_PROBLEM]} (of {error.error_count()} problems)"
 
 
 def _check_slots(geometry: KVGeometry, blocks: Iterable[Block], reuses: Iterable[Reuse]) -> None:

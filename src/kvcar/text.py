@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError
+from .files import read_regular, reason_of
 
 EMBEDDED_NAME = "pydoc_data.topics"
 HELD_OUT_FRACTION = 0.1
@@ -37,7 +38,7 @@ class TextSource:
 def read_text(path: Path | str | None) -> TextSource:
     """Read a ``.txt`` file, a ``.jsonl`` file with a field ``text`` per line, or (None) the embedded text.
 
-    ``file.jsonl[:500]`` takes the first 500 documents, ``file.jsonl[500:]`` those after them.
+    Both are UTF-8, with or without a byte order mark. ``file.jsonl[:500]`` takes the first 500 documents, ``file.jsonl[500:]`` those after them.
 
     Raises:
         InputError: the file is missing, empty, not UTF-8, of another kind, or a line is not what it should be.
@@ -45,21 +46,22 @@ def read_text(path: Path | str | None) -> TextSource:
     if path is None:
         return _source(EMBEDDED_NAME, _embedded())
     path, chosen = _split_slice(str(path))
-    if chosen is not None and path.suffix != ".jsonl":
+    kind = path.suffix.lower()
+    if chosen is not None and kind != ".jsonl":
         raise InputError(f"only .jsonl files have documents to choose from, not {path.name}")
     name = path.name if chosen is None else f"{path.name}[{_number(chosen.start)}:{_number(chosen.stop)}]"
     readers: dict[str, Callable[[Path, str], str]] = {
         ".txt": lambda _, text: text,
         ".jsonl": lambda path, text: _join_documents(path, text, chosen),
     }
-    if path.suffix not in readers:
+    if kind not in readers:
         raise InputError(f"{path} is no text kvcar can read; give a .txt file, or a .jsonl file with a field 'text'")
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the text {path}: {error.strerror}") from None
+        raw = read_regular(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the text {path}: {reason_of(error)}") from None
     try:
-        text = readers[path.suffix](path, raw.decode("utf-8"))
+        text = readers[kind](path, raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from None
     if not text.strip():
@@ -74,8 +76,8 @@ Texts = str | Path | Sequence[str | Path] | None
 def given_texts(texts: Texts) -> list[TextSource]:
     """Read what was given from Python: a text itself, a path, or a list of these; None is the embedded text.
 
-    A string is the path of a file where it is one line that ends in ``.txt`` or ``.jsonl`` (or a slice of one), as
-    ``read_text`` takes it, and a text otherwise.
+    A string is the path of a file where it is one line that ends in ``.txt`` or ``.jsonl`` (or a slice of one), in
+    small letters or capitals, as ``read_text`` takes it, and a text otherwise.
 
     Raises:
         InputError: as ``read_text``; an empty list or an empty text.
@@ -89,7 +91,7 @@ def given_texts(texts: Texts) -> list[TextSource]:
 
 
 def _given(text: str | Path) -> TextSource:
-    if isinstance(text, Path) or re.fullmatch(r".+\.(txt|jsonl)(\[\d*:\d*\])?", text):
+    if isinstance(text, Path) or re.fullmatch(r".+\.(txt|jsonl)(\[\d*:\d*\])?", text, re.IGNORECASE):
         return read_text(text)
     if not text.strip():
         raise InputError("an empty text was given; give some text, or the path of a file")
@@ -110,12 +112,17 @@ def interleaved(parts: Sequence[Tensor]) -> Tensor:
 
 
 def split_text(source: TextSource, held_out_fraction: float) -> tuple[TextSource, TextSource]:
-    """Cut a text in two at a paragraph: what to fit on, and its last part, held out."""
+    """Cut a text in two: what to fit on, and its last part, held out.
+
+    At the end of a paragraph, or of a line, sentence or word, whichever there is so near that the last part is not larger by
+    more than half.
+    """
     if not 0 < held_out_fraction < 1:
         raise InputError(f"the held-out fraction must lie between 0 and 1, got {held_out_fraction:g}")
     cut = int(len(source.text) * (1 - held_out_fraction))
-    paragraph = source.text.rfind("\n\n", 0, cut)
-    cut = paragraph + 2 if paragraph > 0 else cut
+    lowest = cut - (len(source.text) - cut) // 2
+    ends = ((source.text.rfind(end, max(lowest, 1), cut), len(end)) for end in ("\n\n", "\n", ". ", " "))
+    cut = next((place + size for place, size in ends if place >= 0), cut)
     kept, held = source.text[:cut], source.text[cut:]
     return _source(f"{source.name} (first part)", kept), _source(f"{source.name} (last part)", held)
 
@@ -219,7 +226,7 @@ def _embedded() -> str:
 
 def _split_slice(path: str) -> tuple[Path, slice | None]:
     """``file[a:b]`` as the file and the slice; a file whose name really ends so is taken as it is."""
-    found = re.fullmatch(r"(.+)\[(\d*):(\d*)\]", path)
+    found = re.fullmatch(r"(.+)\[(\d{0,18}):(\d{0,18})\]", path)
     if found is None or Path(path).exists():
         return Path(path), None
     start, stop = (int(part) if part else None for part in found.groups()[1:])
@@ -232,20 +239,42 @@ def _number(number: int | None) -> str:
 
 def _join_documents(path: Path, text: str, chosen: slice | None) -> str:
     documents = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Other line breaks of Unicode may stand in a string.
+    for number, line in enumerate(re.split(r"\r\n?|\n", text), 1):
         if not line.strip():
             continue
         try:
-            document = json.loads(line)
+            document = json.loads(line, parse_int=_no_number)
         except json.JSONDecodeError as error:
             raise InputError(f"{path}, line {number} is not JSON: {error.msg}") from None
+        except RecursionError:
+            raise InputError(f"{path}, line {number} is nested too deep to be read") from None
         if not isinstance(document, dict) or not isinstance(document.get("text"), str):
             raise InputError(f"{path}, line {number} has no string field 'text'")
+        _check_characters(f"{path}, line {number}", document["text"])
         documents.append(document["text"].strip())
     return "\n\n".join(documents if chosen is None else documents[chosen])
 
 
+def _no_number(digits: str) -> int:
+    """Any number: only the text is read, and Python refuses to convert very long ones."""
+    del digits
+    return 0
+
+
+def _check_characters(where: str, text: str) -> None:
+    """Refuse what is no text in any encoding."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where} has half a surrogate pair (U+{ord(text[error.start]):04X}, character {error.start}), which no tokenizer "
+            "reads; remove it"
+        ) from None
+
+
 def _source(name: str, text: str) -> TextSource:
+    _check_characters(name, text)
     return TextSource(name, text, hashlib.sha256(text.encode("utf-8")).hexdigest())
 
 

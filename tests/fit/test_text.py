@@ -1,6 +1,7 @@
 """Texts and windows of tokens from them."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcar.errors import InputError
-from kvcar.text import EMBEDDED_NAME, read_text, split_text, token_windows
+from kvcar.text import EMBEDDED_NAME, TextSource, given_texts, read_text, split_text, token_windows
 
 
 class LetterTokenizer:
@@ -49,6 +50,14 @@ def test_files(tmp_path):
         ("bad.jsonl", b'{"text": "a"}\n{', "line 2 is not JSON"),
         ("field.jsonl", b'{"body": "a"}', "line 1 has no string field 'text'"),
         ("list.jsonl", b"[1]", "line 1 has no string field"),
+        (
+            "half.jsonl",
+            b'{"text": "a"}\n{"text": "b\\ud800"}',
+            r"line 2 has half a surrogate pair \(U\+D800, character 1\)",
+        ),
+        ("deep.jsonl", b'{"text": ' + b"[" * 100_000, "line 1 is nested too deep"),
+        ("nul\0.txt", None, "embedded null byte"),
+        ("wide.txt", "text".encode("utf-16"), "not UTF-8"),
     ],
 )
 def test_unusable_files_say_why(tmp_path, name, content, message):
@@ -56,6 +65,56 @@ def test_unusable_files_say_why(tmp_path, name, content, message):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_text(tmp_path / name)
+
+
+def test_strings_hold_any_line_break_and_numbers_any_digits(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        '{"text": "one\u2028two\x85three\x0cfour"}\r\n{"n": -NUMBER, "text": "five"}\r{"text": "six"}'.replace(
+            "NUMBER", "9" * 5000
+        )
+        .replace("\x0c", "\\f")
+        .encode()
+    )
+    assert read_text(tmp_path / "a.jsonl").text == "one\u2028two\x85three\x0cfour\n\nfive\n\nsix"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT", "a.jsonl", "a.JSONL"])
+def test_a_byte_order_mark_is_no_text_and_capitals_do_not_matter(tmp_path, name):
+    content = '{"text": "one"}\n' if name.lower().endswith("jsonl") else "one"
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert read_text(tmp_path / name).text == "one"
+    assert [source.text for source in given_texts(str(tmp_path / name))] == ["one"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_text(tmp_path / "a.txt")
+
+
+def test_half_a_surrogate_pair_given_as_text():
+    with pytest.raises(InputError, match="given text has half a surrogate pair"):
+        given_texts("one \udfff two")
+
+
+@pytest.mark.parametrize("unit", ["word ", "A sentence. ", "a line\n", "x"])
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
+def test_a_blank_line_far_away_cuts_nothing_off(unit, fraction):
+    text = "Title\n\n" + unit * 5000
+    kept, rest = split_text(TextSource("a", text, ""), fraction)
+    assert kept.text + rest.text == text
+    assert fraction <= len(rest.text) / len(text) < 1.5 * fraction + 0.001
+    assert kept.text.endswith(unit)
+
+
+def test_a_text_is_cut_at_the_largest_end_that_is_near():
+    text = "a. b\nc. d\n\ne. f\ng h" * 20
+    assert split_text(TextSource("a", text, ""), 0.1)[0].text.endswith("\n\n")
+    text = text.replace("\n\n", "\n")
+    assert split_text(TextSource("a", text, ""), 0.1)[0].text.endswith("\n")
+    text = text.replace("\n", " ")
+    assert split_text(TextSource("a", text, ""), 0.1)[0].text.endswith(". ")
 
 
 def test_splitting_keeps_every_letter_and_cuts_at_a_paragraph(tmp_path):

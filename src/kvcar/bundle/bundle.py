@@ -137,13 +137,13 @@ class Bundle:
             fields = [f for f in type(wanted).model_fields if getattr(geometry, f) != getattr(wanted, f)]
             differs = ", ".join(f"{f}: {getattr(geometry, f)} instead of {getattr(wanted, f)}" for f in fields)
             raise ModelMismatchError(
-                f"this bundle was fitted for {self.model.name} ({self.model.architecture}); the model differs in "
+                f"this bundle was fitted for {self.model.name[:80]} ({self.model.architecture[:80]}); the model differs in "
                 f"{differs}; use the bundle's model or fit a bundle for this one"
             )
         differs = mismatch(self.fingerprint, fingerprint(model))
         if differs is not None:
             raise ModelMismatchError(
-                f"this bundle was fitted for the weights of {self.model.name}, but {differs}; fit a bundle for this model"
+                f"this bundle was fitted for the weights of {self.model.name[:80]}, but {differs}; fit a bundle for this model"
             )
 
     def with_figures(self, figures: Mapping[str, Any]) -> Bundle:
@@ -246,7 +246,9 @@ class Bundle:
         plan = Plan.from_data(manifest.get("plan"))
         for block in plan.blocks:
             if block.codec not in CODECS:
-                raise PlanError(f"the plan uses codec {block.codec!r}; this kvcar has {list(CODECS)}; upgrade kvcar")
+                raise PlanError(
+                    f"the plan uses codec {block.codec[:40]!r}; this kvcar has {list(CODECS)}; upgrade kvcar"
+                )
         figures = manifest.get("figures")
         try:
             model = ModelIdentity.model_validate(manifest.get("model"))
@@ -254,7 +256,7 @@ class Bundle:
             if not isinstance(figures, dict):
                 raise ValueError("figures are an object")
         except ValueError as error:
-            problem = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            problem = error.errors()[0]["msg"][:300] if isinstance(error, ValidationError) else error
             raise BundleError(f"{folder / PLAN_FILE} is damaged: {problem}; fit the bundle again") from None
         of_block = _by_block(tensors, len(plan.blocks))
         values = checked(of_block.pop(_FINGERPRINT), {"values": Stored("n")})["values"]

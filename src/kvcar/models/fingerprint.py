@@ -75,7 +75,7 @@ def mismatch(bundle: Fingerprint, model: Fingerprint) -> str | None:
         return f"the model has {len(model.values)} sampled weights where the bundle has {len(bundle.values)}{adapters}"
     first, second = _DTYPES.get(bundle.dtype), _DTYPES.get(model.dtype)
     if first is None or second is None:
-        return f"the dtypes {bundle.dtype} and {model.dtype} cannot be compared"
+        return f"the dtypes {bundle.dtype[:40]} and {model.dtype} cannot be compared"
     pair = {first, second}
     if pair == {torch.float16, torch.bfloat16}:
         # float16 goes no lower than 6e-8, where bfloat16 goes on.

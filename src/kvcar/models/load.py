@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import struct
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +21,8 @@ from ..progress import OnProgress, silent
 from .checkpoints import load_gguf, quiet_transformers
 from .demo import ALIAS, demo_folder
 
+_LONGEST_REASON = 300
+_log = logging.getLogger("kvcar")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -92,13 +94,48 @@ def _from_folder_or_hub(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]
 
 def _from_transformers(name: str, revision: str | None, dtype: torch.dtype | None) -> tuple[Any, Any]:
     options: dict[str, Any] = {"revision": revision} if revision else {}
+    config = _read(name, "config", AutoConfig.from_pretrained, options)
+    tokenizer = _read(name, "tokenizer", AutoTokenizer.from_pretrained, options)
+    options |= {"dtype": dtype or "auto", "output_loading_info": True}
+    model, info = _read(name, "model", AutoModelForCausalLM.from_pretrained, options, config)
+    _check_weights(name, info)
+    return model, tokenizer
+
+
+def _read(name: str, what: str, read: Callable[..., Any], options: dict[str, Any], config: Any = None) -> Any:
+    """Let transformers read a part of a checkpoint; a damaged one makes it fail in any way it likes.
+
+    Raises:
+        InputError: with what it said, as one line.
+    """
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise _cannot_load(name, error) from None
-    return model, tokenizer
+            return read(name, **options)
+    except Exception as error:
+        raise _cannot_load(name, what, error, _quantized_by(config)) from None
+
+
+def _check_weights(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse weights that transformers would make up; warn of those that it leaves out."""
+    missing = sorted(map(str, info.get("missing_keys") or ()))
+    wrong = [f"{each[0]} has shape {list(each[1])}" for each in info.get("mismatched_keys") or ()]
+    if missing or wrong:
+        first = f"{wrong[0]} there" if wrong else f"{missing[0]} is missing"
+        raise InputError(
+            f"the weights of {name!r} are not those of its config: {first} (of {len(missing) + len(wrong)}); copy weights and "
+            "config.json from the same checkpoint"
+        )
+    unexpected = sorted(map(str, info.get("unexpected_keys") or ()))
+    if unexpected:
+        _log.warning(
+            "%s has weights that its config has no place for: %s (of %d)", name, unexpected[0], len(unexpected)
+        )
+
+
+def _quantized_by(config: Any) -> str | None:
+    found = getattr(config, "quantization_config", None)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return None if method is None else str(getattr(method, "value", method))
 
 
 def load_config(name: str, on_step: OnProgress = silent) -> PreTrainedConfig:
@@ -113,16 +150,21 @@ def load_config(name: str, on_step: OnProgress = silent) -> PreTrainedConfig:
     elif not Path(name).is_dir():
         name, _, revision = name.partition("@")
         options |= {"revision": revision} if revision else {}
-    try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, struct.error) as error:
-        raise _cannot_load(name, error) from None
+    return _read(name, "config", AutoConfig.from_pretrained, options)
 
 
-def _cannot_load(name: str, error: Exception) -> InputError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return InputError(
-        f"cannot load the model {name!r}: {first} (a hub id needs the network, and a login where it is gated; a "
-        "local model is a folder with config.json; 'demo' is the built-in one)"
-    )
+def _cannot_load(name: str, what: str, error: Exception, quantized_by: str | None) -> InputError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    said = said if len(said) <= _LONGEST_REASON else said[:_LONGEST_REASON].rsplit(" ", 1)[0] + " ..."
+    if quantized_by is not None:
+        hint = (
+            f"its weights are quantised by {quantized_by}: install what that needs, or take the checkpoint without it"
+        )
+    elif Path(name).is_dir():
+        hint = "a model's folder holds config.json, the weights and a tokenizer, as save_pretrained writes them"
+    else:
+        hint = (
+            "a hub id needs the network, and a login where it is gated; a local model is a folder with config.json; "
+            "'demo' is the built-in one"
+        )
+    return InputError(f"cannot load the model {name!r}, its {what}: {said} ({hint})")
