@@ -34,7 +34,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for name in only or SETTINGS:
             bundle = str(Path(folder) / name)
-            _run("fit", "demo", "-o", bundle, *SETTINGS[name], "--text", str(fit_text), "--no-check")
+            _run("fit-structure", "demo", "-o", bundle, *SETTINGS[name], "--text", str(fit_text), "--no-check")
             record = RESULTS / f"fidelity-{test_text.parent.name}-{test_text.stem}-{name}.json"
             _run(
                 "eval", "demo", "--bundle", bundle, "--text", str(test_text), "--context", str(context),

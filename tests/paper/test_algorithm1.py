@@ -16,8 +16,8 @@ from kvcar.errors import InputError
 from kvcar.evaluate.fidelity import measure_fidelity
 from kvcar.fit.losses import kl_divergence
 from kvcar.paper.algorithm1 import train_bundle
+from kvcar.paper.options import TrainOptions
 from kvcar.paper.simulate import Simulator, units_of
-from kvcar.paper.trainer import TrainOptions
 
 WINDOWS = token_ids(64, batch=10, seed=3)
 # A random model is chaotic: what helps it is small, and needs a good many windows.

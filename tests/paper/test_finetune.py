@@ -14,7 +14,7 @@ from kvcar.cache.cache import KVCarCache
 from kvcar.errors import InputError, ModelMismatchError
 from kvcar.geometry import Slot
 from kvcar.paper.finetune import finetune_weights
-from kvcar.paper.trainer import TrainOptions
+from kvcar.paper.options import TrainOptions
 from kvcar.plan import Reuse
 
 REUSES = (

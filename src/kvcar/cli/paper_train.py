@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..models.load import LoadedModel
-    from ..paper.trainer import TrainOptions, TrainResult
+    from ..paper.options import TrainOptions, TrainResult
     from ..record import Record
     from ..text import TextSource
 
@@ -206,7 +206,7 @@ def finetune(
 
 def _options(given: dict[str, Any], recipe: bool) -> TrainOptions:
     """Options from a command's arguments; those not given keep their defaults."""
-    from ..paper.trainer import TrainOptions
+    from ..paper.options import TrainOptions
 
     names = {field.name for field in fields(TrainOptions)}
     chosen = {name: value for name, value in given.items() if name in names and value is not None}

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from ..bundle import Bundle, CodedBlock
 from ..progress import OnProgress, silent
 from ..text import TextSource
+from .options import OnStep, TrainOptions, TrainResult, check_training, ignore, provenance_with
 from .simulate import Unit, random_units, units_of
-from .trainer import OnStep, Run, Stage, TrainOptions, TrainResult, check_training, ignore, provenance_with
+from .trainer import Run, Stage
 
 
 def train_bundle(

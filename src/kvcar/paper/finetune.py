@@ -20,8 +20,9 @@ from ..models.fingerprint import fingerprint
 from ..models.structure import find_decoder
 from ..progress import OnProgress, silent
 from ..text import TextSource
+from .options import OnStep, TrainOptions, TrainResult, check_training, ignore, provenance_with
 from .simulate import units_of
-from .trainer import OnStep, Run, TrainOptions, TrainResult, check_training, ignore, provenance_with
+from .trainer import Run
 
 Tuned = Literal["kv", "attention"]
 

@@ -32,8 +32,8 @@ from .algorithm1 import train_bundle
 from .algorithm2 import Candidate, choose_reuses, find_candidates, shared_bundle
 from .config import EvaluationText, Reproduction, ReuseChoice, Setting, TextPart
 from .finetune import finetune_weights
+from .options import OnStep, TrainOptions, ignore
 from .quantize import quantize_latents
-from .trainer import OnStep, TrainOptions, ignore
 
 _SIMILARITY_WINDOWS = 16
 _SIDE_BY_SIDE = 6
