@@ -290,7 +290,7 @@ def test_options_that_make_no_sense_are_refused():
         ({"bits": 3.0, "times_smaller": 4.0}, "not both"),
         ({"bits": 0.0}, "above 0"),
         ({"bits": 17.0}, "at most 16"),
-        ({"times_smaller": -1.0}, "above 0"),
+        ({"times_smaller": -1.0}, "above 1"),
         ({"latent_bits": 12}, "1 to 8, or 16"),
         ({"steps": -1}, "negative"),
         ({"window": 33, "page_tokens": 64}, "multiple of the page size, 64"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
 
 class KVCarError(Exception):
     """Base of every error that kvcar raises on purpose; the command line prints it without a traceback."""
@@ -45,3 +49,30 @@ class ContextError(KVCarError):
 
 class KernelError(KVCarError):
     """A kernel backend that is asked for and cannot be had here, or that cannot be compiled."""
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "a string", Path: "a path"}
+
+
+def require(*kinds: type, optional: bool = False, **given: Any) -> None:
+    """Refuse values that are of none of the kinds, by the names they are given as.
+
+    Args:
+        kinds: for float any real number will do, for int no truth value.
+        optional: whether None will do.
+        given: values by the names that their caller knows them by.
+
+    Raises:
+        InputError: with name and value.
+    """
+    for name, value in given.items():
+        if (value is None and optional) or any(_is_a(kind, value) for kind in kinds):
+            continue
+        wanted = " or ".join(_KINDS.get(kind, f"a {kind.__name__}") for kind in kinds)
+        raise InputError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _is_a(kind: type, value: object) -> bool:
+    if kind is float:
+        return isinstance(value, Real) and not isinstance(value, bool)
+    return type(value) is int if kind is int else isinstance(value, kind)

@@ -112,11 +112,39 @@ class Block(StrictModel):
         return self
 
 
-class Reuse(StrictModel):
-    """``slot`` stores nothing and reads the reconstruction of ``source`` (the paper's Algorithm 2)."""
+@dataclass(frozen=True)
+class Reuse:
+    """``slot`` stores nothing and reads the reconstruction of ``source`` (the paper's Algorithm 2).
 
-    slot: SlotField
-    source: SlotField
+    Raises:
+        InputError: one of them is no slot.
+    """
+
+    slot: Slot
+    source: Slot
+
+    def __post_init__(self) -> None:
+        for name in ("slot", "source"):
+            try:
+                object.__setattr__(self, name, _read_slot(getattr(self, name)))
+            except ValueError as error:
+                raise InputError(f"{name} of a reuse: {error}") from None
+
+
+def _read_reuse(value: Any) -> Reuse:
+    """Accept a reuse or its JSON form."""
+    if isinstance(value, Reuse):
+        return value
+    if not isinstance(value, dict) or set(value) != {"slot", "source"}:
+        raise ValueError(f"a reuse is an object of slot and source, got {value!r}")
+    return Reuse(**value)
+
+
+def _reuse_data(reuse: Reuse) -> dict[str, Any]:
+    return {"slot": list(reuse.slot), "source": list(reuse.source)}
+
+
+ReuseField = Annotated[Reuse, PlainValidator(_read_reuse), PlainSerializer(_reuse_data)]
 
 
 @dataclass(frozen=True)
@@ -189,7 +217,7 @@ class Plan(StrictModel):
     format_version: Literal[2] = FORMAT_VERSION
     geometry: KVGeometry
     blocks: tuple[Block, ...] = Field(default=(), strict=False)
-    reuses: tuple[Reuse, ...] = Field(default=(), strict=False)
+    reuses: tuple[ReuseField, ...] = Field(default=(), strict=False)
     cache: CacheConfigField = CacheConfig()
     exact_dtype: ExactDtype = "bfloat16"
 
@@ -242,6 +270,14 @@ class Plan(StrictModel):
         touched = {slot.layer for slot in self.block_of} | {reuse.slot.layer for reuse in self.reuses}
         sources = {self.stored_source[reuse.slot].layer for reuse in self.reuses}
         return tuple(sorted(touched | sources))
+
+    @classmethod
+    def checked(cls, **given: Any) -> Plan:
+        """Make a plan of what a user gave; raises PlanError where parts do not fit each other."""
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise PlanError(_first_problem(error)) from None
 
     def to_json(self) -> str:
         """Serialise; equal plans give equal text."""

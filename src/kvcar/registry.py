@@ -5,6 +5,7 @@ And packages that can be called, where a function and the package that holds it 
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -49,6 +50,19 @@ class Registry(Generic[T]):
         return iter(self._entries)
 
 
+def _one_to_a_line(function: Callable[..., Any]) -> str:
+    """Write a signature with a parameter on each line, defaults by name where they are functions."""
+    parameters, starred = [], False
+    found = inspect.signature(function)
+    for each in found.parameters.values():
+        if each.kind is each.KEYWORD_ONLY and not starred:
+            parameters, starred = [*parameters, "*"], True
+        default = getattr(each.default, "__name__", repr(each.default))
+        kind = "" if each.annotation is each.empty else f": {each.annotation}"
+        parameters.append(each.name + kind + ("" if each.default is each.empty else f" = {default}"))
+    return "(\n" + "".join(f"    {each},\n" for each in parameters) + f") -> {found.return_annotation}"
+
+
 def callable_package(package: str, home: str) -> None:
     """Let a package be called as the function of its own name, which its module ``home`` has.
 
@@ -72,5 +86,12 @@ def callable_package(package: str, home: str) -> None:
         def __wrapped__(self) -> Callable[..., Any]:
             """By which ``inspect.signature`` and the documents find the function."""
             return function()
+
+        @property
+        def __doc__(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+            """The function's, with its parameters: what ``help`` shows."""
+            called = function()
+            first, _, rest = (inspect.getdoc(called) or "").partition("\n")
+            return f"{first}\n\n{package}{_one_to_a_line(called)}\n{rest}"
 
     sys.modules[package].__class__ = CallablePackage

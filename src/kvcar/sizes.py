@@ -118,6 +118,33 @@ def break_even_tokens(full_bytes: float, cache_bytes: float, tokens: int, codec_
     return math.floor(codec_bytes / saved * tokens) + 1 if saved > 0 else None
 
 
+def smaller_from_tokens(plan: Plan, model_bytes: int = BFLOAT16_BYTES) -> int | None:
+    """Count the tokens, to the next 64, from which one sequence's compressed cache is smaller than the model's own.
+
+    Sinks and window, which stay exact, and the first pages' unfilled room are most of a short cache. None where the
+    cache is never smaller.
+    """
+    full, step = plan.geometry.full_bytes, FINE_POSITIONS
+    length = step
+    while stored_bytes(plan, length, model_bytes) >= full(length):
+        if length >= plan.geometry.max_positions:
+            return None
+        length *= 2
+    while length > step and stored_bytes(plan, length - step, model_bytes) < full(length - step):
+        length -= step
+    return length
+
+
+def size_in_words(plan: Plan, tokens: int, stored: float, model_bytes: int = BFLOAT16_BYTES) -> str:
+    """Say how ``stored`` bytes of a cache of ``tokens`` tokens compare with the model's own cache in bfloat16."""
+    times = plan.geometry.full_bytes(tokens) / stored
+    if times >= 1:
+        return f"{times:.2f} times smaller than the full cache (bfloat16)"
+    since = smaller_from_tokens(plan, model_bytes)
+    until = f", smaller from about {since:,} tokens on" if since else ""
+    return f"larger than the full cache (bfloat16), {1 / times:.2f} times{until}"
+
+
 def codecs_in_words(plan: Plan, codec_bytes: int) -> str:
     """Say what codecs take beside the cache, and from how many tokens the two are smaller than the full cache."""
     pays = pays_from_tokens(plan, codec_bytes)

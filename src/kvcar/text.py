@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import InputError
+from .errors import InputError, require
 from .files import read_regular, reason_of
 
 EMBEDDED_NAME = "pydoc_data.topics"
@@ -84,10 +84,17 @@ def given_texts(texts: Texts) -> list[TextSource]:
     """
     if texts is None:
         return [read_text(None)]
-    several = [texts] if isinstance(texts, str | Path) else list(texts)
+    several = [texts] if isinstance(texts, str | Path) else texts
+    if not isinstance(several, list | tuple) or not all(isinstance(each, str | Path) for each in several):
+        raise InputError(f"a text is a string, a path, or a list of these, got {texts!r}")
     if not several:
         raise InputError("an empty list of texts was given; give a text, the path of a file, or leave it out")
     return [_given(each) for each in several]
+
+
+def text_count(texts: Texts) -> int:
+    """Count the texts that were given, the embedded one where none was."""
+    return max(1, len(texts)) if isinstance(texts, list | tuple) else 1
 
 
 def _given(text: str | Path) -> TextSource:
@@ -160,6 +167,8 @@ def token_windows(tokenizer: Any, text: str, context: int, windows: int) -> Tens
     Raises:
         InputError: numbers that are not positive, or a text with fewer tokens than the windows need.
     """
+    require(str, text=text)
+    require(int, context=context, windows=windows)
     if context < 2 or windows < 1:
         raise InputError(f"needed: a context of at least 2 tokens and at least 1 window; got {context} and {windows}")
     bos = _default_bos(tokenizer)

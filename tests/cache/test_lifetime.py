@@ -102,5 +102,10 @@ def test_attaching_says_in_one_line_what_was_attached(caplog):
     with caplog.at_level("INFO", logger="kvcar"), kvcar.attach(model, fitted(model, bits=4, layers=(1,))):
         lines = [record.getMessage() for record in caplog.records if "attached" in record.getMessage()]
     assert len(lines) == 1
-    for part in ("times smaller at 512 tokens", "codecs of 0.0 MB", "kernels: ", "exact layers: 0, 2, 3"):
+    for part in (
+        "at 512 tokens larger than the full cache (bfloat16), 1.24 times",
+        "codecs of 0.0 MB",
+        "kernels: ",
+        "exact layers: 0, 2, 3",
+    ):
         assert part in lines[0]

@@ -2,9 +2,13 @@
 
 import json
 
+import pytest
+import typer
 from commands import error_of, run, words
 
 from kvcar.bundle import Bundle
+from kvcar.cli import app
+from kvcar.models import load
 
 
 def test_a_fit_searches_and_says_what_it_found(model_folder, text_file, tmp_path):
@@ -27,17 +31,14 @@ def test_several_texts_take_turns(model_folder, text_file, tmp_path):
     other.write_text("".join(json.dumps({"text": words(120, seed)}) + "\n" for seed in range(100, 160)))
     run(
         "fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--text", f"{other}[:40]", "--profile", "small",
-        "--tokens", 6000, "--no-check",
+        "--tokens", 6000,
     )  # fmt: skip
     bundle = Bundle.from_pretrained(tmp_path / "b")
-    assert bundle.fit.text == "words.txt + other.jsonl[:40]"
-    assert "held_out" not in bundle.figures
+    assert bundle.fit.text == "words.txt (first part) + other.jsonl[:40] (first part)"
 
 
 def test_a_divergence_instead_of_a_size(model_folder, text_file, tmp_path):
-    run(
-        "fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--max-kl", 0.05, "--tokens", 6000, "--no-check"
-    )
+    run("fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--max-kl", 0.05, "--tokens", 6000)
     assert Bundle.from_pretrained(tmp_path / "b").fit.options["max_kl"] == 0.05
 
 
@@ -50,8 +51,29 @@ def test_what_makes_no_sense_is_refused_before_any_work(model_folder, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_fit_shows_a_user_about_ten_options():
-    shown = run("fit", "--help")
-    assert "--layers-per-block" not in shown
-    assert shown.count("--") < 40
-    assert "--layers-per-block" in run("fit-structure", "--help")
+def test_fit_shows_a_user_ten_options():
+    command = typer.main.get_command(app).commands["fit"]
+    options = [each for each in command.params if each.param_type_name == "option"]
+    assert len(options) == 10, [each.name for each in options]
+
+
+def test_what_arithmetic_refuses_is_refused_before_the_model_is_loaded(model_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "load_model", lambda *given: pytest.fail("the model was loaded"))
+    fit = ("fit", model_folder, "-o", tmp_path / "b", "--text", text_file)
+    assert "above 1" in error_of(*fit, "--times-smaller", 0.5)
+    assert "above 1" in error_of(*fit, "--times-smaller", 1)
+    assert "out of reach" in error_of(*fit, "--times-smaller", 500)
+    assert "out of reach" in error_of(*fit, "--times-smaller", 5000, "--profile", "stored")
+    few = error_of(*fit, "--tokens", 100)
+    assert "got 1 of 100 tokens" in few
+    assert "more than 1,024 tokens" in few
+    assert "layers to compress" in error_of(
+        "fit-structure", model_folder, "-o", tmp_path / "b", "--text", text_file, "--layers", "7-9"
+    )
+
+
+def test_a_fit_says_what_it_was_fitted_on_and_what_comes_next(model_folder, text_file, tmp_path):
+    printed = run("fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--tokens", 6000)
+    assert "fitted on 4,608 tokens of words.txt (first part); plans compared on 1,024 more" in printed
+    assert f"next: kvcar eval {model_folder} --bundle {tmp_path / 'b'}" in printed
+    assert f"kvcar generate {model_folder} --bundle" in printed

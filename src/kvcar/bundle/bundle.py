@@ -24,10 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..codecs import CODECS, Codec, Quantizer, Stored, checked, read_quantizer
-from ..errors import BundleError, ModelMismatchError, PlanError
+from ..errors import BundleError, ModelMismatchError, PlanError, require
 from ..models.fingerprint import Fingerprint, fingerprint, mismatch
 from ..models.geometry import read_geometry
 from ..plan import FORMAT_VERSION, Block, Plan
+from ..sizes import REFERENCE_TOKENS, size_in_words, stored_bytes
 from .card import model_card
 from .files import (
     CARD_FILE,
@@ -81,7 +82,7 @@ class CodedBlock:
         return cls(codec, read_quantizer(scales, block))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """Everything needed to compress the cache of one model.
 
@@ -102,6 +103,16 @@ class Bundle:
     model: ModelIdentity
     fit: FitProvenance
     figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line: of which model, how much smaller, what the codecs take."""
+        tokens = min(REFERENCE_TOKENS, self.plan.geometry.max_positions)
+        itemsize = self.model.element_bytes
+        size = size_in_words(self.plan, tokens, stored_bytes(self.plan, tokens, itemsize), itemsize)
+        blocks, codecs = len(self.plan.blocks), self.codec_bytes / 1e6
+        return (
+            f"<Bundle for {self.model.name}: at {tokens:,} tokens {size}; {blocks} blocks, codecs of {codecs:.1f} MB>"
+        )
 
     @property
     def codec_bytes(self) -> int:
@@ -160,6 +171,7 @@ class Bundle:
         Raises:
             BundleError: something else is there, or the place cannot be written to.
         """
+        require(str, Path, folder=folder)
         folder = Path(folder)
         check_target(folder, overwrite)
         codecs = self._codecs_bytes()
@@ -239,6 +251,7 @@ class Bundle:
             BundleError: a file is missing, truncated, tampered with, or does not fit the plan; or the hub has no such bundle.
             PlanError: the plan is malformed or of an unknown version.
         """
+        require(str, Path, source=source)
         folder = local_folder(
             source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )

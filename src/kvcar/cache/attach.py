@@ -25,10 +25,17 @@ from ..errors import AttachError, InputError, UnsupportedModelError
 from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
 from ..models.rotation import learn_rotations
-from ..models.structure import CACHE_NAME, CACHE_NAMES, TRANSFORMERS_VERSION, cache_argument, find_decoder
+from ..models.structure import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    TRANSFORMERS_VERSION,
+    cache_argument,
+    check_is_model,
+    find_decoder,
+)
 from ..models.weights import active_adapters, weights_state
 from ..progress import OnProgress, counter, silent
-from ..sizes import stored_bytes
+from ..sizes import size_in_words, stored_bytes
 from . import guard
 from .attention import Current, set_current, stand_in_for, uncompiled
 from .cache import KVCarCache
@@ -134,10 +141,11 @@ class Attachment:
         """One line for the log: how much smaller, what the codecs take, what runs the kernels, what stays exact."""
         plan = self.bundle.plan
         tokens = min(_LOGGED_TOKENS, plan.geometry.max_positions)
-        smaller = plan.geometry.full_bytes(tokens) / stored_bytes(plan, tokens, self.model.dtype.itemsize)
+        itemsize = self.model.dtype.itemsize
+        size = size_in_words(plan, tokens, stored_bytes(plan, tokens, itemsize), itemsize)
         exact = sorted(set(range(plan.geometry.layers)) - set(plan.coded_layers))
         return (
-            f"{type(self.model).__name__}: cache {smaller:.2f} times smaller at {tokens} tokens, codecs of "
+            f"{type(self.model).__name__}: at {tokens:,} tokens {size}; codecs of "
             f"{self.bundle.codec_bytes / 1e6:.1f} MB, kernels: {backend_for(self._parts.device)}, exact layers: "
             + (", ".join(map(str, exact)) or "none")
         )
@@ -253,11 +261,7 @@ def attach(
     """
     if type(prefill_chunk) is not int or prefill_chunk < 1:
         raise InputError(f"prefill_chunk must be at least 1 token, got {prefill_chunk!r}")
-    if not isinstance(model, PreTrainedModel):
-        inner = " (of a PeftModel: its get_base_model(), and go on using the PeftModel)" * hasattr(
-            model, "get_base_model"
-        )
-        raise UnsupportedModelError(f"attach takes a model of transformers, got {type(model).__name__}{inner}")
+    check_is_model(model, "attach")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
     with _attaching:
         if attachment_of(model) is not None:
@@ -276,6 +280,7 @@ def attachment_of(model: PreTrainedModel) -> Attachment | None:
 
 def detach(model: PreTrainedModel) -> None:
     """Detach ``model``; raises AttachError if it is not attached."""
+    check_is_model(model, "detach")
     attachment = attachment_of(model)
     if attachment is None:
         raise AttachError("this model is not attached, so there is nothing to detach")
@@ -309,6 +314,23 @@ def _refuse_capture(inputs: Tensor) -> None:
         )
 
 
+def _refuse_known_prompt(cache: KVCarCache, model_kwargs: Mapping[str, Any]) -> None:
+    """Tokens that a filled cache has are left out of a prompt, which must have more."""
+    if model_kwargs.get("inputs_embeds") is not None:
+        return
+    # Both are of the whole prompt where ``generate`` made them; positions that a caller gave may be of its end alone.
+    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+    whole = mask if isinstance(mask, Tensor) else positions
+    if not isinstance(whole, Tensor) or (whole is positions and whole.min() > 0):
+        return
+    if cache.tokens >= whole.shape[-1]:
+        raise InputError(
+            f"this prompt has {whole.shape[-1]} tokens, and the cache has {cache.tokens} already; to go on, give the whole "
+            "conversation (what generate returned) with something new at its end; for another prompt, reset the cache or "
+            "give a new one"
+        )
+
+
 def _prepare_cache(
     attachment: Attachment, original: Any, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any
 ) -> None:
@@ -317,10 +339,18 @@ def _prepare_cache(
     if model_kwargs.get(CACHE_NAME) is None and not wants_own:
         model_kwargs[CACHE_NAME] = attachment.new_cache()
     cache = model_kwargs.get(CACHE_NAME)
-    if isinstance(cache, KVCarCache) and generation_config.assistant_early_exit is not None:
-        raise UnsupportedModelError(
-            "a compressed cache needs all layers of the model in every pass; leave assistant_early_exit off, or use a smaller "
-            "model as the assistant"
+    if isinstance(cache, KVCarCache):
+        if generation_config.assistant_early_exit is not None:
+            raise UnsupportedModelError(
+                "a compressed cache needs all layers of the model in every pass; leave assistant_early_exit off, or use a "
+                "smaller model as the assistant"
+            )
+        _refuse_known_prompt(cache, model_kwargs)
+    elif cache is not None:
+        _log.warning(
+            "generate was given a %s, which stores keys and values as they are: nothing is compressed in it; give it "
+            "attached.new_cache(), or no cache at all",
+            type(cache).__name__,
         )
     # transformers cuts token ids into chunks, not embeddings.
     if (

@@ -151,7 +151,19 @@ class KVCarCache(PassCache):
     def save(self, path: str | Path, *, keep_window: bool = False, token_ids: Tensor | None = None) -> None:
         """Write everything stored to one file, from which ``load`` goes on without a prefill; the cache stays as it is.
 
-        Args, and the errors raised, are those of ``kvcar.context.save_context``.
+        A file that is there is replaced; an interruption leaves no half file. Needs ``pip install 'kvcar[store]'``.
+
+        Args:
+            path: the file.
+            keep_window: store the window exactly, which takes far more bytes per token. By default its tokens go through
+                the codec first, on a copy, as ``flush_window`` does.
+            token_ids: the tokens, int64 ``[B, tokens]``, padding included; stored for whoever wants to check or compute
+                the context again, ``load`` does not need them.
+
+        Raises:
+            CacheStateError: the cache holds no tokens, or NaN, infinite values or tokens at negative positions.
+            InputError: token ids that are not those of the cache, or the extra ``store`` is not installed.
+            ContextError: the file cannot be written.
         """
         CONTEXT_STORE["save"](self, path, keep_window, token_ids)
 
@@ -165,7 +177,21 @@ class KVCarCache(PassCache):
     ) -> KVCarCache:
         """Read a cache that ``save`` wrote; its codes are those that were saved, bit for bit.
 
-        Args, and the errors raised, are those of ``kvcar.context.load_context``.
+        To go on from it, give ``model.generate`` the whole text: the tokens that were saved with something new at their
+        end. Only what is new is computed.
+
+        Args:
+            path: the file.
+            model: the model that the cache was filled with; attach it before or after.
+            bundle: the bundle that it was saved with, or its folder; None takes the one ``model`` is attached with.
+            window: recent tokens kept exact from now on, see ``KVCarCache``; None takes the saved cache's.
+
+        Raises:
+            ContextError: there is no such file, it is damaged or of another version, or it was saved with another bundle
+                or another exact dtype.
+            ModelMismatchError: the bundle was fitted for another model.
+            AttachError: no bundle is given and the model is not attached.
+            InputError: as for ``KVCarCache``, or the extra ``store`` is not installed.
         """
         return CONTEXT_STORE["load"](path, model, bundle, window)
 

@@ -71,6 +71,11 @@ class SequenceState:
             InputError: the mask is not left padding, disagrees with an earlier one, or is missing after one that padded.
             CacheStateError: positions have gaps, or are negative.
         """
+        if count == 0:
+            raise InputError(
+                f"no new token was given after the {seen} that the cache has; give the whole conversation with something new "
+                "at its end, or reset the cache"
+            )
         if self._goes_on(seen, count, mask, positions):
             return self
         if mask is None and seen and self.padding_most:

@@ -46,6 +46,22 @@ app = typer.Typer(
 )
 
 
+def option_names() -> dict[str, str]:
+    """Map the Python names of all options of all commands to how a user writes them."""
+    names: dict[str, str] = {}
+
+    def collect(command: Any) -> None:
+        for parameter in command.params:
+            longest = max(parameter.opts, key=len)
+            if longest.startswith("--"):
+                names.setdefault(parameter.name, longest)
+        for inner in getattr(command, "commands", {}).values():
+            collect(inner)
+
+    collect(typer.main.get_command(app))
+    return names
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"kvcar {__version__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ errors = Console(stderr=True, width=None if sys.stderr.isatty() else _PIPE_COLUM
 
 @contextmanager
 def progress_bars() -> Iterator[OnProgress]:
-    """Show bars on stderr, one for each kind of work; without a terminal, a line for each as it ends."""
+    """Show bars on stderr, one for each kind of work; without a terminal, a line now and then and one as each ends."""
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
@@ -39,17 +40,39 @@ def progress_bars() -> Iterator[OnProgress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
+    if not errors.is_terminal:
+        yield progress_lines()
+        return
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as bars:
+    with Progress(*columns, console=errors) as bars:
 
         def tell(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done, total=total)
-            if done >= total and not errors.is_terminal:
-                errors.print(f"{what}: done", highlight=False)
 
         yield tell
+
+
+def progress_lines(every_seconds: float = 15.0) -> OnProgress:
+    """Print what is going on as lines: where it stands and how long it may take, now and then, and that it is done."""
+    began: dict[str, float] = {}
+    last = time.monotonic()
+
+    def tell(what: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        first = began.setdefault(what, now)
+        if done >= total:
+            errors.print(f"{what}: done, {now - first:.0f} s", highlight=False)
+        elif now - last >= every_seconds:
+            left = f", about {(now - first) / done * (total - done):.0f} s left" if done and now > first else ""
+            errors.print(f"{what}: {done:,} of {total:,}{left}", highlight=False)
+        else:
+            return
+        last = now
+
+    return tell
 
 
 def step_teller() -> Callable[[dict[str, Any]], None]:

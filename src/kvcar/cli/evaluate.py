@@ -42,7 +42,7 @@ def evaluate(
     from ..evaluate.fidelity import evaluation_context, fidelity_figures
     from ..models.load import load_model
     from ..record import Record
-    from ..sizes import codecs_in_words, pays_from_tokens
+    from ..sizes import codecs_in_words, pays_from_tokens, size_in_words
     from ..text import evaluation_texts
     from .figures import fidelity_table
 
@@ -60,7 +60,11 @@ def evaluate(
         result = measure(
             loaded.model, fitted, loaded.tokenizer, text, context=context, windows=windows, window=window, on_progress=tell
         )  # fmt: skip
+    out.print(f"text: {source.name}", highlight=False)
     out.print(fidelity_table({Path(bundle).name or bundle: result}))
+    if result.times_smaller < 1:
+        size = size_in_words(plan, result.context, result.stored_bytes, loaded.model.dtype.itemsize)
+        out.print(f"at {result.context:,} tokens this cache is {size}", highlight=False)
     out.print(codecs_in_words(plan, fitted.codec_bytes), highlight=False)
     _print_worst(result)
     if json is not None:

@@ -42,7 +42,7 @@ def fidelity_table(results: Mapping[str, Fidelity]) -> Table:
     for name, f in results.items():
         table.add_row(
             name,
-            f"{f.times_smaller:.2f}",
+            f"{f.times_smaller:.2f}" if f.times_smaller >= 1 else f"{1 / f.times_smaller:.2f} larger",
             f"{f.stored_bytes_per_token:,.0f}",
             f"{f.codec_bytes:,}" if f.codec_bytes else "",
             f"{f.perplexity.value:.3f}",

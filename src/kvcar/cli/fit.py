@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,13 +16,20 @@ if TYPE_CHECKING:
     from ..bundle import Bundle
 
 
+_SHORT_TOKENS = 512
+
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="BUNDLE", help="Folder to write; must not exist.")]
 TimesSmaller = Annotated[
     float | None,
     typer.Option(help="Times smaller than the full bfloat16 cache at 4,096 tokens, all bytes counted. Default: 5."),
 ]
 Tokens = Annotated[
-    int | None, typer.Option(min=1, help="Tokens to fit on. Default: 24576 (stored: 65536), or what the text has.")
+    int | None,
+    typer.Option(
+        min=1,
+        help="Tokens of the text to take, the last two windows of 1024 to compare plans on. Default: 24576 (stored: 65536), "
+        "or what the text has.",
+    ),
 ]
 Window = Annotated[int, typer.Option(min=0, help="Recent tokens kept exact, a multiple of 64.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
@@ -31,7 +39,8 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a bundle that is a
 _FIT = """Fit a compressed cache for MODEL and write it to a folder.
 
 Blocks of layers and bits of latents are found by what errors do to the model's output, within the limits of a profile: fast
-(narrow blocks), balanced (the default), small (many layers to a block) or stored (contexts on disk).
+(narrow blocks), balanced (the default), small (many layers to a block) or stored (contexts on disk). A tenth of the text is
+held out, and the bundle measured on it. A GPU is taken where there is one; kvcar.fit has more options.
 
 [bold]Examples[/]
 
@@ -58,16 +67,13 @@ def fit(
     ] = None,
     tokens: Tokens = None,
     window: Window = 64,
-    seed: Seed = 0,
-    check: Check = True,
     force: Force = False,
     json: Json = None,
     dtype: Dtype = "auto",
-    device: Device = "auto",
 ) -> None:
     """Fit a bundle whose structure is searched; the examples in the help text say the rest."""
-    options = {"times_smaller": times_smaller, "max_kl": max_kl, "profile": profile, "seed": seed}
-    _fit(model, output, text, tokens, window, options, check, force, json, dtype, device)
+    options = {"times_smaller": times_smaller, "max_kl": max_kl, "profile": profile}
+    _fit(model, output, text, tokens, window, options, True, force, json, dtype, "auto")
 
 
 _STRUCTURE = """Fit blocks and codecs that you choose yourself, instead of those that 'kvcar fit' finds.
@@ -162,18 +168,23 @@ def _fit(
 ) -> None:
     """Fit, write and print; what both commands share."""
     from ..bundle import check_target
+    from ..fit.checks import check_request
     from ..fit.fit import fit as fit_bundle
     from ..fit.options import FitOptions
     from ..fit.processes import is_main_process
-    from ..models.load import load_model
+    from ..models.geometry import read_geometry
+    from ..models.load import load_config, load_model
     from ..plan import CacheConfig
     from ..record import Record
+    from ..text import given_texts
     from .console import check_writable, progress_bars
 
     options = FitOptions(cache=CacheConfig(window), **given)  # refused before any work is done
     check_target(output, force)
     check_writable(json)
+    texts = given_texts(text)
     with progress_bars() as on_progress:
+        check_request(read_geometry(load_config(model, on_progress)), options, tokens, len(texts))
         loaded = load_model(model, dtype, device, on_progress)
         bundle = fit_bundle(
             loaded.model, loaded.tokenizer, text, **given, tokens=tokens, window=window, check=check, name=model,
@@ -182,19 +193,25 @@ def _fit(
     if not is_main_process():
         return  # under `accelerate launch` all have the same bundle, and one writes it
     bundle.save_pretrained(output, overwrite=force)
-    _report(bundle, output)
+    _report(bundle, model, output)
     if json is not None:
         Record("fit", dict(bundle.figures), config={"model": model, **options.as_dict()}).write(json)
 
 
-def _report(bundle: Bundle, output: Path) -> None:
-    """Print what was written, and what it costs."""
-    from ..sizes import codecs_in_words
+def _report(bundle: Bundle, model: str, output: Path) -> None:
+    """Print what was written, what it costs, and what to do with it."""
+    from ..sizes import codecs_in_words, size_in_words, stored_bytes
     from .console import out
 
-    figures, geometry = bundle.figures, bundle.plan.geometry
-    size = f"{figures['times_smaller']:.2f} times smaller at {figures['tokens']:,} tokens, all bytes counted"
-    out.print(f"wrote [bold]{output}[/]: {size}")
+    plan, figures, geometry = bundle.plan, bundle.figures, bundle.plan.geometry
+    size = size_in_words(plan, figures["tokens"], figures["stored_bytes"])
+    out.print(f"wrote [bold]{output}[/]: at {figures['tokens']:,} tokens {size}, all bytes counted", highlight=False)
+    if figures["tokens"] > _SHORT_TOKENS:
+        short = size_in_words(plan, _SHORT_TOKENS, stored_bytes(plan, _SHORT_TOKENS, 2))
+        out.print(f"a shorter cache is mostly sinks and window: at {_SHORT_TOKENS:,} tokens {short}", highlight=False)
+    if bundle.fit.tokens:
+        compared = f"; plans compared on {2 * bundle.fit.context:,} more" if "profile" in bundle.fit.options else ""
+        out.print(f"fitted on {bundle.fit.tokens:,} tokens of {bundle.fit.text}{compared}", highlight=False)
     out.print(codecs_in_words(bundle.plan, bundle.codec_bytes), highlight=False)
     if geometry.sliding_layers:
         sliding = len(geometry.sliding_layers)
@@ -210,6 +227,11 @@ def _report(bundle: Bundle, output: Path) -> None:
     elif bundle.fit.options.get("profile") == "stored":
         size = bundle.fit.options["times_smaller"]
         out.print(f"saved with 'kvcar save', contexts take about {size:g} times less than the full cache")
+    where = shlex.join([model, "--bundle", str(output)])
+    out.print(f"next: kvcar eval {where}", markup=False, highlight=False, soft_wrap=True)
+    out.print(
+        f'      kvcar generate {where} --prompt "Once upon a time"', markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _numbers(text: str) -> tuple[int, ...]:

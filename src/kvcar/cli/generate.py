@@ -60,6 +60,7 @@ def generate(
     from ..models.load import load_model
     from ..models.structure import cache_argument
     from ..record import Record
+    from ..sizes import size_in_words
 
     given = _prompt(prompt, prompt_file)
     if context is not None and chat:
@@ -88,11 +89,12 @@ def generate(
         seconds = time.perf_counter() - began
         cached, stored = cache.get_seq_length(), cache.stored_bytes()
     full = loaded_bundle.plan.geometry.full_bytes(cached)
+    size = size_in_words(cache.plan, cached, stored, loaded.model.dtype.itemsize)
     new = result.shape[1] - tokens
     before = f"{tokens_before} stored + " if tokens_before else ""
     errors.print(
         f"{before}{tokens} prompt + {new} new tokens in {seconds:.1f} s; cache of {cached} tokens: {stored:,} bytes, "
-        f"{full / stored:.2f} times smaller than full (bfloat16); codecs {loaded_bundle.codec_bytes:,} bytes, once",
+        f"{size}; codecs {loaded_bundle.codec_bytes:,} bytes, once",
         highlight=False,
     )
     if json is not None:

@@ -66,7 +66,7 @@ def inspect(
 
 
 def _print_head(bundle: Bundle) -> None:
-    from ..sizes import REFERENCE_TOKENS, codecs_in_words, times_smaller
+    from ..sizes import REFERENCE_TOKENS, codecs_in_words, size_in_words, stored_bytes
 
     plan, fit = bundle.plan, bundle.fit
     tokens = min(REFERENCE_TOKENS, plan.geometry.max_positions)
@@ -77,7 +77,7 @@ def _print_head(bundle: Bundle) -> None:
         f"fitted {fit.date} on {fit.tokens:,} tokens of {fit.text} with kvcar {fit.kvcar_version}", highlight=False
     )
     out.print(
-        f"{times_smaller(plan, 2, tokens):.2f} times smaller at {tokens:,} tokens; sinks {plan.sinks}, window {plan.window}, "
+        f"at {tokens:,} tokens {size_in_words(plan, tokens, stored_bytes(plan, tokens, 2))}; sinks {plan.sinks}, window {plan.window}, "
         f"pages of {plan.page_tokens} tokens; {codecs_in_words(plan, bundle.codec_bytes)}",
         highlight=False,
     )

@@ -83,9 +83,10 @@ def save(
             save_context(cache, output, keep_window, ids if token_ids else None)
             saved = time.perf_counter()
     stored, full = output.stat().st_size, plan.geometry.full_bytes(ids.shape[1])
+    size = f"{full / stored:.2f} times smaller" if stored <= full else f"{stored / full:.2f} times larger"
     errors.print(
         f"{ids.shape[1]} tokens read in {prefilled - began:.1f} s, stored in {saved - prefilled:.1f} s: {stored:,} bytes, "
-        f"{full / stored:.2f} times smaller than the full cache (bfloat16); codecs {loaded_bundle.codec_bytes:,} bytes, once",
+        f"{size} than the full cache (bfloat16); codecs {loaded_bundle.codec_bytes:,} bytes, once",
         highlight=False,
     )
     if json is not None:

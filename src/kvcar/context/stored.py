@@ -16,7 +16,7 @@ from ..cache.attach import attachment_of
 from ..cache.cache import CONTEXT_STORE, KVCarCache
 from ..cache.coder import PageCoder
 from ..cache.snapshot import CacheContents, cache_of, contents_of
-from ..errors import AttachError, CacheStateError, ContextError, InputError
+from ..errors import AttachError, CacheStateError, ContextError, InputError, require
 from ..models.structure import find_decoder
 from ..version import __version__
 from .entropy import store_library
@@ -66,6 +66,7 @@ def save_context(
         InputError: token ids that are not those of the cache, or the extra ``store`` is not installed.
         ContextError: the file cannot be written.
     """
+    require(str, Path, path=path)
     contents = contents_of(cache, keep_window)
     if token_ids is not None:
         _check_token_ids(token_ids, len(contents.padding), contents.tokens)
@@ -99,6 +100,7 @@ def load_context(
         AttachError: no bundle is given and the model is not attached.
         InputError: as for ``KVCarCache``, or the extra ``store`` is not installed.
     """
+    require(str, Path, path=path)
     path = Path(path)
     header, data = read_file(path)
     bundle, coder = _made_ready(path, header, model, bundle)
@@ -119,6 +121,7 @@ def read_context(path: str | Path) -> StoredContext:
         ContextError: there is no such file, it is damaged or of another version.
         InputError: the extra ``store`` is not installed.
     """
+    require(str, Path, path=path)
     path = Path(path)
     header, data = read_file(path)
     part = next((part for part in header.parts if part.name == TOKEN_IDS), None)

@@ -20,8 +20,8 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from ..bundle import Bundle
 from ..cache.attach import attach, attachment_of
 from ..cache.cache import KVCarCache
-from ..errors import InputError
-from ..models.structure import cache_argument
+from ..errors import InputError, require
+from ..models.structure import cache_argument, check_is_model
 from ..progress import OnProgress, counter, silent
 from ..text import Texts, checked_token_ids, evaluation_texts, token_windows
 from .memory import bfloat16_bytes, kept_bytes
@@ -105,7 +105,7 @@ class TokenScores:
         self.same_top.append((log_p.argmax(-1) == log_q.argmax(-1)).double())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fidelity:
     """Quality and size of one cache over some windows of text.
 
@@ -135,6 +135,16 @@ class Fidelity:
     tokens: int
     context: int
     windows: int
+
+    def __repr__(self) -> str:
+        """One line: quality, size, and over how much text."""
+        kl, ratio, size = self.kl_divergence, self.perplexity_ratio, self.times_smaller
+        times = f"{size:.2f} times smaller" if size >= 1 else f"{1 / size:.2f} times larger"
+        return (
+            f"<Fidelity: KL divergence {kl.value:.5f} ± {kl.stderr:.5f} nats per token, perplexity x {ratio.value:.4f} ± "
+            f"{ratio.stderr:.4f}, same top token {100 * self.same_top.value:.2f} %; {times} at {self.context:,} tokens; "
+            f"{self.windows} windows>"
+        )
 
     @property
     def stored_bytes_per_token(self) -> float:
@@ -182,6 +192,9 @@ def evaluate(
         InputError: neither or both of text and token ids, or a text that is too short.
         ModelMismatchError: the bundle was fitted for another model.
     """
+    check_is_model(model, "evaluate")
+    require(int, windows=windows)
+    require(int, optional=True, context=context)
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
     KVCarCache(loaded, window)  # a window that cannot be is refused before the work
     if token_ids is None:
@@ -231,6 +244,8 @@ def measure_fidelity(
     Raises:
         InputError: windows of fewer than 2 tokens.
     """
+    check_is_model(model, "measure_fidelity")
+    require(Tensor, windows=windows)
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise InputError(
             f"evaluation needs windows of at least 2 tokens, got token ids of shape {tuple(windows.shape)}"

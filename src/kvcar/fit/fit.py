@@ -16,24 +16,24 @@ from transformers import PreTrainedModel
 from ..bundle import Bundle, CodedBlock, FitProvenance, identify
 from ..cache.attach import attach, attachment_of
 from ..cache.cache import KVCarCache
-from ..errors import AttachError, FitError, InputError
+from ..errors import AttachError, InputError, require
 from ..evaluate.fidelity import fidelity_figures, measure_fidelity
 from ..geometry import KVGeometry
 from ..models.geometry import read_geometry
+from ..models.structure import check_is_model
 from ..plan import CacheConfig, Plan
 from ..progress import OnProgress, counter, silent
-from ..sizes import REFERENCE_TOKENS, pays_from_tokens, stored_bytes
-from ..text import Texts, TextSource, checked_token_ids, fit_texts, joined, windows_of_all
+from ..sizes import REFERENCE_TOKENS, pays_from_tokens, size_in_words, stored_bytes
+from ..text import Texts, TextSource, checked_token_ids, fit_texts, joined, text_count, windows_of_all
 from ..version import __version__
+from .checks import CONTEXT, HELD_OUT_WINDOWS, asked_windows, check_ids, check_request, check_size, check_windows
 from .codecs import Solved
 from .options import DEFAULT_CACHE, DEFAULT_PROFILE, PROFILES, FitOptions, Structure
-from .partition import given_partition, longest_run, searched_bands
+from .partition import given_partition, searched_bands
 from .search import Found, best_plan, empty_plan, given_plan, searched_plans
 from .statistics import SAMPLE_TOKENS, Effect, Statistics, bands_of, collect_statistics, sample_stride
 
-CONTEXT = 1024
 CHECK_WINDOWS = 2
-_HELD_OUT_WINDOWS = 2
 _TRAINING_TOKENS = 8192
 _TOKENS = TextSource("token ids", "", "")
 
@@ -71,7 +71,8 @@ def fit(
         max_kl: fit the smallest cache within this KL divergence (nats per token) on held-out text, instead of to a size.
         profile: how wide blocks may be: fast, balanced (the default), small or stored.
         structure: blocks and codecs as given, instead of searched within a profile.
-        tokens: tokens of the text to fit on. Default: the profile's, or what the text has.
+        tokens: tokens of the text to fit on, two windows of 1,024 of which a search compares its plans on. Default: the
+            profile's, or what the text has.
         window: recent tokens kept exact; default: those of ``cache``.
         cache: sinks, window and pages.
         effect_tokens: tokens on which the effect of errors is measured.
@@ -89,9 +90,13 @@ def fit(
         InputError: options that exclude each other or do not fit the model.
         AttachError: the model is attached.
     """
+    check_is_model(model, "fit")
+    require(CacheConfig, cache=cache)
+    require(str, optional=True, name=name)
     options = FitOptions(times_smaller, max_kl, profile, structure, cache.with_window(window), effect_tokens, seed)
     if attachment_of(model) is not None:
         raise AttachError("this model is attached, and a fit needs it as it is; detach it first")
+    check_request(read_geometry(model.config), options, tokens, text_count(text), model.dtype.itemsize)
     if token_ids is not None:
         if tokenizer is not None or text is not None:
             raise InputError("give a tokenizer and a text, or token_ids, not both")
@@ -100,6 +105,8 @@ def fit(
         source = _TOKENS
     elif tokenizer is None:
         raise InputError("a fit needs the model's tokenizer to read a text, or token_ids in place of both")
+    elif not callable(tokenizer):
+        raise InputError(f"a tokenizer is what the model's text goes through, got {tokenizer!r}")
     else:
         windows, held_out, source = text_windows(model, tokenizer, text, tokens, options, check)
     bundle = next(fit_bundles(model, windows, [options], source, name, on_progress))
@@ -119,6 +126,9 @@ def lossless(
         cache: sinks, window and pages.
         name: what to call the model in the bundle. Default: the name that it was loaded by.
     """
+    check_is_model(model, "lossless")
+    require(CacheConfig, cache=cache)
+    require(str, optional=True, name=name)
     options = FitOptions(structure=Structure(codec="identity"), cache=cache.with_window(window))
     nothing = torch.zeros(0, 0, dtype=torch.int64)
     return next(fit_bundles(model, nothing, [options], TextSource("", "", ""), name))
@@ -146,12 +156,19 @@ def fit_bundles(
         FitError: NaN in the model, too little text, or a target out of reach.
         InputError: options that do not fit the model or each other.
     """
+    check_is_model(model, "fit_bundles")
+    require(Tensor, windows=windows)
+    require(list, tuple, options=options)
+    for each in options:
+        require(FitOptions, options=each)
     geometry = read_geometry(model.config)
     lossy = [each for each in options if not each.lossless]
     searched = any(each.limits is not None for each in lossy)
-    fitted, held_out = (windows[:-_HELD_OUT_WINDOWS], windows[-_HELD_OUT_WINDOWS:]) if searched else (windows, windows)
+    fitted, held_out = (windows[:-HELD_OUT_WINDOWS], windows[-HELD_OUT_WINDOWS:]) if searched else (windows, windows)
     for each in lossy:
-        _check_text(windows, fitted, geometry, each)
+        check_size(geometry, each, model.dtype.itemsize)
+        check_ids(windows)
+        check_windows(len(windows), windows.shape[1], geometry, each)
     statistics = _statistics(model, geometry, fitted, lossy, on_progress)
     maker = _Maker(model, geometry, fitted, held_out, source, name, statistics, on_progress)
     return (maker.bundle(each) for each in options)
@@ -188,9 +205,9 @@ class _Maker:
         if found.two_pass_kl is not None:
             figures |= {"two_pass_kl": found.two_pass_kl, "curve": [list(point) for point in found.curve]}
         log.info(
-            "%.2f times smaller at %d tokens, %d bytes of codecs",
-            figures["times_smaller"],
+            "at %d tokens %s; %d bytes of codecs",
             figures["tokens"],
+            size_in_words(bundle.plan, figures["tokens"], figures["stored_bytes"], self._model.dtype.itemsize),
             figures["codec_bytes"],
         )
         return bundle.with_figures(figures)
@@ -250,39 +267,6 @@ def _bands(geometry: KVGeometry, options: FitOptions) -> tuple[int, int] | None:
     return bands_of(geometry, blocks) if blocks else None
 
 
-def _check_text(windows: Tensor, fitted: Tensor, geometry: KVGeometry, options: FitOptions) -> None:
-    if windows.ndim != 2 or windows.numel() == 0:
-        raise InputError(f"fitting needs windows of token ids, got shape {tuple(windows.shape)}; give it some text")
-    length, cache = windows.shape[1], options.cache
-    if length > geometry.max_positions:
-        raise InputError(f"windows of {length} tokens are longer than the model's {geometry.max_positions} positions")
-    if options.limits is not None:
-        if not len(fitted):
-            raise InputError(
-                f"a search needs more than {_HELD_OUT_WINDOWS} windows of token ids, got {len(windows)}; give it more text"
-            )
-        if length <= cache.sinks + 2 * cache.window:
-            raise InputError(
-                f"windows of {length} tokens are too short for {cache.sinks} sinks and a window of {cache.window}; fit on "
-                "longer ones"
-            )
-    usable, widest = fitted.shape[0] * max(0, length - cache.sinks), _widest(geometry, options)
-    if usable < 2 * widest:
-        raise FitError(
-            f"{usable} tokens are too few to fit blocks of {widest} elements (needed: at least {2 * widest}); give "
-            "more text or tokens, or narrower blocks: another profile, or fewer layers per block"
-        )
-
-
-def _widest(geometry: KVGeometry, options: FitOptions) -> int:
-    """Elements of the widest block that may be asked for."""
-    if options.limits is not None:
-        longest = longest_run(geometry, options.limits) * geometry.kv_heads * geometry.head_dim
-        return min(options.limits.widest_elements, longest)
-    assert options.structure is not None
-    return max((len(b) for b in given_partition(geometry, options.structure)), default=0) * geometry.head_dim
-
-
 def _spread(windows: Tensor, tokens: int) -> Tensor:
     """About ``tokens`` tokens' worth of windows, evenly spread."""
     count = min(len(windows), max(1, round(tokens / windows.shape[1])))
@@ -308,15 +292,12 @@ def text_windows(
     """
     sources, held_out = fit_texts(text, check)
     positions = model.config.get_text_config().max_position_embeddings
-    context = min(CONTEXT, positions, tokens or CONTEXT)
-    limits = options.limits or PROFILES[DEFAULT_PROFILE]
     if tokens is None:
+        limits, context = options.limits or PROFILES[DEFAULT_PROFILE], min(CONTEXT, positions)
         windows = windows_of_all(tokenizer, sources, context, limits.fit_tokens // context)
     else:
-        each = tokens // context // len(sources)
-        if context < 2 or not each:
-            raise InputError(f"{tokens} tokens are less than a window of {context} for each of {len(sources)} texts")
-        windows = windows_of_all(tokenizer, sources, context, each * len(sources), exactly=True)
+        count, context = asked_windows(positions, tokens, len(sources))
+        windows = windows_of_all(tokenizer, sources, context, count, exactly=True)
     return windows, held_out_windows(model, tokenizer, held_out), joined(sources)
 
 

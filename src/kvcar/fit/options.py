@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Literal
 
 from ..codecs import CODECS
-from ..errors import InputError
+from ..errors import InputError, require
 from ..plan import PACKED_BITS, RAW_BITS, CacheConfig, Reuse, Scales
 
 DEFAULT_PROFILE = "balanced"
@@ -86,6 +87,16 @@ class Structure:
     steps: int = 200
 
     def __post_init__(self) -> None:
+        require(str, codec=self.codec, scales=self.scales, metric=self.metric)
+        require(float, optional=True, bits=self.bits)
+        require(int, layers_per_block=self.layers_per_block, latent_bits=self.latent_bits, steps=self.steps)
+        optional = ("heads_per_block", "key_latents", "value_latents")
+        require(int, optional=True, **{name: getattr(self, name) for name in optional})
+        require(tuple, layers=self.layers or (), reuses=self.reuses)
+        for layer in self.layers or ():
+            require(int, layers=layer)
+        for reuse in self.reuses:
+            require(Reuse, reuses=reuse)
         _ = CODECS[self.codec]  # raises InputError for a codec that does not exist
         if self.bits is not None and not 0 < self.bits <= RAW_BITS:
             raise InputError(f"bits per element must be above 0 and at most {RAW_BITS}, got {self.bits:g}")
@@ -150,10 +161,15 @@ class FitOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("times_smaller", "max_kl"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name} must be above 0, got {value:g}")
+        require(float, optional=True, times_smaller=self.times_smaller, max_kl=self.max_kl)
+        require(int, effect_tokens=self.effect_tokens, seed=self.seed)
+        require(str, optional=True, profile=self.profile)
+        require(Structure, optional=True, structure=self.structure)
+        require(CacheConfig, cache=self.cache)
+        if self.times_smaller is not None and not 1 < self.times_smaller < math.inf:
+            raise InputError(f"times_smaller must be above 1 (the model's own cache), got {self.times_smaller:g}")
+        if self.max_kl is not None and not 0 < self.max_kl < math.inf:
+            raise InputError(f"max_kl must be above 0, got {self.max_kl:g}")
         if self.times_smaller is not None and self.max_kl is not None:
             raise InputError("give times_smaller or max_kl, not both")
         if self.effect_tokens < 1:

@@ -45,7 +45,7 @@ class Found:
 
 def empty_plan(geometry: KVGeometry, blocks: Sequence[Slots], options: FitOptions) -> Plan:
     """The plan whose blocks have no bits yet."""
-    return Plan(
+    return Plan.checked(
         geometry=geometry,
         blocks=tuple(Block(codec=options.codec, slots=slots) for slots in blocks),
         reuses=() if options.structure is None else options.structure.reuses,

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from ..errors import InputError
+from ..errors import InputError, require
 from ..progress import OnProgress, silent
 from .checkpoints import load_gguf, quiet_transformers
 from .demo import ALIAS, demo_folder
@@ -36,7 +36,7 @@ class LoadedModel:
 
 
 def load_model(
-    name: str,
+    name: str | Path,
     dtype: str = "auto",
     device: str = "auto",
     on_step: OnProgress = silent,
@@ -52,7 +52,9 @@ def load_model(
     Raises:
         InputError: there is no such model, it cannot be reached or read, or an option is not known.
     """
-    where = _device(device)
+    require(str, Path, name=name)
+    require(str, dtype=dtype)
+    name, where = str(name), _device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"dtype must be auto, {', '.join(DTYPES)}; got {dtype!r}")
     wanted = DTYPES.get(dtype, torch.float32 if where.type == "cpu" else None)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedModelError
@@ -34,6 +34,18 @@ class DecoderParts:
     def device(self) -> torch.device:
         """Where the keys and values are computed."""
         return next(self.attention[0].parameters()).device
+
+
+def check_is_model(model: object, what: str) -> None:
+    """Refuse what is no model of transformers, by the name of the function that takes one; raises UnsupportedModelError."""
+    if isinstance(model, PreTrainedModel):
+        return
+    inner = ""
+    if hasattr(model, "get_base_model"):
+        inner = " (of a PeftModel: its get_base_model(), and go on using the PeftModel)"
+    elif hasattr(model, "model"):
+        inner = " (its attribute model)"
+    raise UnsupportedModelError(f"{what} takes a model of transformers, got {type(model).__name__}{inner}")
 
 
 def find_decoder(model: nn.Module, layers: int) -> DecoderParts:

@@ -97,7 +97,7 @@ def run_demo(on_progress: OnProgress = silent) -> Demo:
     bundles = {IDENTITY: lossless(loaded.model, name=ALIAS), COMPRESSED: fitted}
     with attach(loaded.model, bundles[IDENTITY]):
         fidelity = {kind: _measure(loaded, bundles, text, kind, on_progress) for kind, text in texts.items()}
-        prompt, generated = _generate(loaded, bundles, held_out, on_progress)
+    prompt, generated = _generate(loaded, fitted, held_out, on_progress)
     bundles = {
         name: bundle.with_figures({"held_out": fidelity_figures(fidelity[ENGLISH][name])})
         for name, bundle in bundles.items()
@@ -122,7 +122,7 @@ def _measure(
 
 
 def _generate(
-    loaded: LoadedModel, bundles: Mapping[str, Bundle], text: TextSource, on_progress: OnProgress
+    loaded: LoadedModel, bundle: Bundle, text: TextSource, on_progress: OnProgress
 ) -> tuple[str, dict[str, Generated]]:
     """Continue a prompt, long enough to fill pages, with the full cache and with the compressed one."""
     excerpt = loaded.tokenizer.decode(token_windows(loaded.tokenizer, text.text, _PROMPT_TOKENS, 3)[1]).strip()
@@ -130,13 +130,12 @@ def _generate(
     inputs = loaded.tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    makers: dict[str, Any] = {"full": lambda: DynamicCache(config=loaded.model.config)}
-    makers[COMPRESSED] = lambda: KVCarCache(bundles[COMPRESSED])
-    generated = {}
-    for index, (name, make) in enumerate(makers.items()):
-        on_progress("generate", index, len(makers))
-        generated[name] = _continue(loaded, inputs, make())
-    on_progress("generate", len(makers), len(makers))
+    count = counter(on_progress, "generate", 2)
+    generated = {"full": _continue(loaded, inputs, DynamicCache(config=loaded.model.config))}
+    count(1)
+    with attach(loaded.model, bundle) as attached:
+        generated[COMPRESSED] = _continue(loaded, inputs, attached.new_cache())
+    count(1)
     return prompt, generated
 
 
@@ -235,7 +234,7 @@ def _row(name: str, bundle: Bundle, f: Fidelity) -> PageRow:
     pays = pays_from_tokens(bundle.plan, bundle.codec_bytes, bundle.model.element_bytes)
     return PageRow(
         name=name,
-        times_smaller=f"{f.times_smaller:.2f}",
+        times_smaller=f"{f.times_smaller:.2f}" if f.times_smaller >= 1 else f"{1 / f.times_smaller:.2f} larger",
         stored_bytes_per_token=f"{f.stored_bytes_per_token:,.0f}",
         codec_bytes=f"{f.codec_bytes:,}",
         pays_from_tokens="never" if pays is None else f"{pays:,}",
