@@ -4,6 +4,8 @@ python examples/fit_and_generate.py demo
 """
 
 import argparse
+import logging
+import tempfile
 
 import kvcar
 
@@ -14,13 +16,19 @@ parser.add_argument(
 )
 parser.add_argument("--times-smaller", type=float, default=6)
 parser.add_argument("--prompt", default="The memory wall is")
+parser.add_argument("--output", help="folder to keep the bundle in, which must not exist; default: a temporary one")
 options = parser.parse_args()
+logging.basicConfig(level=logging.WARNING, format="%(message)s")
+logging.getLogger("kvcar").setLevel(logging.INFO)  # what a fit makes and what is attached, in a line each
 
 loaded = kvcar.load_model(options.model)
+print("fitting, which takes minutes for a model of 135 million parameters on two cores")
 bundle = kvcar.fit(loaded.model, loaded.tokenizer, options.text, times_smaller=options.times_smaller)
-print(f"{bundle.figures['times_smaller']:.2f} times smaller, codecs of {bundle.codec_bytes / 1e6:.1f} MB")
-bundle.save_pretrained("bundle", overwrite=True)  # a folder; bundle.push_to_hub("me/my-bundle") puts it on the hub
+print(bundle)
 
-with kvcar.attach(loaded.model, "bundle"):
-    ids = loaded.tokenizer(options.prompt, return_tensors="pt").to(loaded.model.device)
-    print(loaded.tokenizer.decode(loaded.model.generate(**ids, max_new_tokens=100)[0]))
+with tempfile.TemporaryDirectory() as temporary:
+    folder = options.output or f"{temporary}/bundle"
+    bundle.save_pretrained(folder)  # a folder; bundle.push_to_hub("me/my-bundle") puts it on the hub
+    with kvcar.attach(loaded.model, folder):
+        ids = loaded.tokenizer(options.prompt, return_tensors="pt").to(loaded.model.device)
+        print(loaded.tokenizer.decode(loaded.model.generate(**ids, max_new_tokens=100)[0]))

@@ -4,25 +4,36 @@ python examples/measure.py demo
 """
 
 import argparse
+import time
 
 import kvcar
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="'demo', a folder, a .gguf file or a hub id")
-parser.add_argument("--text", help="what to fit and to measure on; better two texts. Default: English text of Python's")
+parser.add_argument("--text", help="what to fit on, a .txt or .jsonl file; default: English text of Python's")
+parser.add_argument("--test-text", help="what to measure on; default: a part of Python's text that no fit reads")
 parser.add_argument("--sizes", type=float, nargs="+", default=[4, 8], help="times smaller")
 parser.add_argument("--context", type=int, help="tokens of a window; default: 2,048, or what the model has")
 options = parser.parse_args()
 
+shown = 0.0
+
+
+def show(what: str, done: int, total: int) -> None:
+    """Print where things stand, every ten seconds."""
+    global shown
+    if time.monotonic() - shown > 10:
+        shown = time.monotonic()
+        print(f"  {what}: {done:,} of {total:,}", flush=True)
+
+
 loaded = kvcar.load_model(options.model)
 model, tokenizer = loaded.model, loaded.tokenizer
-bundles = {"lossless": kvcar.lossless(model)}  # the noise floor: what rounding alone does
-for size in options.sizes:
-    bundles[f"{size:g}x"] = kvcar.fit(model, tokenizer, options.text, times_smaller=size, check=False)
-
-for name, bundle in bundles.items():
-    found = kvcar.evaluate(model, bundle, tokenizer, options.text, context=options.context)
-    print(
-        f"{name}: {found.full_bytes / found.stored_bytes:.2f} times smaller, KL divergence {found.kl_divergence.value:.5f} "
-        f"nats per token, same top token {100 * found.same_top.value:.1f} %, perplexity x {found.perplexity_ratio.value:.4f}"
-    )
+for size in (None, *options.sizes):
+    if size is None:
+        name, bundle = "lossless", kvcar.lossless(model)  # the noise floor: what rounding alone does
+    else:
+        name = f"{size:g}x"
+        bundle = kvcar.fit(model, tokenizer, options.text, times_smaller=size, check=False, on_progress=show)
+    found = kvcar.evaluate(model, bundle, tokenizer, options.test_text, context=options.context, on_progress=show)
+    print(name, found)

@@ -104,7 +104,8 @@ def test_examples_run(script, model_folder, text_file, tmp_path):
         arguments += ["--sizes", "4", "--context", "256"]
     result = subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "times smaller" in result.stdout
+    assert re.search("times smaller|in the file", result.stdout)
+    assert list(tmp_path.iterdir()) == [], "examples leave nothing behind"
 
 
 def test_the_gate_runs_the_readmes_test_command():
