@@ -231,7 +231,7 @@ def mutate_tensor(tensor: Tensor, rng: random.Random) -> Tensor:
             flat[rng.randrange(len(flat))] = _fitting(rng.choice(_EXTREMES), tensor.dtype)
         return changed
     if kind < 0.7:
-        return torch.full_like(changed, _fitting(rng.choice(_EXTREMES), tensor.dtype))
+        return _fitting(rng.choice(_EXTREMES), tensor.dtype).expand(changed.shape).clone()
     if kind < 0.85 and tensor.is_floating_point():
         return changed * rng.choice([-1.0, 0.0, 1e-6, 1e3, 1e6, 1e9, 1e15, 1e25])
     if kind < 0.92:
@@ -241,8 +241,11 @@ def mutate_tensor(tensor: Tensor, rng: random.Random) -> Tensor:
     return changed
 
 
-def _fitting(value: float, dtype: torch.dtype) -> float | int:
-    return value if dtype.is_floating_point else int(max(-100, min(100, value))) if value == value else 0
+def _fitting(value: float, dtype: torch.dtype) -> Tensor:
+    """The number as the dtype has it."""
+    if not dtype.is_floating_point:
+        value = max(-100.0, min(100.0, value)) if value == value else 0.0
+    return torch.tensor(value, dtype=torch.float64).to(dtype)
 
 
 # Bundles
