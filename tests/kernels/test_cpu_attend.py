@@ -3,6 +3,7 @@
 import gc
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from tiny import tiny_model
 
 from kvcar.cache.coder import PageCoder
 from kvcar.errors import KernelError
-from kvcar.kernels.attend import Buffered, ExactPast, attend, cpu, naive
-from kvcar.kernels.attend.cpu_decoders import decoder_in_8_bits, latent_bits
+from kvcar.kernels.attend import Buffered, ExactPast, RoundedDecoder, attend, cpu, naive
+from kvcar.kernels.attend.cpu_decoders import decoder_in_8_bits, latent_bits, widening_stops
 from kvcar.kernels.native import build, find_compiler, native_library
 from kvcar.kernels.rotary import RotaryTable
 
@@ -229,44 +230,98 @@ def test_a_query_that_sees_nothing_gives_zeros():
     assert torch.equal(cpu.attend(torch.randn(1, 4, 2, 16), nothing, paged, 1.0), torch.zeros(1, 4, 2, 16))
 
 
-def latents_together(without):
-    """Latents that 8-bit decoders multiply at once here without a set: 4 with AVX-512's dot products, 2 with AVX2."""
-    has = set(build._cpu().split())  # as Linux names them; of other CPUs there is nothing of the kind among it
-    if "avx2" not in has or without == "avx2":
-        return 0
-    return 4 if "avx512_vnni" in has and without not in ("avx512vnni", "avx512f") else 2
+def with_decoders(paged, change):
+    """The same past with other readers."""
+    return replace(
+        paged,
+        key_readers=tuple(map(change, paged.key_readers)),
+        value_readers=tuple(map(change, paged.value_readers)),
+    )
+
+
+def in_8_bits(reader, head_dim=HEAD_DIM):
+    """Round as the kernel does."""
+    return decoder_in_8_bits(*reader.affine, latent_bits(reader.segment), head_dim)
+
+
+def as_floats(decoder):
+    """The same decoder as matrix and bias."""
+    by_latent = decoder.decoder.float().permute(1, 3, 0, 2).flatten(0, 1).flatten(1) * decoder.scale
+    return torch.cat([decoder.exact.float(), by_latent]), decoder.bias
+
+
+def rounded_in_floats(reader, head_dim=HEAD_DIM):
+    """The same rounding, to be multiplied in floats."""
+    matrix, bias = as_floats(reader.rounded or in_8_bits(reader, head_dim))
+    matrix = matrix[: reader.segment.latents]
+    return replace(reader, affine=(matrix, bias), decode=lambda u: u @ matrix + bias)
+
+
+# Sums of values round their weights to 2^-15 of a tile's largest.
+SUMS = {"atol": 2e-4, "rtol": 2e-4}
+TURNINGS = {**ROTARIES, "half, some elements": lambda: rotary("half", 6)}
 
 
 @pytest.mark.parametrize("page_tokens", [32, 128])
-@pytest.mark.parametrize("bits", [[8, 7, 6, 5], [5, 5, 4, 3, 2, 1], [4]], ids=str)
-def test_decoders_in_8_bits_change_keys_by_what_they_say(bits, page_tokens, without, monkeypatch):
+@pytest.mark.parametrize("bits", [[8, 7, 6, 5], [5, 5, 4, 3, 2, 1], [4], [8, 8]], ids=str)
+def test_products_in_integers_are_those_of_rounded_decoders(bits, page_tokens, without, monkeypatch):
     blocks = [slots([i], k) for i in range(4) for k in ("key", "value")]
     bundle = by_hand(MODEL, blocks, bits=bits, page_tokens=page_tokens, window=page_tokens)
     coder = PageCoder(bundle, torch.device("cpu"), torch.float32)
-    paged = paged_past(coder, 1, 500, 2, rotary("half"), [0, 5])
-    query, exact = torch.randn(2, 4, 1, HEAD_DIM), exact_past(1)
     monkeypatch.setattr(cpu, "IN_8_BITS", True)
-    # The same rounding, done in floats, must give the same output.
-    reader = paged.key_readers[0]
-    matrix, bias = reader.affine
-    rounded, biases = matrix.clone(), bias.clone()
-    together = native_library().kvcar_decode8_latents()  # nothing is rounded where it is 0
-    assert together == latents_together(without)
-    for head in range(len(reader.heads) if together else 0):
-        own = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
-        decoder = decoder_in_8_bits(matrix[:, own], bias[own], latent_bits(reader.segment))
-        rounded[decoder.exact :, own] = decoder.rounded.float() * decoder.scale
-        biases[own] = decoder.bias
-    expected = naive.attend(query, exact, with_keys(paged, rounded, biases), 0.25)
-    torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-4, rtol=2e-4)
+    for turning in TURNINGS.values():
+        paged = paged_past(coder, 1, 500, 2, turning(), [0, 5])
+        for count in (1, 3):
+            query, exact = torch.randn(2, 4, count, HEAD_DIM), exact_past(count)
+            expected = naive.attend(query, exact, with_decoders(paged, rounded_in_floats), 0.25)
+            torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, **SUMS)
 
 
-def with_keys(paged, matrix, bias):
-    """The same past with another decoder of keys."""
-    from dataclasses import replace
+@pytest.mark.parametrize("query_heads", [2, 6, 10])
+@pytest.mark.parametrize("head_dim", [16, 64, 96])
+def test_heads_and_blocks_of_all_sizes_in_integers(without, head_dim, query_heads, monkeypatch):
+    """Keys and values of two layers in one block; rests of vectors, latents, query rows and tokens."""
+    monkeypatch.setattr(cpu, "IN_8_BITS", True)
+    model = tiny_model("llama", head_dim=head_dim, hidden_size=60, num_attention_heads=query_heads)
+    bundle = by_hand(model, [slots([0, 1], "key") + slots([0, 1], "value")], bits=[8, 8, 7, 5, 3, 2, 1])
+    coder = PageCoder(bundle, torch.device("cpu"), torch.float32)
+    turning = RotaryTable(1.0 / 10000 ** (torch.arange(head_dim // 2, dtype=torch.float64) / head_dim * 2), 1.0, "half")
+    paged = paged_past(coder, 1, 333, 2, turning, [0, 5], head_dim)
+    query, new = torch.randn(2, query_heads, 1, head_dim), torch.randn(2, 2, 2, 6, head_dim)
+    exact = ExactPast(new[0], new[1], None)
+    expected = naive.attend(query, exact, with_decoders(paged, lambda r: rounded_in_floats(r, head_dim)), 0.125)
+    torch.testing.assert_close(cpu.attend(query, exact, paged, 0.125), expected, **SUMS)
 
-    reader = replace(paged.key_readers[0], affine=(matrix, bias), decode=lambda u: u @ matrix + bias)
-    return replace(paged, key_readers=(reader,))
+
+@pytest.mark.parametrize("turning", TURNINGS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+def test_decoders_that_are_in_8_bits_are_read_where_they_lie(dtype, turning):
+    """Those of a block's heads, of which a layer has some."""
+    head_dim = 64
+    model = tiny_model("llama", head_dim=head_dim, hidden_size=60)
+    bundle = by_hand(model, [slots([0, 1], "key") + slots([0, 1], "value")], bits=[8, 7, 5, 3, 2])
+    coder = PageCoder(bundle, torch.device("cpu"), torch.float32)
+    pairs = {"half": 32, "interleaved, some elements, scaled": 20, "half, some elements": 20}
+    own = rotary("interleaved" if "inter" in turning else "half", pairs[turning]) if turning in pairs else None
+    paged = paged_past(coder, 1, 333, 2, own, [0, 5], head_dim)
+
+    def in_memory(reader):
+        """As a slice of a block's decoder that is twice as wide."""
+        decoder, width = in_8_bits(reader, head_dim), 2 * head_dim
+        exact = torch.cat([decoder.exact, decoder.exact], 1).to(dtype)[:, width:]
+        wide = torch.cat([decoder.decoder, decoder.decoder])[2:]
+        return replace(reader, rounded=RoundedDecoder(exact, wide, decoder.scale, decoder.bias), affine=None)
+
+    stored = with_decoders(paged, in_memory)
+    query, exact = torch.randn(2, 4, 1, head_dim), ExactPast(*torch.randn(2, 2, 2, 3, head_dim), None)
+    expected = naive.attend(query, exact, with_decoders(stored, lambda r: rounded_in_floats(r, head_dim)), 0.25)
+    torch.testing.assert_close(cpu.attend(query, exact, stored, 0.25), expected, atol=2e-5, rtol=2e-5)
+    values = cpu._job(stored, query)._decoders.values[0]
+    decoder = stored.value_readers[0].rounded
+    places = decoder.decoder.data_ptr(), decoder.scale.data_ptr(), decoder.bias.data_ptr()
+    assert (values.decoder, values.scale, values.bias) == places
+    if dtype != torch.bfloat16:
+        assert decoder.exact.data_ptr() == (values.half if dtype == torch.float16 else values.matrix)
 
 
 def test_rounding_decoders_adds_little_to_the_codes_own_noise():
@@ -274,23 +329,43 @@ def test_rounding_decoders_adds_little_to_the_codes_own_noise():
     bits = torch.tensor([8, 7, 6, 6, 5, 5, 5, *[4] * 16, *[3] * 20, *[2] * 15])
     # Water-filling gives all latents about the same step; directions are orthonormal.
     matrix = torch.linalg.qr(torch.randn(64, 64, generator=draw))[0][: len(bits)]
-    decoder = decoder_in_8_bits(matrix, torch.zeros(64), bits)
-    assert decoder.exact == 1
+    decoder = decoder_in_8_bits(matrix, torch.zeros(64), bits, 64)
+    assert len(decoder.exact) == 1
     codes = (torch.rand(4000, len(bits), generator=draw) * (2.0**bits - 1)).round()
-    exact = codes @ matrix
-    rounded = codes[:, :1] @ matrix[:1] + (codes[:, 1:] @ decoder.rounded.float()) * decoder.scale + decoder.bias
+    rounded, bias = as_floats(decoder)
     noise = (torch.rand(4000, len(bits), generator=draw) - 0.5) @ matrix
-    assert (rounded - exact).square().mean() < 0.06 * noise.square().mean()
+    error = codes @ rounded[: len(bits)] + bias - codes @ matrix
+    assert error.square().mean() < 0.06 * noise.square().mean()
 
 
-def test_sums_of_16_bits_cannot_overflow():
-    draw = torch.Generator().manual_seed(1)
-    bits = torch.tensor([6] * 40 + [5] * 30 + [1] * 31)
-    decoder = decoder_in_8_bits(torch.randn(101, 16, generator=draw), torch.zeros(16), bits)
-    highest, start = 2**bits - 1, 0
-    for stop in decoder.stops:
-        own = decoder.rounded[2 * start : 2 * stop].long() * highest[2 * start : 2 * stop, None]
-        assert own.clamp_min(0).sum(0).max() <= 32767
-        assert (-own).clamp_min(0).sum(0).max() <= 32767
+@pytest.mark.parametrize("bits", [[7] * 9, [7, 6, 6, 5, 4, 3, 2, 1], [6] * 40 + [5] * 30 + [1] * 31, [1] * 2000], ids=str)
+def test_sums_of_16_bits_cannot_overflow(bits):
+    highest, start = [2**bit - 1 for bit in bits] + [0, 0, 0], 0
+    for stop in widening_stops(bits):
+        for pair in (0, 2):
+            places = [4 * group + pair + i for group in range(start, stop) for i in (0, 1)]
+            assert sum(127 * highest[place] for place in places) <= 32767
         start = stop
-    assert 2 * start >= 101
+    assert 4 * start >= len(bits) > 4 * (start - 1)
+
+
+def test_keys_at_the_ends_of_their_range(without, monkeypatch):
+    """Sums as large as they can be: all codes at their highest, under decoders of one sign."""
+    monkeypatch.setattr(cpu, "IN_8_BITS", True)
+    blocks = [slots([i], k) for i in range(4) for k in ("key", "value")]
+    bundle = by_hand(MODEL, blocks, bits=[7, 7, 7, 7, 7, 7, 6, 6, 6, 5, 5, 3, 3, 3, 2, 1])
+    coder = PageCoder(bundle, torch.device("cpu"), torch.float32)
+    paged = paged_past(coder, 1, 100, 1, rotary("half"), [0])
+    for tile in paged.tiles:
+        tile.fill_(255)
+
+    def extreme(reader):
+        matrix = torch.full_like(reader.affine[0], 0.01) * torch.tensor([1.0, -1.0]).repeat(HEAD_DIM)
+        return replace(reader, affine=(matrix, torch.zeros(2 * HEAD_DIM)), decode=lambda u: u @ matrix)
+
+    paged = with_decoders(paged, extreme)
+    query, exact = torch.randn(1, 4, 1, HEAD_DIM), ExactPast(*torch.randn(2, 1, 2, 3, HEAD_DIM), None)
+    expected = naive.attend(query, exact, paged, 0.01)
+    torch.testing.assert_close(cpu.attend(query, exact, paged, 0.01), expected, **SUMS)
+
+

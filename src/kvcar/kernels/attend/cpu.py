@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from itertools import accumulate
 from weakref import ref
 
 import torch
@@ -20,7 +19,7 @@ from ..native import native_library
 from .cpu_decoders import NativeDecoders
 from .inputs import ATTENTION, Buffered, ExactPast, PagedPast, Reader
 
-# Rounding decoders of keys to 8 bits doubles the speed of what takes longest; see cpu_decoders.py.
+# Products in integers double the speed of what takes longest; see cpu_decoders.py.
 IN_8_BITS = True
 _JOB = "C job"
 _I32, _I64, _POINTER, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
@@ -88,11 +87,12 @@ class _Job(ctypes.Structure):
         *((name, _I32) for name in ("batch", "heads", "rows", "head_dim", "page_tokens", "pairs", "splits", "threads")),
         ("tokens", _I64), ("positions", _I64), ("first", _POINTER), ("offset", _POINTER),
         ("fine_cos", _POINTER), ("fine_sin", _POINTER), ("coarse_cos", _POINTER), ("coarse_sin", _POINTER),
-        ("scaling", _F32), ("softcap", _F32), ("key_readers", _I32), ("value_readers", _I32), ("arenas", _I32),
-        ("keys", _POINTER), ("values", _POINTER), ("arena", _POINTER), ("maximum", _POINTER), ("mass", _POINTER),
-        ("query", _POINTER), ("part", _POINTER), ("mask", _POINTER),
-        ("mask_batch_stride", _I64), ("mask_row_stride", _I64), ("mask_token_stride", _I64), ("mask_rows", _I32),
-        ("parts", _I32), ("out", _POINTER),
+        ("scaling", _F32), ("softcap", _F32),
+        *((name, _I32) for name in ("segments", "key_readers", "value_readers", "arenas")),
+        *((name, _POINTER) for name in ("segment", "keys", "values", "arena", "scratch", "query", "part", "mask")),
+        ("mask_batch_stride", _I64), ("mask_row_stride", _I64), ("mask_token_stride", _I64),
+        *((name, _I32) for name in ("mask_rows", "parts", "sums_in_8_bits", "spare")),
+        *((name, _POINTER) for name in ("out", "maximum", "mass", "rooms")), ("room", _I64),
     ]  # fmt: skip
 
 
@@ -102,11 +102,12 @@ class NativeJob:
     Args:
         paged: of the layer; its readers and rotation are prepared.
         head_dim: elements of a head.
-        in_8_bits: whether decoders of keys are rounded to 8 bits where the CPU multiplies those faster.
+        in_8_bits: whether decoders are rounded to 8 bits and values summed in integers.
     """
 
     def __init__(self, paged: PagedPast, head_dim: int, in_8_bits: bool = True) -> None:
         self._library = native_library()
+        self._library.kvcar_scratch.restype = _I64
         self._key_readers, self._value_readers, self._rotary = paged.key_readers, paged.value_readers, paged.rotary
         self._decoders = NativeDecoders(paged, head_dim, in_8_bits)
         self._page_tokens = paged.page_tokens
@@ -116,16 +117,16 @@ class NativeJob:
         self._buffers: tuple[ref[Tensor], ref[Tensor]] | None = None
         self._buffer_bases = (0, 0)
         self._sizes: tuple[int, ...] = ()
-        self._places: list[int] = []
-        self._scratch = 0
+        self._scratch_floats = 0
         self._tiles: tuple[ref[Tensor], ...] = ()
         self._arenas = (_Arena * 0)()
         self._parts = (_Part * 2)()
         self._part_places = tuple(ctypes.addressof(part) for part in self._parts)
-        keys, values = self._decoders.keys, self._decoders.values
+        segments, keys, values = self._decoders.segments, self._decoders.keys, self._decoders.values
         self._struct = _Job(
-            head_dim=head_dim, page_tokens=self._page_tokens, pairs=self._decoders.pairs, key_readers=len(keys),
-            value_readers=len(values), keys=ctypes.addressof(keys), values=ctypes.addressof(values),
+            head_dim=head_dim, page_tokens=self._page_tokens, pairs=self._decoders.pairs, segments=len(segments),
+            key_readers=len(keys), value_readers=len(values), segment=ctypes.addressof(segments),
+            keys=ctypes.addressof(keys), values=ctypes.addressof(values), sums_in_8_bits=int(in_8_bits),
         )  # fmt: skip
         self._reference = ctypes.byref(self._struct)
         # One struct for all threads that run a model: one of them at a time fills it in and uses it.
@@ -168,25 +169,16 @@ class NativeJob:
         return out
 
     def _set_sizes(self, batch: int, heads: int, rows: int, paged_tokens: int) -> Tensor:
-        """Set the sizes of the step, and where in a scratch its sums go."""
+        """Set the sizes of the step and its scratch."""
         threads = torch.get_num_threads()
         # Two splits a thread even out threads of unequal speed; many sequences need none.
         splits = max(1, min(-(-paged_tokens // self._page_tokens), -(-2 * threads // batch)))
-        sizes = (batch, heads, rows, splits, threads)
-        values = self._decoders.values
+        sizes, job = (batch, heads, rows, splits, threads), self._struct
         if sizes != self._sizes:
-            job = self._struct
             job.batch, job.heads, job.rows, job.splits, job.threads = self._sizes = sizes
-            statistics, own = batch * (splits + 1) * heads * rows, batch * splits * rows
-            sums = (own * native.heads * self._decoders.rounded(native.latents) for native in values)
-            self._places = [0, *accumulate((statistics, statistics, *sums))]
-            self._scratch = 0
-        scratch = _scratch(self._places[-1])
-        if scratch.data_ptr() != self._scratch:
-            self._scratch = scratch.data_ptr()
-            self._struct.maximum, self._struct.mass, *sums = (self._scratch + 4 * place for place in self._places[:-1])
-            for native, place in zip(values, sums, strict=True):
-                native.sums = place
+            self._scratch_floats = int(self._library.kvcar_scratch(self._reference))
+        scratch = _scratch(self._scratch_floats)
+        job.scratch = scratch.data_ptr()
         return scratch
 
     def _set_past(self, paged: PagedPast) -> object:
@@ -256,7 +248,7 @@ _local = threading.local()
 
 
 def _scratch(floats: int) -> Tensor:
-    """Return this thread's memory for sums, float32 of at least ``floats`` elements, the same for all layers."""
+    """Return this thread's memory for a step, float32 of at least ``floats`` elements, the same for all layers."""
     scratch = getattr(_local, "scratch", None)
     if scratch is None or len(scratch) < floats:
         scratch = _local.scratch = torch.empty(floats)

@@ -1,57 +1,49 @@
-"""Decoders of a layer as the C kernel takes them, those of keys rounded to 8 bits, and queries in the same order.
+"""Decoders of a layer as the C kernel takes them, in 8 bits, and queries in the same order.
 
 Codes are small integers already, so of a product in integers only the decoder is rounded, for every element of a head
 to its own step. Latents of many bits have large codes, under which that error would show; they stay in float. The
 rounding's effect on the middle code of each latent goes into the bias. What is left is a few hundredths of the codes'
 own rounding noise.
+
+A decoder that is in 8 bits in memory is read where it lies, if heads fill the kernel's vectors and rotate in halves.
 """
 
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...layout import SegmentLayout
 from ..native import native_library
 from ..pack.cpu import NativePlane
 from ..rotary import RotaryTable
-from .inputs import PagedPast, Reader, pick
+from .inputs import PagedPast, Reader, RoundedDecoder, pick
 
 FEWEST_FLOAT_BITS = 8
+_TOGETHER = 4  # latents side by side in a decoder of 8 bits
 _LARGEST_SUM = 2**15 - 1
 _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
+
+
+class NativeSegment(ctypes.Structure):
+    """``Segment`` of ``attend.c``: a part of every page."""
+
+    _fields_ = [("offset", _I64), ("place", _I64), ("plane", _POINTER), ("planes", _I32), ("latents", _I32)]
 
 
 class NativeReader(ctypes.Structure):
     """``Reader`` of ``attend.c``: how a segment of the page gives some heads."""
 
     _fields_ = [
-        ("offset", _I64),
-        *((name, _I32) for name in ("latents", "planes", "heads", "exact", "stops_stride", "spare")),
-        *((name, _POINTER) for name in ("plane", "head", "matrix", "bias", "narrow", "scale", "stops")),
-        *((name, _POINTER) for name in ("query", "constant", "sums")),
+        *((name, _I32) for name in ("segment", "heads", "exact", "groups")),
+        *((name, _POINTER) for name in ("head", "matrix", "half")),
+        ("matrix_stride", _I64), ("half_stride", _I64), ("decoder", _POINTER), ("decoder_stride", _I64),
+        *((name, _POINTER) for name in ("scale", "bias", "stops", "query", "constant", "sums")),
     ]  # fmt: skip
-
-
-class Decoder8(NamedTuple):
-    """A decoder for codes ``u``: ``u[:exact] @ matrix + (u[exact:] @ rounded) * scale + bias``.
-
-    Attributes:
-        exact: leading latents that stay in float.
-        rounded: int8 ``[R - exact, D]``.
-        scale, bias: float32 ``[D]``.
-        stops: pairs of latents, counted from ``exact`` on, after which sums of 16 bits must be widened; the last is
-            all.
-    """
-
-    exact: int
-    rounded: Tensor
-    scale: Tensor
-    bias: Tensor
-    stops: list[int]
 
 
 def latent_bits(segment: SegmentLayout) -> Tensor:
@@ -62,8 +54,8 @@ def latent_bits(segment: SegmentLayout) -> Tensor:
     return bits
 
 
-def decoder_in_8_bits(matrix: Tensor, bias: Tensor, bits: Tensor) -> Decoder8:
-    """Round the decoder ``[R, D]`` of one head; ``bits`` int64 ``[R]`` fall.
+def decoder_in_8_bits(matrix: Tensor, bias: Tensor, bits: Tensor, head_dim: int) -> RoundedDecoder:
+    """Round the decoder ``[R, W]`` of whole heads; ``bits`` int64 ``[R]`` fall.
 
     Returns:
         The decoder; latents of ``FEWEST_FLOAT_BITS`` bits or more are exact.
@@ -73,57 +65,65 @@ def decoder_in_8_bits(matrix: Tensor, bias: Tensor, bits: Tensor) -> Decoder8:
     scale = (own.abs().amax(0) if len(own) else own.new_zeros(own.shape[1])).clamp_min(1e-20) / 127
     rounded = (own / scale).round().clamp(-127, 127)
     middle = (highest / 2) @ (own - rounded * scale)
-    return Decoder8(exact, rounded.to(torch.int8), scale, bias.float() + middle, _stops(rounded, highest))
+    together = pad(rounded.to(torch.int8), (0, 0, 0, -len(rounded) % _TOGETHER))
+    together = together.view(-1, _TOGETHER, own.shape[1] // head_dim, head_dim).permute(2, 0, 3, 1).contiguous()
+    return RoundedDecoder(matrix[:exact].float(), together, scale, bias.float() + middle)
 
 
-def _stops(rounded: Tensor, highest: Tensor) -> list[int]:
-    """Find the pairs after which to widen, so that no sum of codes up to ``highest`` leaves 16 bits."""
-    if len(rounded) % 2:
-        rounded = torch.cat([rounded, rounded.new_zeros(1, rounded.shape[1])])
-        highest = torch.cat([highest, highest[:1]])
-    reach = (rounded * highest[:, None]).unflatten(0, (-1, 2))
-    up, down = reach.clamp_min(0).sum(1), (-reach).clamp_min(0).sum(1)
-    stops, sums = [], torch.zeros(2, rounded.shape[1])
-    for pair, own in enumerate(torch.stack([up, down], 1)):
-        if float((sums + own).max()) > _LARGEST_SUM:
-            stops.append(pair)
-            sums = torch.zeros_like(sums)
-        sums = sums + own
-    return [*stops, len(reach)]
+def float_decoder(matrix: Tensor, bias: Tensor, head_dim: int) -> RoundedDecoder:
+    """Take the decoder ``[R, W]`` as it is, all of it exact."""
+    none = torch.empty(matrix.shape[1] // head_dim, 0, head_dim, _TOGETHER, dtype=torch.int8)
+    return RoundedDecoder(matrix.float(), none, torch.ones(matrix.shape[1]), bias.float())
+
+
+def widening_stops(bits: Sequence[int]) -> list[int]:
+    """Find the groups of latents of ``bits`` after which to widen, so that no sum of two latents' products leaves 16 bits.
+
+    A group's products are summed in two pairs. The last stop is the number of groups.
+    """
+    reach = [127 * (2**bit - 1) for bit in bits] + [0] * (-len(bits) % _TOGETHER)
+    stops, sums = [], (0, 0)
+    for group in range(len(reach) // _TOGETHER):
+        a, b, c, d = reach[_TOGETHER * group : _TOGETHER * (group + 1)]
+        if max(sums[0] + a + b, sums[1] + c + d) > _LARGEST_SUM:
+            stops.append(group)
+            sums = (0, 0)
+        sums = (sums[0] + a + b, sums[1] + c + d)
+    return [*stops, len(reach) // _TOGETHER]
 
 
 class NativeDecoders:
-    """Readers of one layer as structs of ``attend.c``, made once; every step sets where its queries and sums lie.
+    """Readers of one layer as structs of ``attend.c``, made once; every step sets where its queries lie.
 
     Args:
         paged: of the layer; its readers and rotation are prepared.
         head_dim: elements of a head.
-        in_8_bits: whether decoders of keys are rounded to 8 bits where the CPU multiplies those faster.
+        in_8_bits: whether decoders that are not in 8 bits in memory are rounded to them.
 
     Attributes:
+        segments: array of ``NativeSegment``, those that the readers have.
         keys, values: arrays of ``NativeReader``.
         pairs: rotated pairs of a head; 0 where keys do not turn.
     """
 
     def __init__(self, paged: PagedPast, head_dim: int, in_8_bits: bool) -> None:
-        library = native_library()
-        self._columns = int(library.kvcar_columns())
-        self._latents_together = int(library.kvcar_decode8_latents())
-        self._in_8_bits = in_8_bits and self._latents_together > 0
+        self._in_8_bits = in_8_bits
         self._key_readers, self._rotary = paged.key_readers, paged.rotary
-        self._head_dim, self._width = head_dim, self.rounded(head_dim)
+        columns = int(native_library().kvcar_columns())
+        self._head_dim, self._width = head_dim, -(-head_dim // columns) * columns
         self.pairs = 0 if paged.rotary is None else paged.rotary.width // 2
-        self._order = _pair_order(head_dim, self.pairs, paged.rotary)
         self._plain_queries = self.pairs > 0 and self._width == head_dim and _is_plain(paged.rotary)
-        self._folds: dict[int, tuple[Tensor, Tensor]] = {}
         self._kept: list[object] = []  # what pointers point to
         keys, values = paged.key_readers, paged.value_readers
-        self.keys = (NativeReader * len(keys))(*(self._key_reader(i, r) for i, r in enumerate(keys)))
-        self.values = (NativeReader * len(values))(*(self._value_reader(r) for r in values))
-
-    def rounded(self, n: int) -> int:
-        """Round ``n`` floats up to whole blocks of the kernel's columns."""
-        return -(-n // self._columns) * self._columns
+        found = {reader.segment.offset: reader.segment for reader in (*keys, *values)}
+        self._place_of = {offset: index for index, offset in enumerate(found)}
+        self.segments = (NativeSegment * len(found))(*map(self._segment, found.values()))
+        in_order = torch.arange(head_dim)
+        self._order = _pair_order(head_dim, self.pairs, paged.rotary)
+        # Keys that do not turn are not decoded; what is folded into their queries stays as it is.
+        self._folds = [] if self.pairs else [self._decoder(reader) for reader in keys]
+        self.keys = (NativeReader * len(keys))(*(self._reader(r, self._order if self.pairs else None) for r in keys))
+        self.values = (NativeReader * len(values))(*(self._reader(r, in_order) for r in values))
 
     def set_queries(self, query: Tensor, heads: int) -> list[Tensor]:
         """Point readers to queries ``[B, Hq, T, D]`` in the order of pairs and padded, or folded into their latents.
@@ -147,7 +147,7 @@ class NativeDecoders:
             # Scales the rotated elements of keys; of queries, which is the same.
             q = torch.cat([q[..., : 2 * self.pairs] * self._rotary.attention_scale, q[..., 2 * self.pairs :]], -1)
         if self._width != self._head_dim:
-            q = torch.nn.functional.pad(q, (0, self._width - self._head_dim))
+            q = pad(q, (0, self._width - self._head_dim))
         q = q.contiguous()
         for reader in self.keys:
             reader.query = q.data_ptr()
@@ -155,81 +155,80 @@ class NativeDecoders:
 
     def _set_folded(self, q: Tensor) -> list[Tensor]:
         made = []
-        for index, reader in enumerate(self._key_readers):
-            matrix, bias = self._folds[index]
+        for native, reader, decoder in zip(self.keys, self._key_readers, self._folds, strict=True):
             own, heads = pick(q, reader.heads), list(reader.heads)
             folded, constant = q.new_zeros(*q.shape[:3], reader.segment.latents), q.new_zeros(q.shape[:3])
-            folded[:, heads] = own @ matrix
-            constant[:, heads] = (own @ bias).squeeze(-1)
-            self.keys[index].query, self.keys[index].constant = folded.data_ptr(), constant.data_ptr()
+            folded[:, heads], constant[:, heads] = _fold(own, decoder, reader.segment.latents)
+            native.query, native.constant = folded.data_ptr(), constant.data_ptr()
             made += [folded, constant]
         return made
 
     def _keep(self, x: Tensor) -> int:
-        x = x.contiguous()
         self._kept.append(x)
         return x.data_ptr()
 
-    def _reader(self, reader: Reader) -> NativeReader:
-        segment = reader.segment
+    def _segment(self, segment: SegmentLayout) -> NativeSegment:
         planes = (NativePlane * len(segment.planes))(*map(NativePlane.of, segment.planes))
-        heads = (_I32 * len(reader.heads))(*reader.heads)
-        self._kept += [planes, heads]
-        return NativeReader(
-            offset=segment.offset, latents=segment.latents, exact=segment.latents, planes=len(planes), heads=len(heads),
-            plane=ctypes.addressof(planes), head=ctypes.addressof(heads),
-        )  # fmt: skip
+        self._kept.append(planes)
+        return NativeSegment(segment.offset, 0, ctypes.addressof(planes), len(planes), segment.latents)
 
-    def _by_head(self, reader: Reader, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Split by head: decoder ``[heads, R, padded D]``, bias ``[heads, padded D]``, elements in ``order``."""
+    def _decoder(self, reader: Reader) -> RoundedDecoder:
+        if reader.rounded is not None:
+            return reader.rounded
         assert reader.affine is not None
-        matrix, bias = reader.affine
-        heads, extra = len(reader.heads), self._width - self._head_dim
-        by_head = matrix.float().unflatten(1, (heads, self._head_dim)).transpose(0, 1)[..., order]
-        own_bias = bias.float().view(heads, self._head_dim)[:, order]
-        return torch.nn.functional.pad(by_head, (0, extra)), torch.nn.functional.pad(own_bias, (0, extra))
+        if not self._in_8_bits:
+            return float_decoder(*reader.affine, self._head_dim)
+        return decoder_in_8_bits(*reader.affine, latent_bits(reader.segment), self._head_dim)
 
-    def _value_reader(self, reader: Reader) -> NativeReader:
-        native = self._reader(reader)
-        matrix, bias = self._by_head(reader, torch.arange(self._head_dim))
-        native.matrix, native.bias = self._keep(matrix), self._keep(bias)
+    def _reader(self, reader: Reader, order: Tensor | None) -> NativeReader:
+        """Point to the decoder with elements of heads in ``order``; to none where that is None."""
+        heads = (_I32 * len(reader.heads))(*reader.heads)
+        self._kept.append(heads)
+        native = NativeReader(
+            segment=self._place_of[reader.segment.offset], heads=len(heads), head=ctypes.addressof(heads)
+        )
+        if order is not None:
+            self._point(native, self._ordered(self._decoder(reader), order), latent_bits(reader.segment))
         return native
 
-    def _key_reader(self, index: int, reader: Reader) -> NativeReader:
-        """Take the decoder in blocks of columns, or, where keys do not turn, keep it aside to fold into queries."""
-        native = self._reader(reader)
-        matrix, bias = self._by_head(reader, self._order)
-        if not self.pairs:
-            matrix, bias = matrix[..., : self._head_dim], bias[:, : self._head_dim]
-            self._folds[index] = (matrix.transpose(1, 2).contiguous(), bias[:, :, None])
-            return native
-        if self._in_8_bits and self._round(native, matrix, bias, latent_bits(reader.segment)):
-            return native
-        native.matrix = self._keep(matrix.unflatten(2, (-1, self._columns)).transpose(1, 2))
-        native.bias = self._keep(bias)
-        return native
+    def _point(self, native: NativeReader, decoder: RoundedDecoder, bits: Tensor) -> None:
+        exact, rounded = decoder.exact, decoder.decoder
+        native.exact, native.groups = exact.shape[0], rounded.shape[1]
+        native.scale, native.bias = self._keep(decoder.scale), self._keep(decoder.bias)
+        native.decoder, native.decoder_stride = self._keep(rounded), rounded.stride(0)
+        if exact.dtype == torch.float16 and len(exact):
+            native.half, native.half_stride, native.matrix_stride = self._keep(exact), exact.stride(0), exact.shape[1]
+        else:
+            native.matrix, native.matrix_stride = self._keep(exact), exact.stride(0)
+        stops = torch.tensor(widening_stops(bits[len(exact) :].tolist()), dtype=torch.int32)
+        native.stops = self._keep(stops)
 
-    def _round(self, native: NativeReader, matrix: Tensor, bias: Tensor, bits: Tensor) -> bool:
-        """Round decoders ``[heads, R, padded D]``, latents that are multiplied together side by side.
+    def _ordered(self, decoder: RoundedDecoder, order: Tensor) -> RoundedDecoder:
+        """Bring elements of heads into ``order`` and pad heads; what has both already is not copied."""
+        exact, rounded = decoder.exact, decoder.decoder
+        if exact.dtype not in (torch.float16, torch.float32):
+            exact = exact.float()
+        heads, extra = len(rounded), self._width - self._head_dim
+        if extra or not torch.equal(order, torch.arange(self._head_dim)):
+            exact, scale, bias = (
+                pad(x.unflatten(-1, (heads, self._head_dim))[..., order], (0, extra)).flatten(-2)
+                for x in (exact, decoder.scale, decoder.bias)
+            )
+            rounded = pad(rounded[:, :, order], (0, 0, 0, extra))
+        else:
+            scale, bias = decoder.scale, decoder.bias
+        exact = exact if exact.stride(1) == 1 else exact.contiguous()
+        rounded = rounded if rounded[:1].is_contiguous() else rounded.contiguous()
+        return RoundedDecoder(exact, rounded, scale.float().contiguous(), bias.float().contiguous())
 
-        Returns:
-            False, with nothing done, where all latents have too many bits for it.
-        """
-        heads = [decoder_in_8_bits(m, b, bits) for m, b in zip(matrix, bias, strict=True)]
-        exact = heads[0].exact
-        if exact == native.latents:
-            return False
-        stacked, together = torch.stack([head.rounded for head in heads]), self._latents_together
-        stacked = torch.nn.functional.pad(stacked, (0, 0, 0, -stacked.shape[1] % together))
-        native.narrow = self._keep(stacked.unflatten(1, (-1, together)).transpose(2, 3))
-        native.stops_stride = 1 + max(len(head.stops) for head in heads)
-        rows = [[len(h.stops), *h.stops, *[0] * (native.stops_stride - 1 - len(h.stops))] for h in heads]
-        native.stops = self._keep(torch.tensor(rows, dtype=torch.int32))
-        native.scale = self._keep(torch.stack([head.scale for head in heads]))
-        native.exact = exact
-        native.matrix = self._keep(matrix[:, :exact])
-        native.bias = self._keep(torch.stack([head.bias for head in heads]))
-        return True
+
+def _fold(q: Tensor, decoder: RoundedDecoder, latents: int) -> tuple[Tensor, Tensor]:
+    """Take queries ``[B, heads, Q, D]`` to latents ``[B, heads, Q, R]``; also what the bias adds to their scores."""
+    heads, groups, head_dim, _ = decoder.decoder.shape
+    exact, scale, bias = (x.float().view(-1, heads, head_dim) for x in (decoder.exact, decoder.scale, decoder.bias))
+    rounded = decoder.decoder.float().transpose(1, 2).reshape(heads, head_dim, groups * _TOGETHER)
+    parts = q @ exact.permute(1, 2, 0), (q * scale.view(heads, 1, head_dim)) @ rounded
+    return torch.cat(parts, dim=-1)[..., :latents], (q @ bias.view(heads, head_dim, 1)).squeeze(-1)
 
 
 def _is_plain(rotary: RotaryTable | None) -> bool:

@@ -69,7 +69,7 @@ class Reader:
     @cached_property
     def affine_in_codes(self) -> bool:
         """Whether nothing but a matrix and a bias stand between codes and vectors."""
-        return self.affine is not None and self.restore is None
+        return (self.affine is not None or self.rounded is not None) and self.restore is None
 
     def stored(self, *pages: Tensor) -> Tensor:
         """Unpack stored values float32 ``[B, N, S]`` of consecutive ``pages`` uint8 ``[B, pages, page_bytes]``."""

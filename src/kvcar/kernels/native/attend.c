@@ -14,30 +14,38 @@
 #include "unpack.h"
 #include "decode8.h"
 #include "softmax.h"
+#include "sums8.h"
 
 #define TILE 64
 #define CACHE_LINE 64
+#define LATENTS 64 /* rows of codes and sums are whole blocks of */
 
-/* How a segment of the page gives some heads.
- *
- * Keys that rotate: `matrix` is [heads][blocks of COLUMNS][exact latents][COLUMNS], `bias` [heads][padded head dim],
- * `query` [batch][heads of the layer][rows][padded head dim], unscaled, all in the order (first of each rotated pair,
- * second, the rest).
- * Or, where `narrow` is given, `matrix` is [heads][exact latents][padded head dim] and the decoder of the latents after
- * those is `narrow` [heads][groups of DECODE8_LATENTS latents][padded head dim][DECODE8_LATENTS] times `scale`
- * [heads][padded head dim]; `stops` [heads][stops_stride], count first: see decode8.h.
- * Keys that do not rotate: `matrix` is null, `query` [batch][heads of the layer][rows][latents] holds the decoder
- * already and `constant` [batch][heads of the layer][rows] is what its bias adds to a score.
- * Values: `matrix` [heads][latents][padded head dim], `bias` [heads][padded head dim]; `sums` [batch][splits][heads *
- * rows][padded latents] is written. */
+/* A part of every page that some of the layer's keys and values are in; `place` is where its codes of a tile go. */
 typedef struct {
-    int64_t offset; /* bytes into the page */
-    int32_t latents, planes, heads, exact, stops_stride, spare;
+    int64_t offset, place; /* bytes into the page; into the codes */
     const Plane *plane;
+    int32_t planes, latents;
+} Segment;
+
+/* How a segment gives some heads: vectors are bias + codes[exact] matrix + (codes after those) decoder scale.
+ *
+ * `matrix` is [exact][heads * padded head dim] by a stride in elements; where `half` is given, the same in float16, it is made of
+ * that. `decoder` is [heads][groups of four latents][padded head dim][4] by a stride in bytes between heads; `scale` and `bias` are [heads][padded
+ * head dim]. `stops`: see decode8.h.
+ * Keys that rotate: elements of a head come in the order (first of each rotated pair, second, the rest), and so in `query`
+ * [batch][heads of the layer][rows][padded head dim], unscaled.
+ * Keys that do not rotate have no decoder: `query` [batch][heads of the layer][rows][latents] holds it already and `constant`
+ * [batch][heads of the layer][rows] is what its bias adds to a score.
+ * Values: `sums` [batch][splits][heads * rows][padded latents] is written. */
+typedef struct {
+    int32_t segment, heads, exact, groups;
     const int32_t *head;
-    const float *matrix, *bias;
-    const int8_t *narrow;
-    const float *scale;
+    const float *matrix;
+    const uint16_t *half;
+    int64_t matrix_stride, half_stride;
+    const int8_t *decoder;
+    int64_t decoder_stride;
+    const float *scale, *bias;
     const int32_t *stops;
     const float *query, *constant;
     float *sums;
@@ -66,26 +74,44 @@ typedef struct {
     const int64_t *first, *offset; /* [batch]: first token attended; position of token 0 is -offset */
     const float *fine_cos, *fine_sin, *coarse_cos, *coarse_sin; /* [TILE or more][pairs] each */
     float scaling, softcap;                                     /* on scores; 0 for no cap */
-    int32_t key_readers, value_readers, arenas;
-    const Reader *keys, *values;
+    int32_t segments, key_readers, value_readers, arenas;
+    Segment *segment;
+    Reader *keys, *values;
     const Arena *arena;
-    float *maximum, *mass;                             /* [batch][splits + 1][heads * rows], the last of what is exact */
+    float *scratch;                                    /* as many as kvcar_scratch says */
     const float *query;                                /* [batch][heads][rows][head dim] in the model's order */
     const Part *part;                                  /* tokens kept exactly, one part after the other */
     const uint8_t *mask;                               /* null: all may be attended */
     int64_t mask_batch_stride, mask_row_stride, mask_token_stride;
     int32_t mask_rows, parts;                          /* row r of the queries has row r % mask_rows of the mask */
+    int32_t sums_in_8_bits, spare;                     /* whether sums of values may be taken in integers */
     float *out;                                        /* [batch][heads][rows][head dim]; has exact sums meanwhile */
+    float *maximum, *mass;                             /* [batch][splits + 1][heads * rows], the last of what is exact */
+    float *rooms;                                      /* of threads, [threads][room] */
+    int64_t room;
 } Job;
 
+/* What a thread works in. Codes of segments are [TILE][padded latents] from the tile's first token that is attended. */
 typedef struct {
-    uint8_t *codes;  /* of a segment, [TILE][padded latents] from the tile's first token that is attended, and room behind */
-    float *floats;   /* the same as floats */
-    float *tile;     /* decoded keys, [TILE][padded head dim] */
-    float *turned;   /* queries rotated to the tile's start, [rows][padded head dim] */
-    float *weights;  /* [heads * rows][TILE] scores, then weights */
-    float *shrink;   /* [heads * rows] */
+    uint8_t *codes;
+    float *floats;     /* codes of the segment `of_floats` as floats */
+    uint8_t *mixed;    /* codes of the segment `of_mixed` in the order of sums8.h */
+    float *tile;       /* decoded keys, [TILE][padded head dim] */
+    float *turned;     /* queries rotated to the tile's start, [rows][padded head dim] */
+    float *weights;    /* [heads * rows][TILE] scores, then weights */
+    float *shrink;     /* [heads * rows] */
+    void *rounded;     /* [heads * rows] weights as in sums8.h */
+    float *decoded;    /* [rows][padded head dim] */
+    int of_floats, of_mixed;
 } Scratch;
+
+static int64_t padded(int64_t latents) { return (latents + LATENTS - 1) / LATENTS * LATENTS; }
+static int64_t latents_of(const Job *job, const Reader *reader) { return job->segment[reader->segment].latents; }
+static int64_t stride_of(const Job *job, const Reader *reader) { return padded(latents_of(job, reader)); }
+static int64_t size_of_sums(const Job *job, const Reader *reader)
+{
+    return (int64_t)reader->heads * job->rows * stride_of(job, reader);
+}
 
 /* Where a page begins and, in `end`, where it ends. */
 static const uint8_t *page_at(const Job *job, int b, int64_t page, const uint8_t **end)
@@ -211,38 +237,40 @@ static void score_turning(const Job *job, const Scratch *s, int low, int high, f
     }
 }
 
-/* Keys of one head by its decoder in 8 bits. */
-static void decode_narrow(
-    const Reader *reader, int h, int tokens, int width, const uint8_t *codes, int stride, const float *matrix, const float *bias,
-    float *keys)
+/* The decoder of the `h`-th head of a reader. */
+static Decoder8 decoder_of(const Job *job, const Reader *reader, int h)
 {
-#if DECODE8_LATENTS
-    const int groups = (reader->latents - reader->exact + DECODE8_LATENTS - 1) / DECODE8_LATENTS;
-    const int8_t *decoder = reader->narrow + (long)h * groups * DECODE8_LATENTS * width;
-    const int32_t *stops = reader->stops + (long)h * reader->stops_stride;
-    const float *scale = reader->scale + (long)h * width;
-    const Decoder8 by = { width, reader->exact, groups, matrix, decoder, scale, bias, stops[0], stops + 1 };
-    decode8(tokens, &by, codes, stride, keys);
-#else
-    (void)reader, (void)h, (void)tokens, (void)width, (void)codes, (void)stride, (void)matrix, (void)bias, (void)keys;
-#endif
+    const int width = rounded_up(job->head_dim);
+    const long at = (long)h * width;
+    return (Decoder8){
+        width, reader->exact, reader->groups, reader->matrix + at, reader->matrix_stride,
+        reader->decoder + h * reader->decoder_stride, reader->scale + at, reader->bias + at, reader->stops
+    };
+}
+
+/* Codes of a reader's segment as floats. */
+static const float *floats_of(const Job *job, const Reader *reader, int tokens, Scratch *s)
+{
+    if (s->of_floats != reader->segment)
+        widen(s->codes + job->segment[reader->segment].place, tokens * (int)stride_of(job, reader), s->floats);
+    s->of_floats = reader->segment;
+    return s->floats;
 }
 
 static void decode_and_score(const Job *job, const Reader *reader, int b, int64_t position, int low, int high, Scratch *s)
 {
-    const int width = rounded_up(job->head_dim), stride = rounded_up(reader->latents), some = high - low;
+    const int width = rounded_up(job->head_dim), stride = (int)stride_of(job, reader), some = high - low;
     float *keys = s->tile + (long)low * width;
-    if (!reader->narrow)
-        widen(s->codes, some * stride, s->floats);
     for (int h = 0; h < reader->heads; h++) {
         const int head = reader->head[h];
-        const float *bias = reader->bias + (long)h * width, *matrix = reader->matrix + (long)h * width * reader->exact;
-        if (reader->narrow)
-            decode_narrow(reader, h, some, width, s->codes, stride, matrix, bias, keys);
+        const Decoder8 by = decoder_of(job, reader, h);
+        if (by.groups)
+            decode8(some, &by, s->codes + job->segment[reader->segment].place, stride, keys);
         else
             for (int d = 0; d < width; d += COLUMNS)
                 rows_product(
-                    some, reader->exact, s->floats, stride, matrix + (long)d * reader->exact, COLUMNS, bias + d, keys + d, width);
+                    some, by.exact, floats_of(job, reader, some, s), stride, by.matrix + d, (int)by.matrix_stride, by.bias + d,
+                    keys + d, width);
         turn_queries(job, reader->query + ((long)b * job->heads + head) * job->rows * width, position, s->turned);
         score_turning(job, s, low, high, s->weights + (long)head * job->rows * TILE);
     }
@@ -251,24 +279,59 @@ static void decode_and_score(const Job *job, const Reader *reader, int b, int64_
 /* Scores without decoding: the queries have the decoder already. */
 static void score_folded(const Job *job, const Reader *reader, int b, int low, int high, Scratch *s)
 {
-    const int latents = reader->latents, stride = rounded_up(latents);
-    widen(s->codes, (high - low) * stride, s->floats);
+    const int latents = (int)latents_of(job, reader);
+    const long stride = stride_of(job, reader);
+    const float *codes = floats_of(job, reader, high - low, s);
     for (int h = 0; h < reader->heads; h++) {
         const long at = ((long)b * job->heads + reader->head[h]) * job->rows;
         for (int row = 0; row < job->rows; row++) {
             const float *q = reader->query + (at + row) * latents;
             float *scores = s->weights + ((long)reader->head[h] * job->rows + row) * TILE;
-            for (int t = low; t < high; t++) {
-                scores[t] = job->scaling * (dot(latents, q, s->floats + (long)(t - low) * stride) + reader->constant[at + row]);
-            }
+            for (int t = low; t < high; t++)
+                scores[t] = job->scaling * (dot(latents, q, codes + (t - low) * stride) + reader->constant[at + row]);
         }
     }
 }
 
+/* Add a tile's codes under its weights to sums, in integers. */
+static void sum_rounded(const Job *job, const Reader *reader, int tokens, Scratch *s, float *sums)
+{
+#if HAS_SUMS8
+    const Segment *segment = job->segment + reader->segment;
+    const int stride = (int)stride_of(job, reader), rows = reader->heads * job->rows, groups = (tokens + 3) / 4;
+    const Weights8 *rounded = s->rounded;
+    if (s->of_mixed != reader->segment)
+        mix_tokens(s->codes + segment->place, tokens, stride, s->mixed);
+    s->of_mixed = reader->segment;
+    /* Blocks of latents outside, so that a block of the tile is read once for all rows. */
+    for (int l = 0; l < stride; l += LATENTS)
+        for (int first = 0; first < rows; first += ROWS8) {
+            const int some = rows - first < ROWS8 ? rows - first : ROWS8;
+            const Weights8 *weights[ROWS8];
+            float shrink[ROWS8], *to[ROWS8];
+            for (int i = 0; i < some; i++) {
+                const long row = (long)reader->head[(first + i) / job->rows] * job->rows + (first + i) % job->rows;
+                weights[i] = rounded + row;
+                shrink[i] = s->shrink[row];
+                to[i] = sums + (long)(first + i) * stride + l;
+            }
+            const uint8_t *mixed = s->mixed + (long)l * 4 * groups;
+            switch (some) {
+            case 3: add_sums8(3, mixed, groups, weights, shrink, to); break;
+            case 2: add_sums8(2, mixed, groups, weights, shrink, to); break;
+            default: add_sums8(1, mixed, groups, weights, shrink, to); break;
+            }
+        }
+#else
+    (void)job, (void)reader, (void)tokens, (void)s, (void)sums;
+#endif
+}
+
+/* The same in floats. */
 static void sum_values(const Job *job, const Reader *reader, int low, int high, Scratch *s, float *sums)
 {
-    const int stride = rounded_up(reader->latents), rows = job->rows;
-    widen(s->codes, (high - low) * stride, s->floats);
+    const int stride = (int)stride_of(job, reader), rows = job->rows;
+    const float *codes = floats_of(job, reader, high - low, s);
     for (int h = 0; h < reader->heads; h++)
         for (int row = 0; row < rows; row++) {
             const float shrink = s->shrink[(long)reader->head[h] * rows + row];
@@ -281,8 +344,20 @@ static void sum_values(const Job *job, const Reader *reader, int low, int high, 
     for (int l = 0; l < stride; l += COLUMNS)
         for (int h = 0; h < reader->heads; h++)
             rows_product(
-                rows, high - low, s->weights + (long)reader->head[h] * rows * TILE + low, TILE, s->floats + l, stride, 0,
+                rows, high - low, s->weights + (long)reader->head[h] * rows * TILE + low, TILE, codes + l, stride, 0,
                 sums + (long)h * rows * stride + l, stride);
+}
+
+/* The weights of all rows of a tile in the form that sums in integers take. */
+static void round_all_weights(const Job *job, int low, int high, Scratch *s, float *mass)
+{
+#if HAS_SUMS8
+    Weights8 *rounded = s->rounded;
+    for (int row = 0; row < job->heads * job->rows; row++)
+        mass[row] += round_weights(s->weights + (long)row * TILE + low, high - low, rounded + row);
+#else
+    (void)job, (void)low, (void)high, (void)s, (void)mass;
+#endif
 }
 
 static int64_t pages_of(const Job *job) { return (job->tokens + job->page_tokens - 1) / job->page_tokens; }
@@ -290,15 +365,17 @@ static int64_t pages_of(const Job *job) { return (job->tokens + job->page_tokens
 /* Codes of tokens `low` to `high` of a page's segment; the same segment of the page at `next` is called for meanwhile,
  * null: there is none. A page has all layers, so that a layer's segments are too far apart for the CPU to foresee. */
 static void unpack_segment(
-    const Reader *reader, const uint8_t *data, const uint8_t *end, const uint8_t *next, int low, int high, uint8_t *codes)
+    const Segment *segment, const uint8_t *data, const uint8_t *end, const uint8_t *next, int low, int high, uint8_t *codes)
 {
     if (next) {
-        const Plane *last = reader->plane + reader->planes - 1;
-        const uint8_t *from = next + reader->offset, *to = from + last->offset + (long)last->rows * last->count;
+        const Plane *last = segment->plane + segment->planes - 1;
+        const uint8_t *from = next + segment->offset, *to = from + last->offset + (long)last->rows * last->count;
         for (; from < to; from += CACHE_LINE)
             __builtin_prefetch(from);
     }
-    unpack(data + reader->offset, end, reader->plane, reader->planes, low, high, codes, rounded_up(reader->latents));
+    unpack(
+        data + segment->offset, end, segment->plane, segment->planes, low, high, codes + segment->place,
+        (int)padded(segment->latents));
 }
 
 /* Page `page`, with `more` of this split after it. */
@@ -306,7 +383,7 @@ static void attend_page(const Job *job, int b, int split, int64_t page, int more
 {
     const uint8_t *end, *other, *data = page_at(job, b, page, &end);
     const uint8_t *following = more ? page_at(job, b, page + 1, &other) : 0;
-    const int all = job->heads * job->rows;
+    const int all = job->heads * job->rows, in_8_bits = HAS_SUMS8 && job->sums_in_8_bits;
     const long statistics = ((long)b * (job->splits + 1) + split) * all;
     float *maximum = job->maximum + statistics, *mass = job->mass + statistics;
     for (int place = 0; place < job->page_tokens; place += TILE) {
@@ -319,63 +396,86 @@ static void attend_page(const Job *job, int b, int split, int64_t page, int more
         if (low >= high)
             continue;
         const uint8_t *next = room > TILE ? 0 : following; /* from the page's last tile on */
-        const int from = place + (int)low, to = place + (int)high;
+        for (int i = 0; i < job->segments; i++)
+            unpack_segment(job->segment + i, data, end, next, place + (int)low, place + (int)high, s->codes);
+        s->of_floats = s->of_mixed = -1;
         for (int r = 0; r < job->key_readers; r++) {
             const Reader *reader = job->keys + r;
-            unpack_segment(reader, data, end, next, from, to, s->codes);
-            if (reader->query && !reader->constant)
-                decode_and_score(job, reader, b, start - job->offset[b], low, high, s);
-            else
+            if (reader->constant)
                 score_folded(job, reader, b, low, high, s);
+            else
+                decode_and_score(job, reader, b, start - job->offset[b], low, high, s);
         }
         for (int row = 0; row < all; row++)
             s->shrink[row] = soften(s->weights + (long)row * TILE, low, high, job->softcap, maximum + row, mass + row);
+        if (in_8_bits)
+            round_all_weights(job, low, high, s, mass);
         for (int r = 0; r < job->value_readers; r++) {
             const Reader *reader = job->values + r;
-            const long size = (long)reader->heads * job->rows * rounded_up(reader->latents);
-            unpack_segment(reader, data, end, next, from, to, s->codes);
-            sum_values(job, reader, low, high, s, reader->sums + ((long)b * job->splits + split) * size);
+            float *sums = reader->sums + ((long)b * job->splits + split) * size_of_sums(job, reader);
+            if (in_8_bits)
+                sum_rounded(job, reader, (int)(high - low), s, sums);
+            else
+                sum_values(job, reader, low, high, s, sums);
         }
     }
 }
 
-static long largest_latents(const Job *job)
+static int64_t largest_stride(const Job *job)
 {
-    int maximum = 1;
-    for (int r = 0; r < job->key_readers; r++)
-        maximum = job->keys[r].latents > maximum ? job->keys[r].latents : maximum;
-    for (int r = 0; r < job->value_readers; r++)
-        maximum = job->values[r].latents > maximum ? job->values[r].latents : maximum;
-    return rounded_up(maximum);
+    int64_t maximum = 0;
+    for (int i = 0; i < job->segments; i++)
+        maximum = job->segment[i].latents > maximum ? job->segment[i].latents : maximum;
+    return padded(maximum);
+}
+
+static int64_t bytes_of_codes(const Job *job)
+{
+    int64_t bytes = 0;
+    for (int i = 0; i < job->segments; i++)
+        bytes += TILE * padded(job->segment[i].latents);
+    return bytes + CACHE_LINE; /* what unpacking may write behind */
+}
+
+/* Lay out a thread's room at `room`; its floats. */
+static int64_t lay_out_room(const Job *job, float *room, Scratch *s)
+{
+    const int64_t all = (int64_t)job->heads * job->rows, width = rounded_up(job->head_dim), tile = TILE * largest_stride(job);
+    float *at = room;
+    s->codes = (uint8_t *)at, at += bytes_of_codes(job) / 4;
+    s->mixed = (uint8_t *)at, at += HAS_SUMS8 ? tile / 4 : 0;
+    s->floats = at, at += tile;
+    s->tile = at, at += TILE * width;
+    s->turned = at, at += job->rows * width;
+    s->decoded = at, at += job->rows * width;
+    s->weights = at, at += all * TILE;
+    s->shrink = at, at += all;
+#if HAS_SUMS8
+    s->rounded = at, at += all * (int64_t)(sizeof(Weights8) / 4);
+#endif
+    return (at - room + LATENTS - 1) / LATENTS * LATENTS;
 }
 
 /* Everything of one split of the pages, from nothing seen. */
-static int attend_split(const Job *job, int b, int split)
+static void attend_split(const Job *job, int b, int split, Scratch *s)
 {
-    const int all = job->heads * job->rows, width = rounded_up(job->head_dim);
-    const long codes = TILE * largest_latents(job), floats = codes, tile = (long)TILE * width, turned = (long)job->rows * width;
-    const long weights = (long)all * TILE;
-    float *room = calloc(codes / 4 + COLUMNS + floats + tile + turned + weights + all, sizeof(float));
-    if (!room)
-        return 1;
-    Scratch s;
-    s.floats = room;
-    s.tile = s.floats + floats;
-    s.turned = s.tile + tile;
-    s.weights = s.turned + turned;
-    s.shrink = s.weights + weights;
-    s.codes = (uint8_t *)(s.shrink + all);
+    const int all = job->heads * job->rows;
     const long statistics = ((long)b * (job->splits + 1) + split) * all;
+    memset(s->codes, 0, bytes_of_codes(job)); /* what lies behind a row's latents stays 0 */
     start_rows(all, job->maximum + statistics, job->mass + statistics);
     for (int r = 0; r < job->value_readers; r++) {
-        const long size = (long)job->values[r].heads * job->rows * rounded_up(job->values[r].latents);
+        const int64_t size = size_of_sums(job, job->values + r);
         memset(job->values[r].sums + ((long)b * job->splits + split) * size, 0, size * sizeof(float));
     }
     const int64_t pages = pages_of(job), stop = pages * (split + 1) / job->splits;
     for (int64_t page = pages * split / job->splits; page < stop; page++)
-        attend_page(job, b, split, page, page + 1 < stop, &s);
-    free(room);
-    return 0;
+        attend_page(job, b, split, page, page + 1 < stop, s);
+#if HAS_SUMS8
+    for (int r = 0; r < job->value_readers && job->sums_in_8_bits; r++) {
+        const int64_t size = size_of_sums(job, job->values + r);
+        order_sums(job->values[r].sums + ((long)b * job->splits + split) * size, size);
+    }
+#endif
 }
 
 /* One vector of an exact side as floats: as it is, or widened into `room`. */
@@ -454,41 +554,43 @@ static void merge(const Job *job, int b)
         }
         for (int r = 0; r < job->value_readers; r++) {
             const Reader *reader = job->values + r;
-            const int stride = rounded_up(reader->latents);
-            const long size = (long)reader->heads * job->rows * stride;
+            const long stride = stride_of(job, reader), size = size_of_sums(job, reader);
             float *to = reader->sums + (long)b * splits * size, *from = to + split * size;
             for (int h = 0; h < reader->heads; h++)
                 for (int row = 0; row < job->rows; row++) {
                     const long at = ((long)h * job->rows + row) * stride, place = (long)split * all + (long)reader->head[h] * job->rows + row;
-                    for (int l = 0; l < reader->latents; l++)
+                    for (int l = 0; l < stride; l++)
                         to[at + l] = to[at + l] * mass[place] + from[at + l] * maximum[place];
                 }
         }
     }
 }
 
+/* Decode the summed values of one head into [rows][padded head dim]. */
+static void decode_sums(const Job *job, const Reader *reader, int b, int h, const float *mass, float *decoded)
+{
+    const int width = rounded_up(job->head_dim), stride = (int)stride_of(job, reader), rows = job->rows;
+    const float *sums = reader->sums + ((long)b * job->splits * reader->heads + h) * rows * stride;
+    const Decoder8 by = decoder_of(job, reader, h);
+    for (int row = 0; row < rows; row++)
+        for (int d = 0; d < width; d++)
+            decoded[(long)row * width + d] = mass[row] * by.bias[d];
+    for (int d = 0; d < width; d += COLUMNS)
+        rows_product(rows, by.exact, sums, stride, by.matrix + d, (int)by.matrix_stride, 0, decoded + d, width);
+    if (by.groups)
+        decode8_sums(rows, &by, (int)latents_of(job, reader) - by.exact, sums + by.exact, stride, decoded);
+}
+
 /* Decode the summed values, add the exact ones, divide by the mass; a row that saw nothing is 0. */
-static int finish(const Job *job, int b)
+static void finish(const Job *job, int b, float *decoded)
 {
     const int all = job->heads * job->rows, width = rounded_up(job->head_dim), rows = job->rows, dim = job->head_dim;
     const float *maximum = job->maximum + (long)b * (job->splits + 1) * all, *mass = job->mass + (long)b * (job->splits + 1) * all;
     const float *exact_most = maximum + (long)job->splits * all, *exact_mass = mass + (long)job->splits * all;
-    float *decoded = malloc(sizeof(float) * rows * width);
-    if (!decoded)
-        return 1;
-    for (int r = 0; r < job->value_readers; r++) {
-        const Reader *reader = job->values + r;
-        const int stride = rounded_up(reader->latents);
-        const float *sums = reader->sums + (long)b * job->splits * reader->heads * rows * stride;
-        for (int h = 0; h < reader->heads; h++) {
-            const long first = (long)reader->head[h] * rows;
-            for (int row = 0; row < rows; row++)
-                for (int d = 0; d < width; d++)
-                    decoded[(long)row * width + d] = mass[first + row] * reader->bias[(long)h * width + d];
-            for (int d = 0; d < width; d += COLUMNS)
-                rows_product(
-                    rows, reader->latents, sums + (long)h * rows * stride, stride,
-                    reader->matrix + (long)h * reader->latents * width + d, width, 0, decoded + d, width);
+    for (int r = 0; r < job->value_readers; r++)
+        for (int h = 0; h < job->values[r].heads; h++) {
+            const long first = (long)job->values[r].head[h] * rows;
+            decode_sums(job, job->values + r, b, h, mass + first, decoded);
             for (int row = 0; row < rows; row++) {
                 const long at = first + row;
                 const float top = maximum[at] > exact_most[at] ? maximum[at] : exact_most[at];
@@ -500,29 +602,84 @@ static int finish(const Job *job, int b)
                     o[d] = total == 0 ? 0 : (decoded[(long)row * width + d] * paged + o[d] * exact) / total;
             }
         }
+}
+
+/* Lay out the scratch of a call at `scratch`; its floats. */
+static int64_t lay_out(Job *job, float *scratch)
+{
+    const int64_t statistics = (int64_t)job->batch * (job->splits + 1) * job->heads * job->rows;
+    float *at = scratch;
+    Scratch unused;
+    int64_t place = 0;
+    for (int i = 0; i < job->segments; i++) {
+        job->segment[i].place = place;
+        place += TILE * padded(job->segment[i].latents);
     }
-    free(decoded);
-    return 0;
+    job->room = lay_out_room(job, scratch, &unused);
+    job->rooms = at, at += job->threads * job->room;
+    for (int r = 0; r < job->value_readers; r++)
+        job->values[r].sums = at, at += (int64_t)job->batch * job->splits * size_of_sums(job, job->values + r);
+    for (int r = 0; r < job->key_readers + job->value_readers; r++) {
+        Reader *reader = r < job->key_readers ? job->keys + r : job->values + r - job->key_readers;
+        if (reader->half)
+            reader->matrix = at, at += reader->exact * (int64_t)reader->heads * rounded_up(job->head_dim);
+    }
+    job->maximum = at, at += statistics;
+    job->mass = at, at += statistics;
+    return at - scratch;
+}
+
+/* A float16 number that is none of the infinite ones. */
+static inline float float_of(uint16_t half)
+{
+    union { uint32_t i; float f; } x = { .i = (uint32_t)(half & 0x7fff) << 13 };
+    x.f *= 0x1p112f;
+    x.i |= (uint32_t)(half & 0x8000) << 16;
+    return x.f;
+}
+
+static void widen_halves(Reader *reader, int width)
+{
+    const long row = (long)reader->heads * width;
+    float *to = (float *)reader->matrix;
+    for (int e = 0; e < reader->exact && reader->half; e++)
+        for (long i = 0; i < row; i++)
+            to[e * row + i] = float_of(reader->half[e * reader->half_stride + i]);
 }
 
 int kvcar_columns(void) { return COLUMNS; }
-int kvcar_decode8_latents(void) { return DECODE8_LATENTS; }
+
+/* Floats that a call needs beside its inputs and output. */
+int64_t kvcar_scratch(Job *job) { return lay_out(job, 0); }
 
 /* The `i`-th of the splits of all sequences, the last of each being what is kept exactly. */
-static int attend_part(const void *context, int64_t i)
+static int attend_part(const void *context, int64_t i, int worker)
 {
     const Job *job = context;
     const int b = (int)(i / (job->splits + 1)), split = (int)(i % (job->splits + 1));
-    return split < job->splits ? attend_split(job, b, split) : attend_exact(job, b);
+    if (split == job->splits)
+        return attend_exact(job, b);
+    Scratch own;
+    lay_out_room(job, job->rooms + worker * job->room, &own);
+    attend_split(job, b, split, &own);
+    return 0;
 }
 
 /* Attention into `out`; 0, or 1 where memory is missing. */
-int kvcar_attend(const Job *job)
+int kvcar_attend(Job *job)
 {
-    int failed = in_parallel(job->threads, (int64_t)job->batch * (job->splits + 1), attend_part, job);
-    for (int b = 0; b < job->batch && !failed; b++) {
+    lay_out(job, job->scratch);
+    for (int r = 0; r < job->key_readers; r++)
+        widen_halves(job->keys + r, rounded_up(job->head_dim));
+    for (int r = 0; r < job->value_readers; r++)
+        widen_halves(job->values + r, rounded_up(job->head_dim));
+    if (in_parallel(job->threads, (int64_t)job->batch * (job->splits + 1), attend_part, job))
+        return 1;
+    Scratch own;
+    lay_out_room(job, job->rooms, &own);
+    for (int b = 0; b < job->batch; b++) {
         merge(job, b);
-        failed |= finish(job, b);
+        finish(job, b, own.decoded);
     }
-    return failed;
+    return 0;
 }

@@ -32,7 +32,7 @@ _FLAGS = (
     "-O3", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast",
     "-shared", "-fPIC",
 )  # fmt: skip
-_FUNCTIONS = ("kvcar_attend", "kvcar_columns", "kvcar_decode8_latents", "kvcar_pack", "kvcar_unpack")
+_FUNCTIONS = ("kvcar_attend", "kvcar_columns", "kvcar_pack", "kvcar_scratch", "kvcar_unpack")
 _CACHE_VARIABLE = "KVCAR_KERNEL_CACHE"
 _COMPILE_SECONDS = 300
 _WITHOUT = "set KVCAR_KERNELS=torch to do without"

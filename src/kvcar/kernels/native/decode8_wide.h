@@ -5,8 +5,8 @@
 
 #include <immintrin.h>
 
-#define LANES8 16 /* elements of a head in one vector of 32-bit sums */
-#define TOKENS8 4 /* decoded together */
+#define TOKENS8 4  /* decoded together */
+#define VECTORS8 4 /* of LANES elements of a head, of each token */
 
 /* sums += products of four unsigned bytes of `u` and four signed ones of `d`. Written out, as compilers copy sums about
  * around the intrinsic and then run out of registers. */
@@ -16,20 +16,20 @@ static inline __attribute__((always_inline)) __m512i add_products(__m512i sums, 
     return sums;
 }
 
-/* Elements `d` to `d` + vectors * LANES8 of some tokens' keys. */
+/* Elements `d` to `d` + vectors * LANES of some tokens' keys. */
 static inline __attribute__((always_inline)) void decode8_block(
     const int tokens, const int vectors, const Decoder8 *by, const int d, const uint8_t *codes, const int stride, float *keys)
 {
     const int width = by->width;
-    __m512i sums[TOKENS8][4];
+    __m512i sums[TOKENS8][VECTORS8];
     for (int t = 0; t < tokens; t++)
         for (int v = 0; v < vectors; v++)
             sums[t][v] = _mm512_setzero_si512();
     const int8_t *row = by->decoder + 4 * d;
     for (int group = 0; group < by->groups; group++, row += 4 * width) {
-        __m512i own[4];
+        __m512i own[VECTORS8];
         for (int v = 0; v < vectors; v++)
-            own[v] = _mm512_loadu_si512(row + 4 * LANES8 * v);
+            own[v] = _mm512_loadu_si512(row + 4 * LANES * v);
         for (int t = 0; t < tokens; t++) {
             int32_t four;
             memcpy(&four, codes + (long)t * stride + by->exact + 4 * group, 4);
@@ -38,16 +38,16 @@ static inline __attribute__((always_inline)) void decode8_block(
                 sums[t][v] = add_products(sums[t][v], u, own[v]);
         }
     }
-    __m512 values[TOKENS8][4];
+    __m512 values[TOKENS8][VECTORS8];
     for (int v = 0; v < vectors; v++) {
-        const __m512 scale = _mm512_loadu_ps(by->scale + d + LANES8 * v), bias = _mm512_loadu_ps(by->bias + d + LANES8 * v);
+        const __m512 scale = _mm512_loadu_ps(by->scale + d + LANES * v), bias = _mm512_loadu_ps(by->bias + d + LANES * v);
         for (int t = 0; t < tokens; t++)
             values[t][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t][v]), scale, bias);
     }
     for (int e = 0; e < by->exact; e++) {
-        __m512 own[4];
+        __m512 own[VECTORS8];
         for (int v = 0; v < vectors; v++)
-            own[v] = _mm512_loadu_ps(by->matrix + (long)e * width + d + LANES8 * v);
+            own[v] = _mm512_loadu_ps(by->matrix + e * by->matrix_stride + d + LANES * v);
         for (int t = 0; t < tokens; t++) {
             const __m512 code = _mm512_set1_ps((float)codes[(long)t * stride + e]);
             for (int v = 0; v < vectors; v++)
@@ -56,26 +56,7 @@ static inline __attribute__((always_inline)) void decode8_block(
     }
     for (int t = 0; t < tokens; t++)
         for (int v = 0; v < vectors; v++)
-            _mm512_storeu_ps(keys + (long)t * width + d + LANES8 * v, values[t][v]);
-}
-
-static inline __attribute__((always_inline)) void decode8_rows(
-    const int tokens, const Decoder8 *by, const uint8_t *codes, const int stride, float *keys)
-{
-    int d = 0;
-    for (; d + 4 * LANES8 <= by->width; d += 4 * LANES8)
-        decode8_block(tokens, 4, by, d, codes, stride, keys);
-    for (; d < by->width; d += LANES8)
-        decode8_block(tokens, 1, by, d, codes, stride, keys);
-}
-
-/* As in decode8.h. */
-static void decode8(int tokens, const Decoder8 *by, const uint8_t *codes, int stride, float *keys)
-{
-    for (; tokens >= TOKENS8; tokens -= TOKENS8, codes += (long)TOKENS8 * stride, keys += (long)TOKENS8 * by->width)
-        decode8_rows(TOKENS8, by, codes, stride, keys);
-    for (; tokens > 0; tokens--, codes += stride, keys += by->width)
-        decode8_rows(1, by, codes, stride, keys);
+            _mm512_storeu_ps(keys + (long)t * width + d + LANES * v, values[t][v]);
 }
 
 #endif

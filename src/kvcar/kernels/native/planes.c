@@ -34,8 +34,9 @@ static void pack_plane(const Plane *plane, const uint8_t *codes, int stride, uin
         }
 }
 
-static int unpack_page(const void *segments, int64_t page)
+static int unpack_page(const void *segments, int64_t page, int worker)
 {
+    (void)worker;
     const Segments *s = segments;
     const int count = s->width - s->raw, stride = rounded_up(count);
     const uint8_t *data = segment_at(s, page);
@@ -48,8 +49,9 @@ static int unpack_page(const void *segments, int64_t page)
     return 0;
 }
 
-static int pack_page(const void *segments, int64_t page)
+static int pack_page(const void *segments, int64_t page, int worker)
 {
+    (void)worker;
     const Segments *s = segments;
     const int count = s->width - s->raw, stride = rounded_up(count);
     const float *values = s->values + page * s->tokens * s->width + s->raw;

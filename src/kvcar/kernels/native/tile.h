@@ -5,8 +5,10 @@
 #ifndef KVCAR_TILE_H
 #define KVCAR_TILE_H
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
 #define LANES 16
 #else
 #define LANES 8
