@@ -1,4 +1,4 @@
-"""What the C kernel's 8-bit decoders of keys cost in quality: decode steps with them and with float decoders.
+"""What products in integers cost in quality: decode steps by the C kernel with decoders in 8 bits and with float ones.
 
 python benchmarks/rounding.py BUNDLE wikitext-2/test.txt
 """
@@ -16,10 +16,9 @@ from transformers import DynamicCache
 from kvcar.bundle import Bundle
 from kvcar.cache.attach import attach, prefill
 from kvcar.cache.cache import KVCarCache
-from kvcar.errors import InputError, KVCarError
+from kvcar.errors import KVCarError
 from kvcar.evaluate.fidelity import TokenScores, mean_of, ratio_of, step_logits
 from kvcar.kernels.attend import cpu
-from kvcar.kernels.native import native_library
 from kvcar.models.load import LoadedModel, load_model
 from kvcar.record import Record
 from kvcar.text import read_text, token_windows
@@ -39,9 +38,6 @@ def main(
 ) -> None:
     """Step the ends of the same windows with either kind of decoders; one record."""
     use_threads(threads)
-    together = int(native_library().kvcar_decode8_latents())
-    if not together:
-        raise InputError("this CPU has no 8-bit decoders; run this where there is AVX2 or AVX-512 VNNI")
     source, loaded = read_text(text), load_model(model)
     ids = token_windows(loaded.tokenizer, source.text, context, windows)
     found = {name: _measure(loaded, bundle, ids, following, name == "int8") for name in ("float32", "int8")}
@@ -50,7 +46,7 @@ def main(
     config = {
         "model": model, "bundle": bundle.name, "bundle_sha256": Bundle.from_pretrained(bundle).digest, "text": source.name,
         "text_sha256": source.sha256, "context": context, "following": following, "windows": windows,
-        "latents_multiplied_together": together, **device_config(ids.device),
+        **device_config(ids.device),
     }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
     Record("rounding", {"decoders": found}, config).write(output / f"rounding-{bundle.name}.json")

@@ -16,7 +16,7 @@ from kvcar.cache.coder import PageCoder
 from kvcar.errors import KernelError
 from kvcar.kernels.attend import Buffered, ExactPast, RoundedDecoder, attend, cpu, naive
 from kvcar.kernels.attend.cpu_decoders import decoder_in_8_bits, latent_bits, widening_stops
-from kvcar.kernels.native import build, find_compiler, native_library
+from kvcar.kernels.native import build, find_compiler
 from kvcar.kernels.rotary import RotaryTable
 
 UNSUPPORTED = {"raw latents", "values exact", "one key head exact", "autoencoder", "lossless"}
@@ -338,7 +338,9 @@ def test_rounding_decoders_adds_little_to_the_codes_own_noise():
     assert error.square().mean() < 0.06 * noise.square().mean()
 
 
-@pytest.mark.parametrize("bits", [[7] * 9, [7, 6, 6, 5, 4, 3, 2, 1], [6] * 40 + [5] * 30 + [1] * 31, [1] * 2000], ids=str)
+@pytest.mark.parametrize(
+    "bits", [[7] * 9, [7, 6, 6, 5, 4, 3, 2, 1], [6] * 40 + [5] * 30 + [1] * 31, [1] * 2000], ids=str
+)
 def test_sums_of_16_bits_cannot_overflow(bits):
     highest, start = [2**bit - 1 for bit in bits] + [0, 0, 0], 0
     for stop in widening_stops(bits):
@@ -367,5 +369,3 @@ def test_keys_at_the_ends_of_their_range(without, monkeypatch):
     query, exact = torch.randn(1, 4, 1, HEAD_DIM), ExactPast(*torch.randn(2, 1, 2, 3, HEAD_DIM), None)
     expected = naive.attend(query, exact, paged, 0.01)
     torch.testing.assert_close(cpu.attend(query, exact, paged, 0.01), expected, **SUMS)
-
-
