@@ -36,7 +36,8 @@ static float round_weights(const float *weights, int tokens, Weights8 *out)
     memset(out->halves, 0, sizeof out->halves);
     float change = 0;
     for (int t = 0; t < tokens; t++) {
-        const int32_t whole = (int32_t)(weights[t] * by + 0.5f);
+        const float wanted = weights[t] * by + 0.5f;
+        const int32_t whole = (int32_t)(wanted > 0 ? wanted : 0); /* no integer stands for NaN, which the sum keeps */
         out->halves[0][t] = (uint8_t)(whole >> 7);
         out->halves[1][t] = (uint8_t)(whole & 127);
         change += (float)whole * out->unit - weights[t];
