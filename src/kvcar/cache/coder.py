@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..bundle import Bundle, CodedBlock
 from ..codecs import Codec
 from ..geometry import Kind, Slot
-from ..kernels.attend import Reader
+from ..kernels.attend import Reader, RoundedDecoder
 from ..kernels.encode import AffineEncoder, Writer, encode_pages
 from ..kernels.pack import pack, unpack
 from ..kernels.rotary import RotaryTable
@@ -100,6 +100,10 @@ class UnitCoder:
         """Reader that gives ``heads`` of a layer from ``slots`` of this unit."""
         places = [self.unit.slots.index(slot) for slot in slots]
         columns = torch.cat([torch.arange(p * head_dim, (p + 1) * head_dim) for p in places])
+        if self._rounded is not None:
+            own = _of_slots(self._rounded, _as_slice(torch.tensor(places)), _as_slice(columns))
+            decode = partial(_decode_rounded, own, self.unit.segment.latents)
+            return Reader(self.unit.segment, heads, None, decode, None, False, self.exact_dtype, own)
         restore, affine, decode = None, None, partial(_select, columns=_as_slice(columns))
         if self.coded.codec is not None:
             restore, affine = self._affine_of(_as_slice(columns))
@@ -111,6 +115,16 @@ class UnitCoder:
         """The unit's slots side by side ``[B, N, W]``, keys before RoPE unless they are stored exactly."""
         lossless = self.coded.codec is None
         return torch.cat([fetch(slot, not lossless) for slot in self.unit.slots], dim=-1)
+
+    @cached_property
+    def _rounded(self) -> RoundedDecoder | None:
+        """The decoder of codes as it lies in memory in 8 bits, where codes are latents but for a shift."""
+        if self.coded.codec is None or self.coded.quantizer is None:
+            return None
+        decoder, steps = self.coded.codec.rounded_decoder(), self.coded.quantizer.steps()
+        if decoder is None or steps is None or not bool((steps[0] == 1).all()):
+            return None
+        return replace(decoder, bias=self.coded.codec.decode(steps[1]))
 
     @cached_property
     def _restore_and_affine(self) -> tuple[Restore | None, tuple[Tensor, Tensor] | None]:
@@ -199,6 +213,18 @@ def _as_slice(columns: Tensor) -> slice | Tensor:
     if torch.equal(columns, torch.arange(first, first + len(columns))):
         return slice(first, last + 1)
     return columns
+
+
+def _of_slots(decoder: RoundedDecoder, slots: slice | Tensor, columns: slice | Tensor) -> RoundedDecoder:
+    """The decoder of some slots of a block, in place where they are neighbours."""
+    return RoundedDecoder(
+        decoder.exact[:, columns], decoder.decoder[slots], decoder.scale[columns], decoder.bias[columns]
+    )
+
+
+def _decode_rounded(decoder: RoundedDecoder, latents: int, u: Tensor) -> Tensor:
+    matrix, bias = decoder.affine(latents)
+    return u @ matrix + bias
 
 
 def _select(u: Tensor, columns: slice | Tensor) -> Tensor:

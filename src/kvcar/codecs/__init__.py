@@ -5,6 +5,7 @@ from .base import CODECS, Codec
 from .checks import Stored, checked
 from .identity import IdentityCodec
 from .linear import LinearCodec
+from .linear8 import Linear8Codec, RoundedMetric
 from .quantizer import DynamicQuantizer, Quantizer, StaticQuantizer, read_quantizer
 from .trainable import TrainableCodec
 
@@ -14,8 +15,10 @@ __all__ = [
     "Codec",
     "DynamicQuantizer",
     "IdentityCodec",
+    "Linear8Codec",
     "LinearCodec",
     "Quantizer",
+    "RoundedMetric",
     "StaticQuantizer",
     "Stored",
     "TrainableCodec",

@@ -13,6 +13,7 @@ from ..registry import Registry
 from .checks import Stored, checked
 
 if TYPE_CHECKING:
+    from ..kernels.attend import RoundedDecoder
     from .trainable import TrainableCodec
 
 CODECS: Registry[type[Codec]] = Registry("codec")
@@ -53,6 +54,10 @@ class Codec(ABC):
 
     def affine_decoder(self) -> tuple[Tensor, Tensor] | None:
         """Matrix ``[R, W]`` and bias ``[W]`` when decoding is affine; attention then sums values in latent space."""
+        return None
+
+    def rounded_decoder(self) -> RoundedDecoder | None:
+        """The affine decoder in 8 bits as it lies in memory, of all slots of the block, where it is one."""
         return None
 
     def affine_encoder(self) -> tuple[Tensor, Tensor] | None:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codecs import LinearCodec, Quantizer, StaticQuantizer
+from ..codecs import Linear8Codec, LinearCodec, Quantizer, RoundedMetric, StaticQuantizer
 from ..codecs.quantizer import latent_bits
 from ..plan import RAW_BITS, BitGroup
+
+FEWEST_EXACT_BITS, FEWEST_STRONG_BITS = 8, 6
+"""Latents of as many bits and more keep their decoder in 16 bits, or are taken out of the others when encoding."""
 
 # Step of the best uniform quantiser of a unit normal, by bits 1 to 8 (Max 1960, table II).
 _NORMAL_STEP = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
@@ -95,6 +98,27 @@ def linear_codec(basis: Basis, bits: Tensor, sample: Tensor) -> tuple[LinearCode
     decoder = basis.decoder[order].float().contiguous()
     codec = LinearCodec(basis.mean.float(), encoder, decoder)
     return codec, fit_quantizer(groups_of(bits), codec.encode(sample))
+
+
+def linear8_codec(
+    basis: Basis, bits: Tensor, sample: Tensor, metrics: Sequence[RoundedMetric], head_dim: int
+) -> tuple[Linear8Codec, Quantizer]:
+    """Codec in 8 bits and quantiser for given bits; ``metrics`` are those that the basis was made for."""
+    order = torch.argsort(bits, descending=True, stable=True)[: int((bits > 0).sum())]
+    own, groups = bits[order], groups_of(bits)
+    steps = fit_quantizer(groups, ((sample.double() - basis.mean) @ basis.encoder[:, order]).float()).scale
+    return in_8_bits(basis.mean, basis.decoder[order] * steps[:, None], own, sample, metrics, head_dim)
+
+
+def in_8_bits(
+    mean: Tensor, decoder: Tensor, bits: Tensor, sample: Tensor, metrics: Sequence[RoundedMetric], head_dim: int
+) -> tuple[Linear8Codec, Quantizer]:
+    """Round a decoder ``[R, W]`` of codes of falling ``bits``; codes are those of the rounded one, about the sample's mean."""
+    exact, strong = (int((bits >= fewest).sum()) for fewest in (FEWEST_EXACT_BITS, FEWEST_STRONG_BITS))
+    codec = Linear8Codec.rounded(mean, decoder, metrics, head_dim, exact, strong)
+    middle = codec.encode(sample).mean(0)
+    zero = middle - (2.0**bits - 1) / 2
+    return codec, StaticQuantizer(groups_of(bits), torch.ones(len(bits)), zero.float())
 
 
 def fit_quantizer(groups: Sequence[BitGroup], z: Tensor) -> StaticQuantizer:

@@ -118,24 +118,31 @@ def lowest_price(at: Callable[[float], tuple[T, float]], budget: float | None, h
     return at(high)[0]
 
 
-def allocate_bits_and_flops(
-    variances: Sequence[Tensor], flops_per_latent: Sequence[float], budget_bits: int, flops_budget: float
+def allocate_priced_bits(
+    variances: Sequence[Tensor],
+    codec_bits: Sequence[float],
+    flops_per_latent: Sequence[float],
+    budget_bits: int,
+    flops_budget: float | None,
 ) -> list[Tensor]:
     """Bits 0 to 8, int64, for every latent of several blocks that share budgets of bits and of FLOPs per token.
 
     Args:
         variances: weighted variance of each latent, ``[R]`` for every block.
-        flops_per_latent: what a latent of the block costs that has any bits.
-        budget_bits, flops_budget: never exceeded, unless even one bit in all takes more FLOPs.
+        codec_bits: bits per token that its row of the codec is worth, for a latent of the block that has any bits; they are
+            weighed, and not part of the budget.
+        flops_per_latent: what such a latent costs.
+        budget_bits, flops_budget: never exceeded, unless even one bit in all takes more FLOPs; None for no limit on those.
     """
     flat = torch.cat([v.double() for v in variances])
-    flops = torch.cat(
-        [torch.full((len(v),), f, dtype=torch.float64) for v, f in zip(variances, flops_per_latent, strict=True)]
+    rows, flops = (
+        torch.cat([torch.full((len(v),), c, dtype=torch.float64) for v, c in zip(variances, costs, strict=True)])
+        for costs in (codec_bits, flops_per_latent)
     )
 
     def at(flops_price: float) -> tuple[Tensor, float]:
         def bits_at(price: float) -> tuple[Tensor, float]:
-            bits = bits_at_price(flat, price, flops_price * flops)
+            bits = bits_at_price(flat, price, flops_price * flops + price * rows)
             return bits, float(bits.sum())
 
         bits = lowest_price(bits_at, budget_bits, highest=float(flat.max()))

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ..bundle import CodedBlock
-from ..codecs import Codec, DynamicQuantizer, IdentityCodec, Quantizer
+from ..codecs import Codec, DynamicQuantizer, IdentityCodec, Linear8Codec, Quantizer
 from ..errors import FitError, InputError
 from ..plan import BitGroup, Block, Plan
 from ..progress import OnProgress
 from ..registry import Registry
 from .autoencoder import train_autoencoder
-from .basis import Basis, fit_quantizer, groups_of, linear_codec
-from .bits import allocate_bits, allocate_bits_and_flops, bits_for, error_of, share_latents
+from .basis import Basis, fit_quantizer, groups_of, linear8_codec, linear_codec
+from .bits import allocate_bits, allocate_priced_bits, bits_for, error_of, share_latents
 from .options import FitOptions, Structure
-from .partition import flops_budget, flops_per_latent
+from .partition import flops_budget, flops_per_latent, row_bits
 from .statistics import Statistics
 from .stored import solve_entropy_coded, stored_bits_per_token
 
@@ -119,10 +119,13 @@ def bits_of(plan: Plan, variances: Sequence[Tensor], budget: Budget, options: Fi
         shares = _shared_latents(variances, budget.latents, options)
         return [_first_latents(len(v), n, options) for v, n in zip(variances, shares, strict=True)]
     limits = options.limits
-    if limits is None or limits.flops_of == "decoding" or limits.flops_per_element is None:
+    if limits is None:
         return allocate_bits(variances, int(budget.bits))
-    flops = [flops_per_latent(plan.geometry, limits, block) for block in plan.blocks]
-    return allocate_bits_and_flops(variances, flops, int(budget.bits), flops_budget(plan.geometry, limits))
+    rows = [row_bits(len(v), options.tokens_in_memory) for v in variances]
+    flops, allowed = [flops_per_latent(plan.geometry, limits, block) for block in plan.blocks], None
+    if limits.flops_of == "step" and limits.flops_per_element is not None:
+        allowed = flops_budget(plan.geometry, limits)
+    return allocate_priced_bits(variances, rows, flops, int(budget.bits), allowed)
 
 
 def _shared_latents(variances: Sequence[Tensor], given: tuple[int, ...], options: FitOptions) -> tuple[int, ...]:
@@ -150,7 +153,12 @@ def solve_linear(
         expected = 0.0 if raw else error_of(basis.variances, own)
         if not int(own.sum()):
             own[0] = 1  # a block that gets no bits at all still needs one latent to be a block
-        codec, quantizer = linear_codec(basis, own, statistics.sample(block.slots))
+        sample = statistics.sample(block.slots)
+        if raw or options.metric != "effect":
+            codec, quantizer = linear_codec(basis, own, sample)
+        else:
+            metrics = statistics.rounded_metrics(block.slots)
+            codec, quantizer = linear8_codec(basis, own, sample, metrics, plan.geometry.head_dim)
         yield _fitted(block, groups_of(own), codec, quantizer, options, expected)
 
 
@@ -204,9 +212,10 @@ def _solve_stored(
     """Linear codecs with uniform steps, for codes that take their entropy."""
     bases = bases_of(plan, statistics, options, on_progress)
     samples = (statistics.sample(block.slots) for block in plan.blocks)
-    for block, own in zip(plan.blocks, solve_entropy_coded(bases, samples, budget.bits), strict=True):
-        groups, coded, expected = own
-        yield FittedBlock(block.model_copy(update={"groups": groups}), coded, expected)
+    metrics = (statistics.rounded_metrics(block.slots) for block in plan.blocks)
+    solved = solve_entropy_coded(bases, metrics, samples, budget.bits, plan.geometry.head_dim)
+    for block, (groups, coded, expected) in zip(plan.blocks, solved, strict=True):
+        yield FittedBlock(block.model_copy(update={"codec": Linear8Codec.name, "groups": groups}), coded, expected)
 
 
 def _fitted(
@@ -221,5 +230,5 @@ def _fitted(
     scales = "static" if options.structure is None else options.structure.scales
     if scales == "dynamic":
         quantizer = DynamicQuantizer(groups[0].bits)
-    planned = Block(codec=block.codec, slots=block.slots, groups=groups, scales=scales)
+    planned = Block(codec=codec.name, slots=block.slots, groups=groups, scales=scales)
     return FittedBlock(planned, CodedBlock(codec, quantizer), expected_kl)

@@ -54,6 +54,7 @@ def fit(
     window: int | None = None,
     cache: CacheConfig = DEFAULT_CACHE,
     effect_tokens: int = FitOptions.effect_tokens,
+    memory_tokens: int | None = None,
     seed: int = 0,
     check: bool = True,
     name: str | None = None,
@@ -76,6 +77,8 @@ def fit(
         window: recent tokens kept exact; default: those of ``cache``.
         cache: sinks, window and pages.
         effect_tokens: tokens on which the effect of errors is measured.
+        memory_tokens: tokens in memory, of all sequences together, among which the search shares the bytes of codecs; default: the
+            profile's.
         seed: of everything random.
         check: hold out a tenth of the text and measure the bundle on it, stepped through the cache. Nothing is measured
             where that is less than a window.
@@ -93,7 +96,9 @@ def fit(
     check_is_model(model, "fit")
     require(CacheConfig, cache=cache)
     require(str, optional=True, name=name)
-    options = FitOptions(times_smaller, max_kl, profile, structure, cache.with_window(window), effect_tokens, seed)
+    options = FitOptions(
+        times_smaller, max_kl, profile, structure, cache.with_window(window), effect_tokens, seed, memory_tokens
+    )
     if attachment_of(model) is not None:
         raise AttachError("this model is attached, and a fit needs it as it is; detach it first")
     check_request(read_geometry(model.config), options, tokens, text_count(text), model.dtype.itemsize)

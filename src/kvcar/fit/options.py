@@ -30,6 +30,7 @@ class Profile:
             which keys are decoded and values are summed as latents; heads of a layer may then be separate blocks.
         entropy_coded: whether sizes are those of a stored context, whose codes take their entropy.
         fit_tokens: tokens to fit on by default: blocks of thousands of elements at small sizes need many.
+        memory_tokens: tokens in memory, of all sequences together, that share the bytes of codecs by default.
     """
 
     widest_elements: int
@@ -38,12 +39,13 @@ class Profile:
     flops_of: Literal["decoding", "step"] = "decoding"
     entropy_coded: bool = False
     fit_tokens: int = 24_576
+    memory_tokens: int = 65_536
 
 
 PROFILES = {
     "fast": Profile(1024, 60, "keys in narrow blocks, so that a decode step takes few FLOPs", flops_of="step"),
     "balanced": Profile(2048, 1200, "a few adjacent layers to a block"),
-    "small": Profile(8192, None, "many or all layers to a block, for capacity"),
+    "small": Profile(8192, None, "many or all layers to a block, for capacity", memory_tokens=1_048_576),
     "stored": Profile(
         8192, None, "contexts saved to disk, where codes take their entropy", entropy_coded=True, fit_tokens=65_536
     ),
@@ -147,6 +149,8 @@ class FitOptions:
         cache: sinks, window and pages.
         effect_tokens: tokens on which the effect of errors is measured, forwards and backwards.
         seed: of everything random.
+        memory_tokens: tokens in memory, of all sequences together, among which the search shares the bytes of codecs: at fewer
+            it finds smaller codecs, at more smaller errors. Default: the profile's.
 
     Raises:
         InputError: values that are out of range or exclude each other.
@@ -159,6 +163,7 @@ class FitOptions:
     cache: CacheConfig = DEFAULT_CACHE
     effect_tokens: int = 8192
     seed: int = 0
+    memory_tokens: int | None = None
 
     def __post_init__(self) -> None:
         require(float, optional=True, times_smaller=self.times_smaller, max_kl=self.max_kl)
@@ -172,8 +177,10 @@ class FitOptions:
             raise InputError(f"max_kl must be above 0, got {self.max_kl:g}")
         if self.times_smaller is not None and self.max_kl is not None:
             raise InputError("give times_smaller or max_kl, not both")
-        if self.effect_tokens < 1:
-            raise InputError(f"effect_tokens must be at least 1, got {self.effect_tokens}")
+        for name in ("effect_tokens", "memory_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
         if self.profile is not None and self.profile not in PROFILES:
             raise InputError(f"profile must be one of {', '.join(PROFILES)}, got {self.profile!r}")
         if self.structure is not None:
@@ -218,6 +225,12 @@ class FitOptions:
     def target(self) -> float:
         """Times smaller that is aimed at where no divergence is."""
         return DEFAULT_TIMES_SMALLER if self.times_smaller is None else self.times_smaller
+
+    @property
+    def tokens_in_memory(self) -> int:
+        """Tokens that share the bytes of codecs."""
+        default = PROFILES[self.profile or DEFAULT_PROFILE].memory_tokens
+        return default if self.memory_tokens is None else self.memory_tokens
 
     @property
     def window_read(self) -> int:

@@ -42,10 +42,11 @@ class Run:
 
 
 class Candidate(NamedTuple):
-    """What a run offers: variances of its latents, float ``[W]``, and what each of them costs, in FLOPs per token."""
+    """What a run offers: variances of its latents, float ``[W]``, and what each of them costs, in FLOPs and bits per token."""
 
     variances: Tensor
     flops_per_latent: float
+    codec_bits: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,14 @@ def searched_bands(geometry: KVGeometry, profile: Profile) -> tuple[int, int]:
 
 
 def searched_partitions(
-    statistics: Statistics, profile: Profile, budget_bits: int, on_progress: OnProgress
+    statistics: Statistics, profile: Profile, budget_bits: int, memory_tokens: int, on_progress: OnProgress
 ) -> list[list[Slots]]:
     """Partitions of adjacent layers within a profile's limits: the best one of joint blocks, and of separate keys and values.
 
     Layers wider than the profile's widest block are cut into groups of heads.
     """
     sharings = _sharings(statistics.geometry, profile)
-    return [_blocks_of(statistics, profile, sharing, budget_bits, on_progress) for sharing in sharings]
+    return [_blocks_of(statistics, profile, sharing, budget_bits, memory_tokens, on_progress) for sharing in sharings]
 
 
 def _sharings(geometry: KVGeometry, profile: Profile) -> tuple[Sharing, ...]:
@@ -138,7 +139,12 @@ def _sharings(geometry: KVGeometry, profile: Profile) -> tuple[Sharing, ...]:
 
 
 def _blocks_of(
-    statistics: Statistics, profile: Profile, sharing: Sharing, budget_bits: float, on_progress: OnProgress
+    statistics: Statistics,
+    profile: Profile,
+    sharing: Sharing,
+    budget_bits: float,
+    memory_tokens: int,
+    on_progress: OnProgress,
 ) -> list[Slots]:
     geometry, kinds = statistics.geometry, len(sharing[0])
     layers = geometry.codable_layers
@@ -155,7 +161,8 @@ def _blocks_of(
         side: dict[Run, Candidate] = {}
         for run in runs:
             variances = torch.cat([statistics.variances(slots) for slots in _slots(geometry, run, own)])
-            side[run] = Candidate(variances, _flops_per_latent(geometry, profile, run, own))
+            row = row_bits(len(variances) // run.parts, memory_tokens)
+            side[run] = Candidate(variances, _flops_per_latent(geometry, profile, run, own), row)
             on_progress("try blocks", len(sides) * len(runs) + len(side), len(sharing) * len(runs))
         sides.append(side)
     flops = flops_budget(geometry, profile)
@@ -177,6 +184,11 @@ def _parts(geometry: KVGeometry, profile: Profile, kinds: int) -> list[int]:
     heads, dim = geometry.kv_heads, geometry.head_dim * kinds
     found = [p for p in range(1, heads + 1) if heads % p == 0 and heads // p * dim <= profile.widest_elements]
     return found or [heads]
+
+
+def row_bits(width: int, memory_tokens: int) -> float:
+    """Bits per token that a latent's row of the codec takes, shared by all tokens in memory."""
+    return 8.0 * width / memory_tokens
 
 
 def _flops_per_latent(geometry: KVGeometry, profile: Profile, run: Run, kinds: Kinds) -> float:
@@ -222,9 +234,11 @@ def _even_runs(layers: int, longest: int) -> Iterator[Run]:
 
 def run_cost(candidate: Candidate, price: float, flops_price: float = 0.0) -> RunCost:
     """Cost and FLOPs of a candidate at a price of a bit and one of a FLOP, which the cost leaves out."""
-    bits = bits_at_price(candidate.variances, price, flops_price * candidate.flops_per_latent)
+    row = price * candidate.codec_bits
+    bits = bits_at_price(candidate.variances, price, flops_price * candidate.flops_per_latent + row)
     latents = int((bits > 0).sum())
-    return RunCost(error_of(candidate.variances, bits) + price * int(bits.sum()), candidate.flops_per_latent * latents)
+    cost = error_of(candidate.variances, bits) + price * int(bits.sum()) + row * latents
+    return RunCost(cost, candidate.flops_per_latent * latents)
 
 
 def cut_into_runs(layers: int, candidates: Mapping[Run, RunCost], flops_price: float) -> list[Run]:

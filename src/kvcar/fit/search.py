@@ -79,7 +79,7 @@ def searched_plans(
     rough = empty_plan(geometry, [tuple(geometry.slots(kind)) for kind in KINDS], options)
     # Blocks without a limit on FLOPs do not depend on the budget, and entropy-coded sizes reach further than whole bits.
     budget = 1 if limits.flops_per_element is None else bits_for(rough, options.target, model_bytes)
-    partitions = searched_partitions(statistics, limits, budget, on_progress)
+    partitions = searched_partitions(statistics, limits, budget, options.tokens_in_memory, on_progress)
     return [empty_plan(geometry, blocks, options) for blocks in partitions]
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..codecs import RoundedMetric
 from ..geometry import KINDS, KVGeometry, Side, Slot
 from ..plan import CacheConfig
 from ..progress import OnProgress, counter, silent
@@ -19,6 +21,8 @@ from .options import Metric
 from .processes import from_first, joined_rows, own_share, total
 
 SAMPLE_TOKENS = 2048
+METRIC_ELEMENTS = 512
+"""Elements of a side beyond which its metric is of groups of heads, as it is stored with every bundle."""
 
 Slots = tuple[Slot, ...]
 
@@ -193,14 +197,33 @@ class Statistics:
         starts = [(sides.index((s.layer, s.kind)) * heads + s.head) * dim for s in slots]
         return torch.cat([torch.arange(start, start + dim) for start in starts])
 
+    def rounded_metrics(self, slots: Slots) -> list[RoundedMetric]:
+        """Metrics of a block in 8 bits; the same as those that its basis is of."""
+        return [RoundedMetric(metric) for metric in self._metrics_of(slots)]
+
     def _metrics_of(self, slots: Slots) -> list[Tensor]:
+        """Metrics along the diagonal: of every side, or of every group of its heads."""
         assert self.metrics is not None, "the effect of errors was not measured"
         dim, found = self.geometry.head_dim, []
+        together = heads_of_metric(dim)
         for side in sides_of(slots):
             heads = [s.head for s in slots if (s.layer, s.kind) == side]
-            own = torch.cat([torch.arange(head * dim, (head + 1) * dim) for head in heads])
-            found.append(self.metrics[side][own][:, own])
+            for _, group in groupby(heads, lambda head: head // together):
+                own = torch.cat([torch.arange(head * dim, (head + 1) * dim) for head in group])
+                found.append(self.metrics[side][own][:, own])
         return found
+
+
+def heads_of_metric(head_dim: int) -> int:
+    """Heads of a side that a metric is of."""
+    return max(1, METRIC_ELEMENTS // head_dim)
+
+
+def rounded(metric: Tensor, head_dim: int) -> Tensor:
+    """A side's metric as bundles store it: 8 bits, of groups of heads."""
+    size = heads_of_metric(head_dim) * head_dim
+    groups = [slice(first, first + size) for first in range(0, len(metric), size)]
+    return torch.block_diag(*(RoundedMetric(metric[own, own]).matrix() for own in groups))
 
 
 def sides_of(slots: Slots) -> list[Side]:
@@ -257,7 +280,9 @@ def collect_statistics(
         return Statistics(geometry, moments)
     probe = EffectProbe(model, geometry, sinks, effect.cache.step_tokens, effect.window_read, effect.seed)
     metrics = effect_metrics(probe, effect.windows, on_progress)
-    return Statistics(geometry, moments, {side: damped(metrics[side], moments.covariance([side])) for side in sides})
+    # Rounded from the start, so that directions and bits are found for the metric that codecs are made of.
+    damp = {side: damped(metrics[side], moments.covariance([side])) for side in sides}
+    return Statistics(geometry, moments, {side: rounded(metric, geometry.head_dim) for side, metric in damp.items()})
 
 
 def sample_stride(windows: Tensor, sinks: int, tokens: int = SAMPLE_TOKENS) -> int:

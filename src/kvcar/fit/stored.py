@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ..bundle import CodedBlock
-from ..codecs import LinearCodec, StaticQuantizer
+from ..codecs import Linear8Codec, RoundedMetric, StaticQuantizer
 from ..context.entropy import entropy_bits_per_token
 from ..errors import FitError
 from ..geometry import BFLOAT16_BYTES
 from ..plan import BitGroup, Plan
 from ..sizes import REFERENCE_TOKENS
-from .basis import Basis, groups_of
+from .basis import FEWEST_EXACT_BITS, FEWEST_STRONG_BITS, Basis, groups_of
 
 _MAX_LEVELS = 255
 _SEARCHES = 24
@@ -28,19 +28,25 @@ _UNSEEN = 1.03
 
 
 def solve_entropy_coded(
-    bases: Sequence[Basis], samples: Iterable[Tensor], bits_per_token: float
+    bases: Sequence[Basis],
+    metrics: Iterable[Sequence[RoundedMetric]],
+    samples: Iterable[Tensor],
+    bits_per_token: float,
+    head_dim: int,
 ) -> Iterator[tuple[tuple[BitGroup, ...], CodedBlock, float]]:
     """Groups, codec and expected divergence of every block, whose codes together have the entropy that was asked for.
 
     Args:
         bases: of every block, under the effect metric.
+        metrics: of every block, those that its basis is of.
         samples: vectors float32 ``[S, W]`` of every block.
         bits_per_token: entropy of all blocks' codes.
+        head_dim: elements of a slot.
     """
     latents = [(x.double() - basis.mean) @ basis.encoder for x, basis in zip(samples, bases, strict=True)]
     step = _step_for(latents, bits_per_token)
-    for basis, z in zip(bases, latents, strict=True):
-        yield _code(basis, z, step)
+    for basis, own, z in zip(bases, metrics, latents, strict=True):
+        yield _code(basis, own, z, step, head_dim)
 
 
 def stored_bits_per_token(plan: Plan, times_smaller: float) -> float:
@@ -76,7 +82,9 @@ def _codes(z: Tensor, step: float) -> Tensor:
     return codes - codes.amin(0)
 
 
-def _code(basis: Basis, z: Tensor, step: float) -> tuple[tuple[BitGroup, ...], CodedBlock, float]:
+def _code(
+    basis: Basis, metrics: Sequence[RoundedMetric], z: Tensor, step: float, head_dim: int
+) -> tuple[tuple[BitGroup, ...], CodedBlock, float]:
     """Groups, codec and expected divergence of a block at a step: latents that are always 0 are left out."""
     rounded = (z / step).round()
     # Room for a third more than the sample showed; beyond it values are clipped.
@@ -89,11 +97,12 @@ def _code(basis: Basis, z: Tensor, step: float) -> tuple[tuple[BitGroup, ...], C
     # What a code stands for, by least squares: cells are wide, and the mass in them lies nearer to 0.
     stands = (z * rounded).sum(0) / (rounded.square().sum(0) * step).clamp_min(1e-12)
     stands = stands.clamp(0.5, 1.5)
-    encoder = basis.encoder[:, order].float().contiguous()
-    decoder = (basis.decoder * stands[:, None])[order].float().contiguous()
-    levels = 2.0 ** bits[order]
-    scale = torch.full((len(order),), step)
-    quantizer = StaticQuantizer(groups, scale, (-scale * (levels / 2).floor()).float())
+    own = bits[order]
+    decoder = basis.decoder[order] * (step * stands[order])[:, None]
+    exact, strong = (int((own >= fewest).sum()) for fewest in (FEWEST_EXACT_BITS, FEWEST_STRONG_BITS))
+    codec = Linear8Codec.rounded(basis.mean, decoder, metrics, head_dim, exact, strong)
+    codec.gain = stands[order].float()
+    quantizer = StaticQuantizer(groups, torch.ones(len(order)), -(2.0**own / 2).floor())
     kept = bits > 0
     error = torch.where(kept, (rounded * step * stands - z).square().mean(0), z.square().mean(0))
-    return groups, CodedBlock(LinearCodec(basis.mean.float(), encoder, decoder), quantizer), 0.5 * float(error.sum())
+    return groups, CodedBlock(codec, quantizer), 0.5 * float(error.sum())

@@ -35,6 +35,11 @@ class RoundedDecoder:
     scale: Tensor
     bias: Tensor
 
+    def affine(self, latents: int) -> tuple[Tensor, Tensor]:
+        """Matrix ``[latents, len(heads) * D]`` and bias, float32, made anew at every call."""
+        rows = self.decoder.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)[: latents - len(self.exact)]
+        return torch.cat([self.exact.float(), rows * self.scale]), self.bias
+
 
 @dataclass(frozen=True, eq=False)
 class Reader:
@@ -61,6 +66,18 @@ class Reader:
     exact_dtype: torch.dtype
     rounded: RoundedDecoder | None = None
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether a matrix and a bias turn what is restored into vectors."""
+        return self.affine is not None or self.rounded is not None
+
+    def matrix_and_bias(self) -> tuple[Tensor, Tensor]:
+        """Matrix ``[R, len(heads) * D]`` and bias of an affine decoder; of one in 8 bits made anew, so not to be kept."""
+        if self.affine is not None:
+            return self.affine
+        assert self.rounded is not None
+        return self.rounded.affine(self.segment.latents)
+
     @cached_property
     def kept(self) -> dict[str, object]:
         """What kernels made of it and need again, by names of their own."""
@@ -69,7 +86,7 @@ class Reader:
     @cached_property
     def affine_in_codes(self) -> bool:
         """Whether nothing but a matrix and a bias stand between codes and vectors."""
-        return (self.affine is not None or self.rounded is not None) and self.restore is None
+        return self.is_affine and self.restore is None
 
     def stored(self, *pages: Tensor) -> Tensor:
         """Unpack stored values float32 ``[B, N, S]`` of consecutive ``pages`` uint8 ``[B, pages, page_bytes]``."""

@@ -155,7 +155,7 @@ def _decode_keys(reader: Reader, paged: PagedPast, u: Tensor, start: int) -> Ten
 def _sums_latents(q: Tensor, reader: Reader) -> bool:
     """Whether summing latents takes fewer multiplications per token and head than decoding the tile."""
     rows, head_dim, latents = q.shape[2], q.shape[3], reader.segment.latents
-    return reader.affine is not None and rows * latents < latents * head_dim + rows * head_dim
+    return reader.is_affine and rows * latents < latents * head_dim + rows * head_dim
 
 
 def _folds_keys(q: Tensor, reader: Reader, paged: PagedPast) -> bool:
@@ -164,8 +164,7 @@ def _folds_keys(q: Tensor, reader: Reader, paged: PagedPast) -> bool:
 
 def _fold_query(q: Tensor, reader: Reader) -> tuple[Tensor, Tensor]:
     """Take queries to latent space ``[B, h, Q, R]``; also the constant that the decoder's bias adds to their scores."""
-    assert reader.affine is not None
-    matrix, bias = reader.affine
+    matrix, bias = reader.matrix_and_bias()
     own = pick(q, reader.heads)
     matrix = matrix.view(matrix.shape[0], len(reader.heads), -1).permute(1, 2, 0)
     return own @ matrix, own @ bias.view(len(reader.heads), -1, 1)
@@ -272,8 +271,7 @@ class OnlineSoftmax:
     def result(self) -> Tensor:
         """Decode and normalise the output ``[B, H, Q, D]``; rows that saw nothing are 0."""
         for reader, (latents, mass) in self._latent.items():
-            assert reader.affine is not None
-            matrix, bias = reader.affine
+            matrix, bias = reader.matrix_and_bias()
             matrix = matrix.view(matrix.shape[0], len(reader.heads), -1).transpose(0, 1)
             decoded = latents @ matrix + mass * bias.view(len(reader.heads), 1, -1)
             self._sum[:, list(reader.heads)] += decoded

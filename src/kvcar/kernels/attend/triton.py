@@ -61,7 +61,7 @@ def _unsupported_reader(reader: Reader, paged: PagedPast) -> str | None:
     if reader.segment.lossless:
         unrotated = reader in paged.key_readers and paged.rotary is not None and not reader.rotated
         return "lossless keys are stored before RoPE" if unrotated else None
-    if reader.affine is None:
+    if not reader.is_affine:
         return "the decoder is not affine"
     if reader.restore is not None:
         return "scales are stored with every token (dynamic), and dequantisation must fold into the decoder"

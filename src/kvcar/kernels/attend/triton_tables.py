@@ -198,12 +198,12 @@ def banks(readers: tuple[Reader, ...], device: torch.device, longest_block: int)
 
 def _coded_group(reader: Reader) -> Group:
     """Latents in slots; those that are none have no bits and rows of 0 in the decoder's matrix."""
-    assert reader.affine is not None
+    affine = reader.matrix_and_bias()
     slots = word_slots(reader.segment)
     fields = spread(segment_fields(reader.segment), slots)
-    matrix = reader.affine[0].new_zeros(fields.shape[-1], reader.affine[0].shape[1])
-    matrix[slots.to(matrix.device)] = reader.affine[0]
-    return Group(reader.heads, fields, (matrix, reader.affine[1]))
+    matrix = affine[0].new_zeros(fields.shape[-1], affine[0].shape[1])
+    matrix[slots.to(matrix.device)] = affine[0]
+    return Group(reader.heads, fields, (matrix, affine[1]))
 
 
 def _lossless_groups(reader: Reader) -> list[Group]:
