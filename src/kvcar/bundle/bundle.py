@@ -79,6 +79,12 @@ class CodedBlock:
         own = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
         scales = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         codec = CODECS[block.codec].from_tensors(own, len(block.slots) * head_dim, block.latents)
+        rounded = codec.rounded_decoder()
+        if rounded is not None and len(rounded.decoder) != len(block.slots):
+            raise BundleError(
+                f"the codec of a block has {len(rounded.decoder)} slots, but the plan needs {len(block.slots)}; the bundle is "
+                "damaged, fit it again"
+            )
         return cls(codec, read_quantizer(scales, block))
 
 
