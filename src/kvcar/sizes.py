@@ -97,6 +97,22 @@ def times_smaller(plan: Plan, model_bytes: int, tokens: int = REFERENCE_TOKENS) 
     return plan.geometry.full_bytes(tokens) / stored_bytes(plan, tokens, model_bytes)
 
 
+def times_smaller_in_use(plan: Plan, codec_bytes: int, model_bytes: int, tokens: int = REFERENCE_TOKENS) -> float:
+    """Divide the bytes of one sequence's own cache in bfloat16 by those of the compressed one and its codecs together."""
+    return plan.geometry.full_bytes(tokens) / (stored_bytes(plan, tokens, model_bytes) + codec_bytes)
+
+
+def codec_figures(plan: Plan, codec_bytes: int, model_bytes: int = BFLOAT16_BYTES) -> dict[str, float | int | None]:
+    """Collect what codecs take and when they pay, for records: at ``REFERENCE_TOKENS`` tokens, or the model's positions."""
+    tokens = min(REFERENCE_TOKENS, plan.geometry.max_positions)
+    return {
+        "codec_bytes": codec_bytes,
+        "pays_from_tokens": pays_from_tokens(plan, codec_bytes, model_bytes),
+        "times_smaller_in_use": times_smaller_in_use(plan, codec_bytes, model_bytes, tokens),
+        "tokens_in_use": tokens,
+    }
+
+
 def pays_from_tokens(plan: Plan, codec_bytes: int, model_bytes: int = BFLOAT16_BYTES) -> int | None:
     """Count the tokens from which compressed cache and codecs together are smaller than the model's own cache.
 
@@ -149,7 +165,10 @@ def codecs_in_words(plan: Plan, codec_bytes: int) -> str:
     """Say what codecs take beside the cache, and from how many tokens the two are smaller than the full cache."""
     pays = pays_from_tokens(plan, codec_bytes)
     since = "never pay" if pays is None else f"pay from {pays:,} tokens, all sequences together"
-    return f"codecs take {codec_bytes:,} bytes once, and {since}"
+    tokens = min(REFERENCE_TOKENS, plan.geometry.max_positions)
+    used = times_smaller_in_use(plan, codec_bytes, BFLOAT16_BYTES, tokens)
+    together = f"{used:.2f} times smaller" if used >= 1 else f"{1 / used:.2f} times larger"
+    return f"codecs take {codec_bytes:,} bytes once, and {since}; with them one sequence of {tokens:,} tokens is {together}"
 
 
 def full_size(geometry: KVGeometry) -> SizeOf:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcar.fit.bits import allocate_bits, allocate_bits_and_flops, bits_at_price, error_of, price_for
+from kvcar.fit.bits import allocate_bits, allocate_priced_bits, bits_at_price, error_of, price_for
 from kvcar.fit.partition import Candidate, Run, RunCost, cut_into_runs, partition, run_cost
 
 
@@ -96,7 +96,7 @@ def test_bits_keep_to_both_budgets(seed, budget, share):
     draw = torch.Generator().manual_seed(seed)
     variances = [torch.rand(n, generator=draw).pow(4) for n in (30, 50, 20)]
     per_latent, everything = [2.0, 1.0, 5.0], 2.0 * 30 + 50 + 5.0 * 20
-    bits = allocate_bits_and_flops(variances, per_latent, budget, share * everything)
+    bits = allocate_priced_bits(variances, [0.0] * 3, per_latent, budget, share * everything)
     assert sum(int(b.sum()) for b in bits) <= budget
     assert sum(f * int((b > 0).sum()) for f, b in zip(per_latent, bits, strict=True)) <= share * everything
     free = allocate_bits(variances, budget)
@@ -109,10 +109,26 @@ def test_bits_keep_to_both_budgets(seed, budget, share):
 def test_dear_latents_get_fewer_but_more_bits():
     variances = [torch.linspace(1, 0.01, 100)]
     free = allocate_bits(variances, 250)[0]
-    few = allocate_bits_and_flops(variances, [1.0], 250, 60.0)[0]
+    few = allocate_priced_bits(variances, [0.0], [1.0], 250, 60.0)[0]
     assert int((few > 0).sum()) <= 60 < int((free > 0).sum())
     assert few.max() >= free.max()
     assert int(few.sum()) > 200
+
+
+def test_rows_of_the_codec_are_weighed_and_not_part_of_the_budget():
+    variances = [torch.linspace(1, 0.01, 100)]
+    free, priced = (allocate_priced_bits(variances, [row], [0.0], 250, None)[0] for row in (0.0, 2.0))
+    assert int((priced > 0).sum()) < int((free > 0).sum()) <= 100
+    assert 200 < int(priced.sum()) <= 250
+    assert error_of(variances[0], priced) > error_of(variances[0], free)
+
+
+def test_dear_rows_make_blocks_narrower():
+    """The same candidates, with codecs shared by many tokens and by few."""
+    wide, narrow = torch.tensor([6.0, 2.0, 0.8, 0.4]), torch.tensor([4.2, 0.7])
+    for row, runs in ((0.0, [Run(0, 2)]), (3.0, [Run(0, 1), Run(1, 1)])):
+        side = {Run(0, 2): Candidate(wide, 1.0, 2 * row), **{Run(i, 1): Candidate(narrow, 1.0, row) for i in range(2)}}
+        assert partition(2, [side], 6.0, None) == [runs]
 
 
 def test_latents_are_priced_only_where_bits_will_be_shared_so():

@@ -229,6 +229,10 @@ class KVCarCache(PassCache):
             "tables": state + sum(rotary.table_bytes for rotary in rotaries if rotary is not None),
         }
 
+    def codec_bytes_in_use(self) -> int:
+        """Bytes of the codecs as they lie in memory, once for all caches of the model: those of the bundle before a first pass."""
+        return self.bundle.codec_bytes if self._host is None else self._host.coder(self.bundle).codec_bytes()
+
     # Inside
 
     def _refuse_unattached(self) -> None:

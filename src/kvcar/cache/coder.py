@@ -184,6 +184,15 @@ class PageCoder:
         """Readers that together give every KV head of a coded layer once."""
         return self._readers[layer, kind]
 
+    def codec_bytes(self) -> int:
+        """Count the bytes of codecs as they lie in memory: what several share once, and all that kernels made of them."""
+        tensors = [tensor for unit in self.units for tensor in unit.coded.tensors().values()]
+        for readers in self._readers.values():
+            for reader in readers:
+                tensors += reader.tensors()
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(storages.values())
+
     def _unit(self, bundle: Bundle, unit: PageUnit, device: torch.device) -> UnitCoder:
         if unit.block is None:
             return UnitCoder(unit, CodedBlock(None, None), self.dtype)

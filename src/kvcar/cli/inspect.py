@@ -42,7 +42,7 @@ def inspect(
     from ..bundle import Bundle, bits_by_layer, summarise_blocks
     from ..record import Record, write_text
     from ..report.plots import bits_per_layer
-    from ..sizes import pays_from_tokens
+    from ..sizes import codec_figures
 
     if plot is not None and plot.suffix != ".svg":
         raise InputError(f"--plot writes SVG; name the file something.svg, not {plot.name}")
@@ -59,8 +59,7 @@ def inspect(
         figures = {
             "blocks": [asdict(block) for block in summarise_blocks(loaded.plan)],
             "bits_by_layer": [asdict(layer) for layer in layers],
-            "codec_bytes": loaded.codec_bytes,
-            "pays_from_tokens": pays_from_tokens(loaded.plan, loaded.codec_bytes),
+            **codec_figures(loaded.plan, loaded.codec_bytes),
         }
         Record("plan", figures, {"bundle": Path(bundle).name}).write(json)
 

@@ -45,7 +45,7 @@ def size(
     from ..models.geometry import read_geometry
     from ..models.load import load_config
     from ..record import Record
-    from ..sizes import codecs_in_words, compressed_size, full_size, parse_bytes, pays_from_tokens, what_fits
+    from ..sizes import codec_figures, codecs_in_words, compressed_size, full_size, parse_bytes, what_fits
 
     budget = parse_bytes(memory)
     check_writable(json)
@@ -79,8 +79,7 @@ def size(
             for name, of, fit in zip(("full", "compressed"), sizes.values(), fits.values(), strict=False)
         }  # fmt: skip
         if loaded is not None:
-            figures["codec_bytes"] = loaded.codec_bytes
-            figures["pays_from_tokens"] = pays_from_tokens(loaded.plan, loaded.codec_bytes)
+            figures |= codec_figures(loaded.plan, loaded.codec_bytes)
         config = {"model": model, "memory_bytes": budget, "batch": batch, "tokens": tokens}
         Record("size", figures, config).write(json)
 

@@ -29,6 +29,8 @@ GROUP_LATENTS = 4
 _TOP = 127
 _ROWS_AT_ONCE = 256
 _SMALLEST = 1e-30
+_SMALLEST_EIGENVALUE = 0.003
+_SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 @CODECS.register("linear8")
@@ -49,7 +51,7 @@ class Linear8Codec(Codec):
         cross: int8 ``[R - K, K]``: products of the rows of the other latents with those of the ``K`` strong ones, all of
             length 1, in units of ``cross_scale``.
         cross_scale: ``[K]`` float32.
-        strong: float32 ``[K, K]``: what solves for the strong latents once the others' share is out.
+        strong: float16 ``[K, K]``: what solves for the strong latents once the others' share is out.
         gain: ``[R]`` float32, what latents are multiplied by before they are rounded; None for 1.
     """
 
@@ -65,7 +67,7 @@ class Linear8Codec(Codec):
         "norm": Stored("R"),
         "cross": Stored("OK", torch.int8),
         "cross_scale": Stored("K"),
-        "strong": Stored("KK"),
+        "strong": Stored("KK", torch.float16),
         "gain": Stored("R", optional=True),
     }
 
@@ -87,7 +89,7 @@ class Linear8Codec(Codec):
         shares = self._products(self._weighed(x - self.mean)) / self.norm
         count = len(self.strong)
         cross, others = self.cross * self.cross_scale, shares[..., count:]
-        strong = (shares[..., :count] - others @ cross) @ self.strong
+        strong = (shares[..., :count] - others @ cross) @ self.strong.float()
         z = torch.cat([strong, others - strong @ cross.T], -1) / self.norm
         return z if self.gain is None else z * self.gain
 
@@ -155,7 +157,7 @@ class Linear8Codec(Codec):
             mean.float(), arranged.contiguous(), scale.float(), decoder[:exact].to(torch.float16),
             torch.cat([metric.triangle() for metric in metrics]),
             torch.tensor([len(metric.codes) for metric in metrics], dtype=torch.int32), torch.cat([metric.scale for metric in metrics]).float(),
-            torch.ones(len(decoder)), torch.zeros(len(decoder) - strong, strong, dtype=torch.int8), torch.ones(strong), torch.eye(strong),
+            torch.ones(len(decoder)), torch.zeros(len(decoder) - strong, strong, dtype=torch.int8), torch.ones(strong), torch.eye(strong, dtype=torch.float16),
         )  # fmt: skip
         codec._solve(strong)
         return codec
@@ -171,7 +173,7 @@ class Linear8Codec(Codec):
         self.cross_scale = (others.abs().amax(0) if len(others) else norm.new_zeros(strong)).clamp_min(_SMALLEST) / _TOP
         self.cross = (others / self.cross_scale).round().clamp(-_TOP, _TOP).to(torch.int8)
         cross = (self.cross * self.cross_scale).double()
-        self.strong = torch.linalg.inv(products[:strong].double() - cross.T @ cross).float()
+        self.strong = torch.linalg.inv(products[:strong].double() - cross.T @ cross).to(torch.float16)
 
     def _weighed(self, x: Tensor) -> Tensor:
         """Multiply vectors ``[..., W]`` by the metric."""
@@ -205,8 +207,8 @@ class RoundedMetric:
     """
 
     def __init__(self, metric: Tensor) -> None:
-        diagonal = metric.diagonal().clamp_min(1e-300).sqrt()
-        self.codes = (metric / torch.outer(diagonal, diagonal) * _TOP).round().clamp(-_TOP, _TOP).to(torch.int8)
+        diagonal = metric.double().diagonal().clamp_min(1e-300).sqrt()
+        self.codes = _positive_codes(metric.double() / torch.outer(diagonal, diagonal))
         self.scale = diagonal / _TOP**0.5
 
     def triangle(self) -> Tensor:
@@ -217,6 +219,17 @@ class RoundedMetric:
     def matrix(self) -> Tensor:
         """The metric, float64 ``[w, w]``."""
         return self.codes.double() * torch.outer(self.scale, self.scale)
+
+
+def _positive_codes(unit: Tensor) -> Tensor:
+    """Round a matrix of unit diagonal, moved towards the identity by as little as keeps it positive definite."""
+    identity = torch.eye(len(unit), dtype=unit.dtype)
+    codes = (identity * _TOP).to(torch.int8)
+    for share in _SHARES:
+        codes = (unit.lerp(identity, share) * _TOP).round().clamp(-_TOP, _TOP).to(torch.int8)
+        if float(torch.linalg.eigvalsh(codes.double())[0]) > _SMALLEST_EIGENVALUE * _TOP:
+            break
+    return codes
 
 
 def _entries(side: int) -> int:

@@ -86,7 +86,7 @@ class KVCarLM(_HFLM):
         """Make an empty cache of the kind that is measured."""
         if self._bundle is None:
             return DynamicCache(config=self.model.config)
-        return KVCarCache(self._bundle, self._window, keep_decoded=True)
+        return KVCarCache(self._bundle, self._window)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = False, override_bs: int | None = None

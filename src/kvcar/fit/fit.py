@@ -23,7 +23,7 @@ from ..models.geometry import read_geometry
 from ..models.structure import check_is_model
 from ..plan import CacheConfig, Plan
 from ..progress import OnProgress, counter, silent
-from ..sizes import REFERENCE_TOKENS, pays_from_tokens, size_in_words, stored_bytes
+from ..sizes import REFERENCE_TOKENS, codec_figures, size_in_words, stored_bytes
 from ..text import Texts, TextSource, checked_token_ids, fit_texts, joined, text_count, windows_of_all
 from ..version import __version__
 from .checks import CONTEXT, HELD_OUT_WINDOWS, asked_windows, check_ids, check_request, check_size, check_windows
@@ -215,6 +215,15 @@ class _Maker:
             size_in_words(bundle.plan, figures["tokens"], figures["stored_bytes"], self._model.dtype.itemsize),
             figures["codec_bytes"],
         )
+        pays, positions = figures["pays_from_tokens"], bundle.plan.geometry.max_positions
+        if bundle.blocks and (pays is None or pays > positions):
+            log.warning(
+                "the codecs of this bundle take %d bytes, which one sequence of the model's %d positions does not win back: it "
+                "pays %s",
+                bundle.codec_bytes,
+                positions,
+                "never" if pays is None else f"from {pays:,} tokens on, all sequences together",
+            )
         return bundle.with_figures(figures)
 
     def _found(self, options: FitOptions) -> Found:
@@ -330,7 +339,7 @@ def check_bundle(
         return bundle
     on_chunk = counter(on_progress, "check on held-out text", held_out.numel())
     with attach(model, bundle):
-        caches = {"check": lambda: KVCarCache(bundle, keep_decoded=True)}
+        caches = {"check": lambda: KVCarCache(bundle)}
         measured = measure_fidelity(model, held_out, caches, on_chunk)["check"]
     return bundle.with_figures({"held_out": fidelity_figures(measured)})
 
@@ -345,8 +354,7 @@ def size_figures(bundle: Bundle, model_bytes: int) -> dict[str, Any]:
         "times_smaller": full / stored,
         "stored_bytes": stored,
         "full_bytes": full,
-        "codec_bytes": bundle.codec_bytes,
-        "pays_from_tokens": pays_from_tokens(bundle.plan, bundle.codec_bytes),
+        **codec_figures(bundle.plan, bundle.codec_bytes),
     }
 
 

@@ -124,7 +124,7 @@ def searched_bands(geometry: KVGeometry, profile: Profile) -> tuple[int, int]:
 def searched_partitions(
     statistics: Statistics, profile: Profile, budget_bits: int, memory_tokens: int, on_progress: OnProgress
 ) -> list[list[Slots]]:
-    """Partitions of adjacent layers within a profile's limits: the best one of joint blocks, and of separate keys and values.
+    """Partitions of adjacent layers within a profile's limits: the best one of each sharing of keys and values that is tried.
 
     Layers wider than the profile's widest block are cut into groups of heads.
     """
@@ -133,9 +133,12 @@ def searched_partitions(
 
 
 def _sharings(geometry: KVGeometry, profile: Profile) -> tuple[Sharing, ...]:
-    """What is tried. In a decode step keys are decoded and values are not, so a latent of both would be read twice."""
+    """What is tried. In a decode step keys are decoded and values are not, so a latent of both would be read twice.
+
+    Elsewhere keys and values together have won wherever both were tried.
+    """
     fits = 2 * geometry.head_dim <= profile.widest_elements
-    return (JOINT, SEPARATE) if fits and profile.flops_of == "decoding" else (SEPARATE,)
+    return (JOINT,) if fits and profile.flops_of == "decoding" else (SEPARATE,)
 
 
 def _blocks_of(

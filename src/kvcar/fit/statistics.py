@@ -169,10 +169,10 @@ class Statistics:
 
     def variances(self, slots: Slots) -> Tensor:
         """Variances of a block's basis under the effect metric, falling, without the basis itself."""
-        roots = [torch.linalg.cholesky(metric) for metric in self._metrics_of(slots)]
-        # The spectrum of L' C L is that of the symmetric root's product.
-        weighted = times_blocks(blocks_times([root.T for root in roots], self.covariance(slots)), roots)
-        return torch.linalg.eigvalsh(weighted).flip(0).clamp_min(0)
+        roots = [torch.linalg.cholesky(metric).float() for metric in self._metrics_of(slots)]
+        # The spectrum of L' C L is that of the symmetric root's product; in float32, as what matters is far above its errors.
+        weighted = times_blocks(blocks_times([root.T for root in roots], self.covariance(slots).float()), roots)
+        return torch.linalg.eigvalsh(weighted).double().flip(0).clamp_min(0)
 
     def mean(self, slots: Slots) -> Tensor:
         """Mean float64 ``[W]`` of a block."""

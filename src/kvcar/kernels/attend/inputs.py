@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ class RoundedDecoder:
         """Matrix ``[latents, len(heads) * D]`` and bias, float32, made anew at every call."""
         rows = self.decoder.permute(1, 3, 0, 2).flatten(2).flatten(0, 1)[: latents - len(self.exact)]
         return torch.cat([self.exact.float(), rows * self.scale]), self.bias
+
+
+@runtime_checkable
+class KeepsTensors(Protocol):
+    """What a kernel keeps with a reader, as memory counts it."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """All tensors that it keeps, also those that it shares with others."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +89,15 @@ class Reader:
 
     @cached_property
     def kept(self) -> dict[str, object]:
-        """What kernels made of it and need again, by names of their own."""
+        """What kernels made of it and need again, by names of their own; see ``KeepsTensors``."""
         return {}
+
+    def tensors(self) -> list[Tensor]:
+        """Decoders, and what kernels made of them."""
+        tensors = [] if self.affine is None else [*self.affine]
+        if self.rounded is not None:
+            tensors += [self.rounded.exact, self.rounded.decoder, self.rounded.scale, self.rounded.bias]
+        return tensors + [t for own in self.kept.values() if isinstance(own, KeepsTensors) for t in own.tensors()]
 
     @cached_property
     def affine_in_codes(self) -> bool:
