@@ -45,7 +45,7 @@ class Profile:
 PROFILES = {
     "fast": Profile(1024, 60, "keys in narrow blocks, so that a decode step takes few FLOPs", flops_of="step"),
     "balanced": Profile(2048, 1200, "a few adjacent layers to a block", memory_tokens=32_768),
-    "small": Profile(8192, None, "many or all layers to a block, for capacity", memory_tokens=1_048_576),
+    "small": Profile(8192, None, "many or all layers to a block, for capacity", memory_tokens=524_288),
     "stored": Profile(
         8192, None, "contexts saved to disk, where codes take their entropy", entropy_coded=True, fit_tokens=65_536
     ),

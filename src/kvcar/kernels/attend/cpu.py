@@ -132,6 +132,10 @@ class NativeJob:
         # One struct for all threads that run a model: one of them at a time fills it in and uses it.
         self._lock = threading.Lock()
 
+    def tensors(self) -> list[Tensor]:
+        """See ``KeepsTensors``."""
+        return self._decoders.tensors()
+
     def is_for(self, paged: PagedPast) -> bool:
         """Whether it was made for the readers and the rotation of ``paged``."""
         return (

@@ -163,6 +163,10 @@ class NativeDecoders:
             made += [folded, constant]
         return made
 
+    def tensors(self) -> list[Tensor]:
+        """All decoders that are pointed to, copies and those of readers."""
+        return [kept for kept in self._kept if isinstance(kept, Tensor)]
+
     def _keep(self, x: Tensor) -> int:
         self._kept.append(x)
         return x.data_ptr()
