@@ -61,7 +61,7 @@ def bundle_contender(name: str, bundle: Bundle, window: int | None = None) -> Co
         "codec_bytes": bundle.codec_bytes,
         "fit": bundle.fit.model_dump(mode="json"),
     }
-    return Contender(name, _family(bundle), lambda: KVCarCache(bundle, window, keep_decoded=True), config)
+    return Contender(name, _family(bundle), lambda: KVCarCache(bundle, window), config)
 
 
 def _family(bundle: Bundle) -> str:

@@ -111,7 +111,7 @@ def evaluate(
     }
     # A stored context keeps no window: all of it but the sinks is read from codes.
     caches = {
-        n: (lambda b=bundle, w=(0 if SETTINGS[n][0] == "stored" else None): KVCarCache(b, w, keep_decoded=True))
+        n: (lambda b=bundle, w=(0 if SETTINGS[n][0] == "stored" else None): KVCarCache(b, w))
         for n, bundle in bundles.items()
     }
     done = 0

@@ -39,6 +39,7 @@ STRUCTURES: dict[str, Callable[[], Bundle]] = {
         reuses=tuple(Reuse(slot=Slot(i + 1, h, k), source=Slot(i, 1 - h, k)) for i in (0, 2) for h in (0, 1) for k in ("key", "value")),
     ),
     "autoencoder": lambda: fitted(MODEL, codec="autoencoder", times_smaller=3, steps=5),
+    "decoders in 8 bits": lambda: fitted(MODEL, codec="linear8", metric="effect", times_smaller=3, layers_per_block=2),
     "lossless": lambda: fitted(MODEL, codec="identity"),
     "plain quantiser": lambda: fitted(MODEL, codec="identity", bits=4.5),
 }  # fmt: skip

@@ -34,7 +34,11 @@ def folder(bundle, tmp_path):
 
 @pytest.mark.parametrize("codec", list(CODECS))
 def test_every_codec_comes_back_as_it_was(codec, tmp_path):
-    options = {"identity": {"bits": 4.5}, "autoencoder": {"bits": 4, "steps": 3}}.get(codec, {"bits": 3})
+    options = {
+        "identity": {"bits": 4.5},
+        "autoencoder": {"bits": 4, "steps": 3},
+        "linear8": {"bits": 3, "metric": "effect"},
+    }.get(codec, {"bits": 3})
     made = fitted(MODEL, codec=codec, **options)
     again = Bundle.from_pretrained(made.save_pretrained(tmp_path / "b"))
     assert (again.plan, again.model, again.fit) == (made.plan, made.model, made.fit)

@@ -38,9 +38,9 @@ def test_a_bundle_is_measured_on_tokens_as_it_is_by_hand():
     bundle, ids = fitted(model, bits=3), token_ids(150, batch=2)
     found = kvcar.evaluate(model, bundle, token_ids=ids)
     with kvcar.attach(model, bundle):
-        by_hand = measure_fidelity(model, ids, {"x": lambda: KVCarCache(bundle, keep_decoded=True)})["x"]
+        by_hand = measure_fidelity(model, ids, {"x": lambda: KVCarCache(bundle)})["x"]
         assert kvcar.evaluate(model, bundle, token_ids=ids) == by_hand == found, "attached or not"
-    assert found.codec_bytes == bundle.codec_bytes > 0
+    assert found.codec_bytes >= bundle.codec_bytes > 0
     assert kvcar.evaluate(model, bundle, token_ids=ids, window=0).stored_bytes < found.stored_bytes
 
 
@@ -72,3 +72,22 @@ def test_what_excludes_each_other_is_refused():
     ):
         with pytest.raises(InputError, match=message):
             kvcar.evaluate(model, bundle, **given)
+
+
+@pytest.mark.parametrize("profile", ["fast", "balanced", "small"])
+def test_kernels_measure_what_pages_decoded_in_float_do(profile):
+    """What users run, in chunks and in steps of few tokens, against float32 over decoded pages."""
+    model = tiny_model("llama")
+    bundle = kvcar.fit(model, token_ids=token_ids(256, batch=40), times_smaller=5, profile=profile, check=False)
+    ids = token_ids(200, batch=2, seed=5)
+    plain = kvcar.evaluate(model, bundle, token_ids=ids, keep_decoded=True)
+    assert plain.kl_divergence.value > 1e-5
+    with kvcar.attach(model, bundle):
+        steps = measure_fidelity(model, ids, {"x": lambda: KVCarCache(bundle)}, chunk=8)["x"]
+        steps_in_float = measure_fidelity(model, ids, {"x": lambda: KVCarCache(bundle, keep_decoded=True)}, chunk=8)[
+            "x"
+        ]
+    for found, wanted in ((kvcar.evaluate(model, bundle, token_ids=ids), plain), (steps, steps_in_float)):
+        assert found.kl_divergence.value == pytest.approx(wanted.kl_divergence.value, rel=0.01)
+        # Heads of 16 elements are padded to whole vectors in a copy.
+        assert bundle.codec_bytes <= found.codec_bytes < 3 * bundle.codec_bytes

@@ -1,6 +1,7 @@
 """The demo from the fit to its page, with a tiny model in the place of the demo model."""
 
 import json
+import re
 
 import pytest
 from commands import run
@@ -46,7 +47,11 @@ def test_the_demo_measures_two_kinds_of_text_and_counts_its_codecs(small, tmp_pa
     assert bundle.fit.options["profile"] in (None, "balanced"), "as kvcar fit by default"
     assert f"codecs take {bundle.codec_bytes:,} bytes" in " ".join(printed.split())
     page = (tmp_path / "index.html").read_text()
-    for shown in (f"{bundle.codec_bytes:,}", "Q4_1", "Python code", "held out of the fit", "pays from (tokens)"):
+    numbers = {int(found.replace(",", "")) for found in re.findall(r"<td>([\d,]+)</td>", page)}
+    assert any(bundle.codec_bytes <= number < 3 * bundle.codec_bytes for number in numbers), (
+        "codecs as they lie in memory"
+    )
+    for shown in ("Q4_1", "Python code", "held out of the fit", "pays from (tokens)"):
         assert shown in page
     texts = {}
     for kind in ("english", "code"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..bundle import CodedBlock
-from ..codecs import Codec, DynamicQuantizer, IdentityCodec, Linear8Codec, Quantizer
+from ..codecs import Codec, DynamicQuantizer, IdentityCodec, Quantizer
 from ..errors import FitError, InputError
 from ..plan import BitGroup, Block, Plan
 from ..progress import OnProgress
@@ -142,6 +142,7 @@ def _first_latents(width: int, latents: int, options: FitOptions) -> Tensor:
 
 
 @SOLVERS.register("linear")
+@SOLVERS.register("linear8")
 def solve_linear(
     plan: Plan, statistics: Statistics, budget: Budget, options: FitOptions, on_progress: OnProgress
 ) -> Iterator[FittedBlock]:
@@ -154,7 +155,7 @@ def solve_linear(
         if not int(own.sum()):
             own[0] = 1  # a block that gets no bits at all still needs one latent to be a block
         sample = statistics.sample(block.slots)
-        if raw or options.metric != "effect":
+        if options.codec == "linear":
             codec, quantizer = linear_codec(basis, own, sample)
         else:
             metrics = statistics.rounded_metrics(block.slots)
@@ -215,7 +216,7 @@ def _solve_stored(
     metrics = (statistics.rounded_metrics(block.slots) for block in plan.blocks)
     solved = solve_entropy_coded(bases, metrics, samples, budget.bits, plan.geometry.head_dim)
     for block, (groups, coded, expected) in zip(plan.blocks, solved, strict=True):
-        yield FittedBlock(block.model_copy(update={"codec": Linear8Codec.name, "groups": groups}), coded, expected)
+        yield FittedBlock(block.model_copy(update={"groups": groups}), coded, expected)
 
 
 def _fitted(
@@ -230,5 +231,5 @@ def _fitted(
     scales = "static" if options.structure is None else options.structure.scales
     if scales == "dynamic":
         quantizer = DynamicQuantizer(groups[0].bits)
-    planned = Block(codec=codec.name, slots=block.slots, groups=groups, scales=scales)
+    planned = Block(codec=block.codec, slots=block.slots, groups=groups, scales=scales)
     return FittedBlock(planned, CodedBlock(codec, quantizer), expected_kl)

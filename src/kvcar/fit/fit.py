@@ -216,7 +216,7 @@ class _Maker:
             figures["codec_bytes"],
         )
         pays, positions = figures["pays_from_tokens"], bundle.plan.geometry.max_positions
-        if bundle.blocks and (pays is None or pays > positions):
+        if bundle.codec_bytes and (pays is None or pays > positions):
             log.warning(
                 "the codecs of this bundle take %d bytes, which one sequence of the model's %d positions does not win back: it "
                 "pays %s",

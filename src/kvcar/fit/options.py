@@ -108,6 +108,11 @@ class Structure:
             raise InputError(f"scales must be static or dynamic, got {self.scales!r}")
         if self.metric not in ("std", "effect"):
             raise InputError(f"metric must be std or effect, got {self.metric!r}")
+        if self.codec == "linear8" and (self.metric != "effect" or self.key_latents is not None):
+            raise InputError(
+                "the linear8 codec is made of the measured effect of errors and gives latents whole bits: ask for metric='effect', "
+                "and for a size in place of key_latents and value_latents"
+            )
         if self.steps < 0:
             raise InputError(f"training steps must not be negative, got {self.steps}")
         self._check_latents()
@@ -203,7 +208,7 @@ class FitOptions:
     @property
     def codec(self) -> str:
         """Codec of every block."""
-        return "linear" if self.structure is None else self.structure.codec
+        return "linear8" if self.structure is None else self.structure.codec
 
     @property
     def metric(self) -> Metric:

@@ -243,7 +243,7 @@ class Reproducer:
         bundles = {s.name: self._builder.bundle(s) for s in settings}
         count = counter(self._on_progress, f"evaluate on {name}: {', '.join(bundles)}", windows.numel())
         with attach(loaded.model, next(iter(bundles.values())), 0):
-            caches = {each: (lambda b=bundle: KVCarCache(b, 0, keep_decoded=True)) for each, bundle in bundles.items()}
+            caches = {each: (lambda b=bundle: KVCarCache(b, 0)) for each, bundle in bundles.items()}
             results = measure_fidelity(loaded.model, windows, caches, count, text.step_tokens)
         for setting in settings:
             config = self._config_of(setting, bundles[setting.name]) | {

@@ -117,7 +117,7 @@ def _measure(
     """Step all bundles and the full cache over one window of a text, side by side."""
     ids = token_windows(loaded.tokenizer, text.text, _EVAL_CONTEXT, 1)
     on_chunk = counter(on_progress, f"evaluate: {kind}", ids.numel())
-    caches = {n: (lambda bundle=b: KVCarCache(bundle, keep_decoded=True)) for n, b in bundles.items()}
+    caches = {n: (lambda bundle=b: KVCarCache(bundle)) for n, b in bundles.items()}
     return measure_fidelity(loaded.model, ids, caches, on_chunk)
 
 
