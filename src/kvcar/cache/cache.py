@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from copy import copy
 from pathlib import Path
@@ -19,6 +20,10 @@ from .passes import PassCache
 
 CONTEXT_STORE: Registry[Callable[..., Any]] = Registry("way to store contexts (import kvcar.context.stored)")
 """"save" and "load" of ``kvcar.context``, which registers them; the cache itself knows nothing of files."""
+
+
+# In older releases of transformers a positive number is the length to crop to, as assisted generation there does.
+_CROPS_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
 class KVCarCache(PassCache):
@@ -108,6 +113,8 @@ class KVCarCache(PassCache):
         self._refuse_if_broken()
         self._drop_unfinished_pass()
         removed = -tokens_to_remove
+        if removed < 0 and _CROPS_TO_LENGTH:
+            removed = max(0, self._seen - tokens_to_remove)
         if removed < 0:
             raise InputError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         if removed == 0 or self._state is None:
@@ -116,7 +123,7 @@ class KVCarCache(PassCache):
         paged = min(kept, self._pages.tokens) if self._pages else 0
         if kept < 0 or (paged and paged < self._state.padding_most + self.plan.sinks):
             raise CacheStateError(f"cannot remove {removed} of {self._seen} tokens; reset the cache instead")
-        self._crop_plain(tokens_to_remove)
+        self._crop_plain(-removed)
         for layer in self._coded.values():
             layer.paged = paged
             layer.crop_window(kept - paged)
