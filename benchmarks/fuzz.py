@@ -23,8 +23,9 @@ from typing import Annotated, Any
 import typer
 
 RESULTS = Path(__file__).parent / "results"
-MEMORY_BYTES, SECONDS, DEAD_SECONDS = 1 << 30, 10, 60
-_CASES_PER_PROCESS = 5000
+# Seconds of the processor for a case, and on the clock before a process counts as hanging: other work may go first.
+MEMORY_BYTES, SECONDS, DEAD_SECONDS = 1 << 30, 10, 600
+_CASES_PER_PROCESS = 2500
 
 
 @dataclass
@@ -67,7 +68,7 @@ def run_cases(kind: str, seeds: list[int], folder: str, pipe: Any) -> None:
     corpus, scratch = make_corpus(Path(folder)), Path(tempfile.mkdtemp(dir=folder, prefix="scratch-"))
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES, in_use + MEMORY_BYTES))
-    signal.signal(signal.SIGALRM, _too_slow)
+    signal.signal(signal.SIGPROF, _too_slow)
     for seed in seeds:
         pipe.send((seed, None))
         pipe.send((seed, _outcome(lambda seed=seed: CASES[kind](corpus, random.Random(f"{kind} {seed}"), scratch))))
@@ -85,8 +86,8 @@ def _too_slow(*_: object) -> None:
 def _outcome(case: Any) -> dict[str, Any]:
     from kvcar.errors import KVCarError
 
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         case()
         found: dict[str, Any] = {}
@@ -98,9 +99,9 @@ def _outcome(case: Any) -> dict[str, Any]:
         )
     except BaseException as error:
         found = {"fault": f"{type(error).__name__}: {error}"[:300]}
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    return found | {"seconds": round(time.perf_counter() - started, 3), "growth_bytes": grown}
+    return found | {"seconds": round(time.process_time() - started, 3), "growth_bytes": grown}
 
 
 def outcomes(kind: str, seeds: list[int], folder: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -146,30 +147,33 @@ def main(
 ) -> None:
     """Run cases of seeds ``first_seed`` and up of both kinds, and write the record."""
     started, tallies = time.perf_counter(), {"bundle": Tally(), "context": Tally()}
+    config = {"first_seed": first_seed, "limit_seconds": SECONDS, "limit_memory_bytes": MEMORY_BYTES}
+    output.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = corpus or Path(temporary)
         folder.mkdir(exist_ok=True)
         for kind, count in (("bundle", bundles), ("context", contexts)):
+            tally = tallies[kind]
             for start in range(first_seed, first_seed + count, _CASES_PER_PROCESS):
                 seeds = list(range(start, min(start + _CASES_PER_PROCESS, first_seed + count)))
                 for seed, outcome in outcomes(kind, seeds, str(folder)):
-                    tallies[kind].add(seed, outcome)
+                    tally.add(seed, outcome)
                     if "fault" in outcome:
                         print(f"{kind} {seed}: {outcome['fault']}", flush=True)
-                tally = tallies[kind]
                 print(f"{kind}: {tally.cases} cases, {tally.works} work, {len(tally.faults)} faults", flush=True)
-    from kvcar.record import Record
-
-    config = {
-        "first_seed": first_seed, "bundles": bundles, "contexts": contexts, "limit_seconds": SECONDS,
-        "limit_memory_bytes": MEMORY_BYTES,
-    }  # fmt: skip
-    figures = {kind: tally.figures() for kind, tally in tallies.items()}
-    figures["minutes"] = (time.perf_counter() - started) / 60  # pyright: ignore[reportArgumentType]
-    output.mkdir(exist_ok=True)
-    Record("fuzz", figures, config).write(output / f"{name}.json")
+                # Of what was run so far, so that a run may be ended early.
+                minutes = (time.perf_counter() - started) / 60
+                write_record(output / f"{name}.json", tallies, minutes, config)
     if any(tally.faults for tally in tallies.values()):
         raise typer.Exit(1)
+
+
+def write_record(path: Path, tallies: dict[str, Tally], minutes: float, config: dict[str, Any]) -> None:
+    """Write what came of the cases so far; seeds of a kind are ``first_seed`` and those after it."""
+    from kvcar.record import Record
+
+    figures = {kind: tally.figures() for kind, tally in tallies.items() if tally.cases}
+    Record("fuzz", figures | {"minutes": minutes}, config).write(path)
 
 
 if __name__ == "__main__":
