@@ -54,8 +54,8 @@ def _note(r: dict[str, Any], speed: dict[str, Any]) -> str:
     sentences = (
         f"SmolLM2-135M-Instruct (weights dequantised from a Q4_1 file, run in float32), context {r['context']:,}, stepped through the "
         f"cache; fitted on {fit['tokens']:,} tokens of WikiText-2's validation text and C4. All bytes of the cache's tensors count, against "
-        f"{r['full_bytes_per_token']:,.0f} bytes per token of the model's own cache in bfloat16. Codecs exist once, beside the cache, in "
-        f"float32: cache and codecs together are smaller from so many tokens on, of all sequences together. KL divergence from the model's "
+        f"{r['full_bytes_per_token']:,.0f} bytes per token of the model's own cache in bfloat16. Codecs exist once, beside the cache, "
+        f"counted as they lie in memory: cache and codecs together are smaller from so many tokens on, of all sequences together. KL divergence from the model's "
         f"own output in nats per token. A step is a decode step's time, relative to `DynamicCache` (below 1: faster), on {c['usable_cores']} "
         f"cores ({c['device']}); empty: not measured. More: [quality](docs/results/frontier.md), [speed](docs/results/decode.md)."
     )
