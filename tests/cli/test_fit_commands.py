@@ -34,7 +34,7 @@ def test_several_texts_take_turns(model_folder, text_file, tmp_path):
         "--tokens", 6000,
     )  # fmt: skip
     bundle = Bundle.from_pretrained(tmp_path / "b")
-    assert bundle.fit.text == "words.txt (first part) + other.jsonl[:40] (first part)"
+    assert bundle.fit.text == "words.txt (first part) + other.jsonl[:40] (first part) + samples of the model"
 
 
 def test_a_divergence_instead_of_a_size(model_folder, text_file, tmp_path):
@@ -53,7 +53,7 @@ def test_what_makes_no_sense_is_refused_before_any_work(model_folder, tmp_path):
 
 def test_fit_shows_a_user_ten_options():
     command = typer.main.get_command(app).commands["fit"]
-    options = [each for each in command.params if each.param_type_name == "option"]
+    options = [each for each in command.params if each.param_type_name == "option" and not each.hidden]
     assert len(options) == 10, [each.name for each in options]
 
 
@@ -74,6 +74,9 @@ def test_what_arithmetic_refuses_is_refused_before_the_model_is_loaded(model_fol
 
 def test_a_fit_says_what_it_was_fitted_on_and_what_comes_next(model_folder, text_file, tmp_path):
     printed = run("fit", model_folder, "-o", tmp_path / "b", "--text", text_file, "--tokens", 6000)
-    assert "fitted on 4,608 tokens of words.txt (first part); plans compared on 1,024 more" in printed
+    assert (
+        "fitted on 4,608 tokens of words.txt (first part) + samples of the model; plans compared on 1,024 more"
+        in printed
+    )
     assert f"next: kvcar eval {model_folder} --bundle {tmp_path / 'b'}" in printed
     assert f"kvcar generate {model_folder} --bundle" in printed

@@ -27,7 +27,7 @@ def test_a_text_is_all_it_takes(tokenizer, tmp_path):
     assert 4 <= bundle.figures["times_smaller"] < 4.4 or bundle.figures["tokens"] < 4096
     assert bundle.figures["codec_bytes"] == bundle.codec_bytes
     assert bundle.figures["held_out"]["kl_divergence"] > 0
-    assert bundle.fit.text == "given text (first part)"
+    assert bundle.fit.text == "given text (first part) + samples of the model"
     again = kvcar.Bundle.from_pretrained(bundle.save_pretrained(tmp_path / "b"))
     assert again.figures == bundle.figures
     assert again.model.name == "LlamaForCausalLM"

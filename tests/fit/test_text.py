@@ -7,8 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import tiny_model
 
+import kvcar
 from kvcar.errors import InputError
+from kvcar.fit.samples import CHAT, OPENINGS, sample_windows
 from kvcar.text import EMBEDDED_NAME, TextSource, given_texts, read_text, split_text, token_windows
 
 
@@ -157,3 +160,52 @@ def test_windows_do_not_overlap_and_stay_in_order(context, windows, extra, bos):
 def test_texts_shorter_than_their_windows_say_what_would_fit(context, windows, message):
     with pytest.raises(InputError, match=message):
         token_windows(LetterTokenizer(), "x" * 100, context, windows)
+
+
+class Letters:
+    """A tokenizer of a character each, without a chat template."""
+
+    bos_token_id = eos_token_id = None
+
+    def __call__(self, text, **options):
+        return {"input_ids": [3 + ord(letter) % 100 for letter in text]}
+
+
+def test_samples_begin_with_openings_and_go_on_as_the_model_would():
+    model = tiny_model("llama")
+    drawn = sample_windows(model, Letters(), 3, 300, seed=1)
+    assert drawn.shape == (3, 300)
+    assert torch.equal(drawn, sample_windows(model, Letters(), 3, 300, seed=1))
+    assert not torch.equal(drawn, sample_windows(model, Letters(), 3, 300, seed=2))
+    passages = drawn.flatten().split(256)
+    for passage, opening in zip(passages, OPENINGS, strict=False):
+        given = torch.tensor(Letters()(opening.removeprefix(CHAT))["input_ids"])[: len(passage)]
+        assert torch.equal(passage[: len(given)], given)
+    # What follows is likelier under the model than other tokens are.
+    whole = passages[0][None]
+    with torch.no_grad():
+        logits = model(whole).logits[0, :-1].log_softmax(-1)
+    start = len(OPENINGS[0])
+    likelihood = logits.gather(1, whole[0, 1:, None])[start:, 0].mean()
+    assert likelihood > logits[start:].mean() + 0.5
+
+
+def test_after_an_end_another_opening_follows():
+    model = tiny_model("llama")
+    everything = list(range(model.config.vocab_size))
+    model.generation_config.eos_token_id = everything
+    drawn = sample_windows(model, Letters(), 1, 256, seed=0)[0].tolist()
+    second = Letters()(OPENINGS[7].removeprefix(CHAT))["input_ids"]
+    place = len(OPENINGS[0]) + 1
+    assert drawn[place : place + len(second)] == second
+
+
+def test_a_searched_fit_reads_text_code_and_samples_and_says_how_it_does_on_each():
+    model = tiny_model("llama")
+    bundle = kvcar.fit(model, Letters(), times_smaller=4, tokens=8 * 512, effect_tokens=512)
+    assert "samples of the model" in bundle.fit.text
+    kinds = bundle.figures["kl_divergence_by_kind"]
+    assert len(kinds) == 3
+    assert all(kl > 0 for kl in kinds.values())
+    alone = kvcar.fit(model, Letters(), times_smaller=4, tokens=8 * 512, effect_tokens=512, samples=False, check=False)
+    assert "samples" not in alone.fit.text

@@ -34,7 +34,7 @@ def small(monkeypatch):
     loaded = LoadedModel(tiny_model("llama"), Characters(), "demo")
     monkeypatch.setattr(demo, "load_model", lambda *given, **options: loaded)
     for name, value in {
-        "_FIT_CONTEXT": 256, "_FIT_WINDOWS": 12, "_EFFECT_TOKENS": 512, "_EVAL_CONTEXT": 300, "_PROMPT_TOKENS": 150,
+        "_FIT_TOKENS": 3072, "_EFFECT_TOKENS": 512, "_EVAL_CONTEXT": 300, "_PROMPT_TOKENS": 150,
         "_NEW_TOKENS": 4,
     }.items():  # fmt: skip
         monkeypatch.setattr(demo, name, value)

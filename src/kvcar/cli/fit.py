@@ -27,7 +27,7 @@ Tokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Tokens of the text to take, the last two windows of 1024 to compare plans on. Default: 24576 (stored: 65536), "
+        help="Tokens of the text to take, the last two windows of 1024 to compare plans on. Default: 32768 (stored: 65536), "
         "or what the text has.",
     ),
 ]
@@ -40,7 +40,8 @@ _FIT = """Fit a compressed cache for MODEL and write it to a folder.
 
 Blocks of layers and bits of latents are found by what errors do to the model's output, within the limits of a profile: fast
 (narrow blocks), balanced (the default), small (many layers to a block) or stored (contexts on disk). A tenth of the text is
-held out, and the bundle measured on it. A GPU is taken where there is one; kvcar.fit has more options.
+held out, and the bundle measured on it. Half of what is fitted on the model writes itself, so that the bundle holds on other
+text too. A GPU is taken where there is one; kvcar.fit has more options.
 
 [bold]Examples[/]
 
@@ -66,14 +67,17 @@ def fit(
         str | None, typer.Option(help="How wide blocks may be: fast, balanced, small or stored. Default: balanced.")
     ] = None,
     tokens: Tokens = None,
-    window: Window = 64,
+    samples: Annotated[
+        bool, typer.Option(help="Fit on as much that the model writes itself, of many kinds, as on the text.")
+    ] = True,
+    window: Annotated[int, typer.Option(min=0, hidden=True, help="Recent tokens kept exact, a multiple of 64.")] = 64,
     force: Force = False,
     json: Json = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Fit a bundle whose structure is searched; the examples in the help text say the rest."""
     options = {"times_smaller": times_smaller, "max_kl": max_kl, "profile": profile}
-    _fit(model, output, text, tokens, window, options, True, force, json, dtype, "auto")
+    _fit(model, output, text, tokens, window, options, True, samples, force, json, dtype, "auto")
 
 
 _STRUCTURE = """Fit blocks and codecs that you choose yourself, instead of those that 'kvcar fit' finds.
@@ -150,7 +154,7 @@ def fit_structure(
     options = {
         "structure": Structure(**given), "times_smaller": times_smaller, "effect_tokens": effect_tokens, "seed": seed
     }  # fmt: skip
-    _fit(model, output, text, tokens, window, options, check, force, json, dtype, device)
+    _fit(model, output, text, tokens, window, options, check, False, force, json, dtype, device)
 
 
 def _fit(
@@ -161,6 +165,7 @@ def _fit(
     window: int,
     given: dict[str, Any],
     check: bool,
+    samples: bool,
     force: bool,
     json: Path | None,
     dtype: str,
@@ -187,7 +192,8 @@ def _fit(
         check_request(read_geometry(load_config(model, on_progress)), options, tokens, len(texts))
         loaded = load_model(model, dtype, device, on_progress)
         bundle = fit_bundle(
-            loaded.model, loaded.tokenizer, text, **given, tokens=tokens, window=window, check=check, name=model,
+            loaded.model, loaded.tokenizer, text, **given, tokens=tokens, window=window, check=check,
+            samples=samples, name=model,
             on_progress=on_progress,
         )  # fmt: skip
     if not is_main_process():
@@ -221,6 +227,9 @@ def _report(bundle: Bundle, model: str, output: Path) -> None:
             f"on {found['tokens']:,} tokens of held-out text: KL divergence {found['kl_divergence']:.5f} nats per token, same "
             f"top-1 token {100 * found['same_top']:.2f} %, perplexity x {found['perplexity_ratio']:.4f}"
         )
+    if len(kinds := figures.get("kl_divergence_by_kind", {})) > 1:
+        by_kind = ", ".join(f"{kind} {kl:.5f}" for kind, kl in kinds.items())
+        out.print(f"KL divergence by kind of text: {by_kind}; other kinds may cost more", highlight=False)
     if curve := figures.get("curve"):
         points = ", ".join(f"{size:g}x: {kl:.4f}" for size, kl in curve)
         out.print(f"expected KL divergence by size: {points}")

@@ -100,8 +100,9 @@ def train(
     """Train a bundle; the examples in the help text say the rest."""
     options = _options(locals(), recipe)
     from ..bundle import Bundle, check_target
-    from ..fit.fit import check_bundle, held_out_windows
+    from ..fit.fit import check_bundle
     from ..fit.processes import is_main_process
+    from ..fit.windows import held_out_windows
     from ..models.load import load_model
     from ..paper.algorithm1 import train_bundle
     from ..text import fit_and_check_text

@@ -24,16 +24,16 @@ from ..models.structure import check_is_model
 from ..plan import CacheConfig, Plan
 from ..progress import OnProgress, counter, silent
 from ..sizes import REFERENCE_TOKENS, codec_figures, size_in_words, stored_bytes
-from ..text import Texts, TextSource, checked_token_ids, fit_texts, joined, text_count, windows_of_all
+from ..text import Texts, TextSource, checked_token_ids, text_count
 from ..version import __version__
-from .checks import CONTEXT, HELD_OUT_WINDOWS, asked_windows, check_ids, check_request, check_size, check_windows
+from .checks import HELD_OUT_WINDOWS, check_ids, check_request, check_size, check_windows
 from .codecs import Solved
-from .options import DEFAULT_CACHE, DEFAULT_PROFILE, PROFILES, FitOptions, Structure
+from .options import DEFAULT_CACHE, FitOptions, Structure
 from .partition import given_partition, searched_bands
 from .search import Found, best_plan, empty_plan, given_plan, searched_plans
 from .statistics import SAMPLE_TOKENS, Effect, Statistics, bands_of, collect_statistics, sample_stride
+from .windows import given_windows, text_windows
 
-CHECK_WINDOWS = 2
 _TRAINING_TOKENS = 8192
 _TOKENS = TextSource("token ids", "", "")
 
@@ -57,6 +57,7 @@ def fit(
     memory_tokens: int | None = None,
     seed: int = 0,
     check: bool = True,
+    samples: bool = True,
     name: str | None = None,
     on_progress: OnProgress = silent,
 ) -> Bundle:
@@ -65,8 +66,8 @@ def fit(
     Args:
         model: a causal language model with sdpa attention; it is only run, never changed.
         tokenizer: its tokenizer; not needed with ``token_ids``.
-        text: what to fit on: a text, a path to a ``.txt`` or ``.jsonl`` file, or a list of them. Default: English text that
-            ships with Python.
+        text: what to fit on: a text, a path to a ``.txt`` or ``.jsonl`` file, or a list of them. Default: English text and
+            code that ship with Python.
         token_ids: windows of tokens int64 ``[N, T]`` to fit on, instead of a tokenizer and a text.
         times_smaller: total bytes of the full bfloat16 cache over those of the compressed one at 4,096 tokens. Default: 5.
         max_kl: fit the smallest cache within this KL divergence (nats per token) on held-out text, instead of to a size.
@@ -82,6 +83,8 @@ def fit(
         seed: of everything random.
         check: hold out a tenth of the text and measure the bundle on it, stepped through the cache. Nothing is measured
             where that is less than a window.
+        samples: fit on as much that the model writes itself, of many kinds, as on the text (twice as much without one): a codec that has seen one kind of text costs
+            several times as much on others. Only where the structure is searched; off where your text is all that matters.
         name: what to call the model in the bundle. Default: the name that it was loaded by.
         on_progress: called with what is going on.
 
@@ -106,16 +109,15 @@ def fit(
         if tokenizer is not None or text is not None:
             raise InputError("give a tokenizer and a text, or token_ids, not both")
         token_ids = checked_token_ids(token_ids, model.config.get_text_config().vocab_size)
-        windows, held_out = _split_windows(token_ids, check)
-        source = _TOKENS
+        read = given_windows(token_ids, _TOKENS, check)
     elif tokenizer is None:
         raise InputError("a fit needs the model's tokenizer to read a text, or token_ids in place of both")
     elif not callable(tokenizer):
         raise InputError(f"a tokenizer is what the model's text goes through, got {tokenizer!r}")
     else:
-        windows, held_out, source = text_windows(model, tokenizer, text, tokens, options, check)
-    bundle = next(fit_bundles(model, windows, [options], source, name, on_progress))
-    return check_bundle(model, bundle, held_out, on_progress) if check else bundle
+        read = text_windows(model, tokenizer, text, tokens, options, check, samples, on_progress)
+    bundle = next(fit_bundles(model, read.windows, [options], read.source, name, on_progress))
+    return check_bundle(model, bundle, read.held_out, on_progress, read.kinds) if check else bundle
 
 
 def lossless(
@@ -288,60 +290,28 @@ def _spread(windows: Tensor, tokens: int) -> Tensor:
     return windows[places]
 
 
-def text_windows(
-    model: PreTrainedModel, tokenizer: Any, text: Texts, tokens: int | None, options: FitOptions, check: bool
-) -> tuple[Tensor, Tensor | None, TextSource]:
-    """Windows to fit on, windows held out to check on (None where the text has too few), and where they come from.
-
-    Args:
-        model: says how many positions there are.
-        tokenizer: the model's.
-        text: see ``fit``.
-        tokens: how many to fit on; None for as many as the profile asks for, or the text has.
-        options: of the fit.
-        check: whether to hold any out.
-
-    Raises:
-        InputError: text that cannot be read, or too little of it.
-    """
-    sources, held_out = fit_texts(text, check)
-    positions = model.config.get_text_config().max_position_embeddings
-    if tokens is None:
-        limits, context = options.limits or PROFILES[DEFAULT_PROFILE], min(CONTEXT, positions)
-        windows = windows_of_all(tokenizer, sources, context, limits.fit_tokens // context)
-    else:
-        count, context = asked_windows(positions, tokens, len(sources))
-        windows = windows_of_all(tokenizer, sources, context, count, exactly=True)
-    return windows, held_out_windows(model, tokenizer, held_out), joined(sources)
-
-
-def held_out_windows(model: PreTrainedModel, tokenizer: Any, sources: Sequence[TextSource]) -> Tensor | None:
-    """Windows int64 ``[N, T]`` of held-out texts to check a bundle on; None where there is no text, or too little of it."""
-    context = min(CONTEXT, model.config.get_text_config().max_position_embeddings)
-    try:
-        return windows_of_all(tokenizer, sources, context, max(CHECK_WINDOWS, len(sources))) if sources else None
-    except InputError:
-        log.info("the held-out tenth of the text is shorter than a window: nothing is measured on it")
-        return None
-
-
-def _split_windows(token_ids: Tensor, check: bool) -> tuple[Tensor, Tensor | None]:
-    """Windows to fit on, and the last tenth of them, held out."""
-    count = len(token_ids) // 10 if check else 0
-    return (token_ids[:-count], token_ids[-count:]) if count else (token_ids, None)
-
-
 def check_bundle(
-    model: PreTrainedModel, bundle: Bundle, held_out: Tensor | None, on_progress: OnProgress = silent
+    model: PreTrainedModel,
+    bundle: Bundle,
+    held_out: Tensor | None,
+    on_progress: OnProgress = silent,
+    kinds: Sequence[str] = (),
 ) -> Bundle:
-    """The bundle with its quality on held-out windows int64 ``[N, T]`` among its figures; as it is without any."""
+    """The bundle with its quality on held-out windows int64 ``[N, T]`` among its figures, and by kind where those are named.
+
+    It is as it was without any.
+    """
     if held_out is None:
         return bundle
     on_chunk = counter(on_progress, "check on held-out text", held_out.numel())
     with attach(model, bundle):
         caches = {"check": lambda: KVCarCache(bundle)}
         measured = measure_fidelity(model, held_out, caches, on_chunk)["check"]
-    return bundle.with_figures({"held_out": fidelity_figures(measured)})
+    by_kind: dict[str, list[float]] = {}
+    for kind, kl in zip(kinds, measured.window_kl_divergences, strict=False):
+        by_kind.setdefault(kind, []).append(kl)
+    means = {kind: sum(kls) / len(kls) for kind, kls in by_kind.items()}
+    return bundle.with_figures({"held_out": fidelity_figures(measured), "kl_divergence_by_kind": means})
 
 
 def size_figures(bundle: Bundle, model_bytes: int) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ..evaluate.fidelity import Fidelity, fidelity_figures, measure_fidelity
 from ..evaluate.memory import bfloat16_bytes
 from ..fit.fit import fit_bundles, lossless
 from ..fit.options import FitOptions
+from ..fit.windows import text_windows
 from ..models.demo import ALIAS
 from ..models.load import LoadedModel, load_model
 from ..models.structure import cache_argument
@@ -39,7 +40,7 @@ from .plots import Point, bits_per_layer, quality_against_size
 COMPRESSED = "5x"
 IDENTITY = "identity"
 ENGLISH, CODE = "English documentation, held out of the fit", "Python code, another kind of text"
-_FIT_CONTEXT, _FIT_WINDOWS, _EFFECT_TOKENS = 1024, 12, 3072
+_FIT_TOKENS, _EFFECT_TOKENS = 12_288, 3072
 _EVAL_CONTEXT = 1024
 _PROMPT_TOKENS, _NEW_TOKENS = 600, 48
 _QUESTION = "Explain in three sentences what the text above is about."
@@ -87,13 +88,13 @@ class Demo:
 def run_demo(on_progress: OnProgress = silent) -> Demo:
     """Fit, measure and generate."""
     began = time.perf_counter()
-    (source,), (held_out,) = fit_texts(None, True)
+    _, (held_out,) = fit_texts(None, True)
     texts = {ENGLISH: held_out, CODE: python_code()}
     loaded = load_model(ALIAS, dtype="float32", on_step=on_progress)
-    windows = token_windows(loaded.tokenizer, source.text, _FIT_CONTEXT, _FIT_WINDOWS)
-    (fitted,) = fit_bundles(
-        loaded.model, windows, [FitOptions(effect_tokens=_EFFECT_TOKENS)], source, ALIAS, on_progress
-    )
+    options = FitOptions(effect_tokens=_EFFECT_TOKENS)
+    read = text_windows(loaded.model, loaded.tokenizer, None, _FIT_TOKENS, options, False, on_progress=on_progress)
+    source = read.source
+    (fitted,) = fit_bundles(loaded.model, read.windows, [options], source, ALIAS, on_progress)
     bundles = {IDENTITY: lossless(loaded.model, name=ALIAS), COMPRESSED: fitted}
     with attach(loaded.model, bundles[IDENTITY]):
         fidelity = {kind: _measure(loaded, bundles, text, kind, on_progress) for kind, text in texts.items()}
@@ -201,7 +202,7 @@ def _facts(found: Demo) -> dict[str, str]:
     first, facts = found.fidelity[ENGLISH][IDENTITY], provenance()
     return {
         "model": _MODEL,
-        "fitted on": f"{_FIT_CONTEXT * _FIT_WINDOWS:,} tokens of {found.source.name}, as kvcar fit does by default",
+        "fitted on": f"{_FIT_TOKENS:,} tokens of {found.source.name}, as kvcar fit does by default",
         "evaluated on": f"{first.context:,} tokens of each text, stepped through the cache",
         "versions": f"kvcar {facts['kvcar']}, torch {facts['torch']}, transformers {facts['transformers']}, Python {facts['python']}",
         "took": f"{found.seconds:.0f} s on {facts['cpu_cores']} cores, {facts['date']}",
