@@ -29,7 +29,7 @@ Texts = Annotated[
         "--text",
         metavar="FILE",
         help="A .txt file, or a .jsonl file with a field 'text' ([:500] after its name takes 500 lines); may be repeated. "
-        "Default: English text that ships with Python.",
+        "Default: English text that ships with Python, to which a fit adds code.",
     ),
 ]
 Window = Annotated[
