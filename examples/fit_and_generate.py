@@ -12,7 +12,8 @@ import kvcar
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="'demo', a folder, a .gguf file or a hub id")
 parser.add_argument(
-    "--text", help="what to fit on, a .txt or .jsonl file; default: English text and code of Python's, and samples of the model"
+    "--text",
+    help="what to fit on, a .txt or .jsonl file; default: English text and code of Python's, and samples of the model",
 )
 parser.add_argument("--times-smaller", type=float, default=6)
 parser.add_argument("--prompt", default="The memory wall is")

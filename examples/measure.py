@@ -10,7 +10,9 @@ import kvcar
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", help="'demo', a folder, a .gguf file or a hub id")
-parser.add_argument("--text", help="what to fit on, a .txt or .jsonl file; default: text and code of Python's, and samples")
+parser.add_argument(
+    "--text", help="what to fit on, a .txt or .jsonl file; default: text and code of Python's, and samples"
+)
 parser.add_argument("--test-text", help="what to measure on; default: a part of Python's text that no fit reads")
 parser.add_argument("--sizes", type=float, nargs="+", default=[4, 8], help="times smaller")
 parser.add_argument("--context", type=int, help="tokens of a window; default: 2,048, or what the model has")

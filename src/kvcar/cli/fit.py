@@ -27,7 +27,7 @@ Tokens = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Tokens of the text to take, the last two windows of 1024 to compare plans on. Default: 32768 (stored: 65536), "
+        help="Tokens of the text to take, the last two windows of 1024 to compare plans on. Default: 24576 (stored: 65536), "
         "or what the text has.",
     ),
 ]

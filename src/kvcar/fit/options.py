@@ -38,7 +38,7 @@ class Profile:
     purpose: str
     flops_of: Literal["decoding", "step"] = "decoding"
     entropy_coded: bool = False
-    fit_tokens: int = 32_768
+    fit_tokens: int = 24_576
     memory_tokens: int = 65_536
 
 

@@ -70,6 +70,12 @@ OPENINGS = (
     "Once the dough has rested, heat the oven to 220 degrees and",
     'Traceback (most recent call last):\n  File "app.py", line 31, in <module>\n    main()\n  File',
     "If you are looking for a quiet place to stay near the lake,",
+    "Die Bahnstrecke wurde 1898 eröffnet und verbindet seitdem",
+    "Mit dem Befehl können Dateien kopiert werden. Folgende Optionen stehen zur Verfügung:\n\n-a, --alles\n    ",
+    "Le musée, ouvert en 1934, présente",
+    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
+    "import argparse\nimport os\nimport sys\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
+    "El río nace en las montañas y",
 )
 
 
