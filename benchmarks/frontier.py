@@ -25,9 +25,7 @@ from kvcar.text import TextSource, joined, read_text, token_windows, windows_of_
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = {
     "fast-4x": ("fast", 4.0),
-    "balanced-6x": ("balanced", 6.0),
     "balanced-8x": ("balanced", 8.0),
-    "small-6x": ("small", 6.0),
     "small-8x": ("small", 8.0),
     "small-12x": ("small", 12.0),
     "stored-20x": ("stored", 20.0),

@@ -39,7 +39,7 @@ def test_the_figures_of_the_readme_are_what_the_records_say():
 def test_a_record_that_changes_changes_the_readme(tmp_path, monkeypatch):
     for path in RESULTS.glob("*.json"):
         shutil.copy(path, tmp_path)
-    path = tmp_path / "frontier-fit-balanced-6x.json"
+    path = tmp_path / "frontier-fit-balanced-8x.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"codec_bytes": 2 * record["codec_bytes"]}))
     monkeypatch.setattr(pages, "RESULTS", tmp_path)
@@ -48,7 +48,7 @@ def test_a_record_that_changes_changes_the_readme(tmp_path, monkeypatch):
 
 
 def test_codecs_pay_from_where_cache_and_codecs_are_as_large_as_the_full_cache():
-    (r,) = pages.load("frontier-wikitext-2-balanced-6x.json")
+    (r,) = pages.load("frontier-wikitext-2-balanced-8x.json")
     megabytes, pays = frontier_tables.codec_cells(r)
     saved = r["full_bytes_per_token"] - r["stored_bytes_per_token"]
     assert abs(int(pays.replace(",", "")) * saved - 1e6 * int(megabytes)) < 1e6
