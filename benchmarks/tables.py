@@ -15,6 +15,7 @@ from gpu_instructions_tables import gpu_instructions_page
 from memory_tables import memory_page
 from pages import load
 from paper_tables import paper_page
+from tests_tables import tests_page
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "results"
@@ -54,6 +55,7 @@ PAGES = {
     "paper.md": paper_page,
     "frontier.md": frontier_page,
     "gpu-instructions.md": gpu_instructions_page,
+    "tests.md": tests_page,
 }
 
 

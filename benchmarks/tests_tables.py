@@ -1,0 +1,73 @@
+"""``docs/results/tests.md`` from the records of ``transformers_tests.py`` and ``fuzz.py``. Called by ``tables.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pages import load, markdown
+
+_HEAD = """# Tests of others, and files of strangers
+
+Generated from the records in `benchmarks/results/` by `benchmarks/tables.py`."""
+
+_TESTS = """## transformers' own tests of caches and generation
+
+The tests of transformers' repository, with the tiny random Llama and GPT-2 that they make, run over `KVCarCache` with a bundle that
+loses nothing and puts every token into pages at once (`benchmarks/transformers_tests.py`). Masks that the tests draw at random are made to
+mean padding on the left, attention weights are not asked for, and where a test looks up tensors in a cache's layers, what the pages hold is
+looked at instead. A test that fails is run again without kvcar; one that fails then too says nothing about it."""
+
+_FUZZ = """## Files changed at random
+
+Bundles and stored contexts of every structure, changed at random with all checksums made anew (`benchmarks/fuzz.py`). Each must be refused
+by one of kvcar's own errors, or load and go on with finite logits, within {seconds} s of the processor and {memory} MiB."""
+
+
+def tests_page() -> str:
+    """The page, whatever records there are of it."""
+    sections = [
+        _HEAD,
+        *map(_tests, load("transformers-tests*.json", "transformers-tests")),
+        *_fuzz(load("fuzz*.json", "fuzz")),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _tests(r: dict[str, Any]) -> str:
+    counts, versions = r["counts"], (r["config"]["tests_of_version"], r["provenance"]["transformers"])
+    lines = [
+        _TESTS,
+        f"Tests of transformers {versions[0]}, run with transformers {versions[1]}: {counts['passed']} pass, {counts['failed']} fail, "
+        f"{counts['not applicable']} do not apply. Record: `{r['record']}`.",
+    ]
+    rows = [["test", "result", "reason"]]
+    for each in sorted(
+        r["tests"], key=lambda each: (each["result"] == "not applicable", each["result"] == "passed", each["test"])
+    ):
+        rows.append([f"`{_short(each['test'])}`", each["result"], each["reason"].replace("|", "\\|")])
+    return "\n\n".join([*lines, markdown(rows)])
+
+
+def _short(test: str) -> str:
+    """Name a test without the folders of its file."""
+    path, _, rest = test.partition("::")
+    return f"{path.rpartition('/')[2].removesuffix('.py')} {rest.replace('::', ' ')}"
+
+
+def _fuzz(records: list[dict[str, Any]]) -> list[str]:
+    if not records:
+        return []
+    limits = records[0]["config"]
+    rows = [["record", "kind", "seeds", "refused", "work", "faults", "slowest", "largest growth"]]
+    for r in records:
+        for kind in (kind for kind in ("bundle", "context") if kind in r):
+            found, first = r[kind], r["config"]["first_seed"]
+            faults = len(found["faults"])
+            rows.append(
+                [
+                    f"`{r['record']}`", kind, f"{first:,} to {first + found['cases'] - 1:,}", f"{sum(found['refused'].values()):,}",
+                    f"{found['works']:,}", f"{faults:,}", f"{found['slowest_seconds']:.1f} s", f"{found['largest_growth_bytes'] / 1e6:.0f} MB",
+                ]
+            )  # fmt: skip
+    intro = _FUZZ.format(seconds=limits["limit_seconds"], memory=limits["limit_memory_bytes"] >> 20)
+    return [intro, markdown(rows)]

@@ -1,0 +1,107 @@
+"""transformers' own tests of caches and generation, run over kvcar's caches with a bundle that loses nothing.
+
+python benchmarks/transformers_tests.py CHECKOUT
+
+CHECKOUT is one of https://github.com/huggingface/transformers, at the tag of the version that is installed; nothing of it is
+kept. Tests that fail are run again without kvcar: those that fail then too say nothing about it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+TESTS = (
+    "tests/utils/test_cache_utils.py",
+    "tests/models/llama/test_modeling_llama.py",
+    "tests/models/gpt2/test_modeling_gpt2.py",
+    "tests/generation/test_utils.py",
+)
+
+
+def run(checkout: Path, tests: list[str], plain: bool) -> dict[str, dict[str, Any]]:
+    """Run tests, with kvcar's caches unless ``plain``; by name what came of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "outcomes.json"
+        paths = [str(HERE), str(HERE.parent / "src"), str(checkout), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "KVCAR_OUTCOMES": str(output), "KVCAR_PLAIN": str(int(plain)),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "transformers_plugin", *tests]
+        subprocess.run(command, cwd=checkout, env=environment, check=False)
+        return json.loads(output.read_text(encoding="utf-8"))
+
+
+def judged(found: dict[str, Any], without: dict[str, Any] | None) -> tuple[str, str]:
+    """What to write of a test: passed, failed or not applicable, and the reason.
+
+    Args:
+        found: with kvcar.
+        without: without it, where it was run again.
+    """
+    if found["outcome"] == "passed":
+        if found["passes"]:
+            return "passed", ""
+        return "not applicable", "runs no model over a cache that kvcar could take the place of"
+    if found["outcome"] == "skipped":
+        return "not applicable", f"skipped by itself: {found['reason']}"
+    if without is not None and without["outcome"] != "passed":
+        return "not applicable", f"fails without kvcar too: {without['reason']}"
+    if found["outcome"] == "refused":
+        return "not applicable", f"refused by kvcar: {found['reason'].partition(': ')[2]}"
+    return "failed", found["reason"]
+
+
+def main(
+    checkout: Annotated[Path, typer.Argument(help="Of transformers' repository, at the tag of the version installed.")],
+    name: str = "transformers-tests",
+    output: Annotated[Path, typer.Option(help="Folder of the record.")] = RESULTS,
+    only: Annotated[list[str] | None, typer.Option(help="Tests to run instead of all.")] = None,
+) -> None:
+    """Run the tests and write the record."""
+    found = run(checkout, list(only or TESTS), plain=False)
+    again = [test for test, each in found.items() if each["outcome"] in ("failed", "refused")]
+    without = run(checkout, again, plain=True) if again else {}
+    tests, counts = [], {"passed": 0, "failed": 0, "not applicable": 0}
+    for test, each in found.items():
+        result, reason = judged(each, without.get(test))
+        counts[result] += 1
+        tests.append({"test": test, "result": result, "reason": reason, "passes": each["passes"]})
+    from kvcar.record import Record
+
+    commit = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    version = next(
+        (
+            line.partition('"')[2].strip('"\n')
+            for line in (checkout / "src/transformers/__init__.py").read_text(encoding="utf-8").splitlines()
+            if line.startswith("__version__")
+        ),
+        "unknown",
+    )
+    config = {
+        "tests_of_version": version,
+        "tests_of_commit": commit.stdout.strip() or None,
+        "window": 0,
+        "page_tokens": 32,
+    }
+    output.mkdir(exist_ok=True)
+    Record("transformers-tests", {"counts": counts, "tests": tests}, config).write(output / f"{name}.json")
+    print(counts)
+    for each in tests:
+        if each["result"] == "failed":
+            print(each["test"], each["reason"])
+
+
+if __name__ == "__main__":
+    typer.run(main)
