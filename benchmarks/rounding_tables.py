@@ -6,8 +6,7 @@ from typing import Any
 
 from pages import load, markdown
 
-_READING = """The C kernel rounds the decoder of keys, not the codes, to 8 bits where the CPU multiplies bytes faster. The same windows were stepped
-with it and with float decoders; KL divergence from the full cache in nats per token, ± is one standard error."""
+_READING = """The C kernel multiplies codes by decoders in 8 bits and sums values in integers. The same windows were stepped so and in floats; KL divergence from the full cache in nats per token, ± is one standard error."""
 
 
 def rounding_sections() -> list[str]:
@@ -17,7 +16,7 @@ def rounding_sections() -> list[str]:
 
 
 def _table(r: dict[str, Any]) -> str:
-    rows = [["decoders of keys", "KL divergence", "same top-1", "perplexity ratio"]]
+    rows = [["decoders", "KL divergence", "same top-1", "perplexity ratio"]]
     for name, each in r["decoders"].items():
         rows.append(
             [

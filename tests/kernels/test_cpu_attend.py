@@ -38,7 +38,7 @@ def exact_past(count, dtype=torch.float32):
     )
 
 
-OLDER = ("avx512vnni", "avx512bw", "avx512f", "avx2") if platform.machine() in ("x86_64", "AMD64") else ()
+OLDER = ("avx512vnni", "avx512bw", "avx512f", "avx2", "ssse3") if platform.machine() in ("x86_64", "AMD64") else ()
 
 
 def compilers():

@@ -1,5 +1,5 @@
 /* Decoders in 8 bits: codes (unsigned) times decoder (signed), four latents side by side in the decoder on every machine.
- * AVX-512's dot products of bytes are in decode8_wide.h. Elsewhere pairs of latents are summed in 16 bits, by AVX2's
+ * AVX-512's dot products of bytes are in decode8_wide.h. Elsewhere pairs of latents are summed in 16 bits, by x86's
  * products of bytes or by shifts and products that all vectors have, and widened before they can overflow: codes of
  * these latents have at most 7 bits, and `stops` says where, worked out from their bits. */
 #ifndef KVCAR_DECODE8_H
@@ -36,6 +36,8 @@ static inline __attribute__((always_inline)) shorts pair_products(const ints cod
     return (shorts)_mm512_maddubs_epi16((__m512i)codes, _mm512_loadu_si512(decoder));
 #elif defined(__AVX2__) && !defined(__AVX512F__)
     return (shorts)_mm256_maddubs_epi16((__m256i)codes, _mm256_loadu_si256((const __m256i *)decoder));
+#elif defined(__SSSE3__) && !defined(__AVX2__)
+    return (shorts)_mm_maddubs_epi16((__m128i)codes, _mm_loadu_si128((const __m128i *)decoder));
 #else
     const shorts own = *(const shorts *)decoder;
     const shorts even = (shorts)(codes & 0x00ff00ff), odd = (shorts)((codes >> 8) & 0x00ff00ff);

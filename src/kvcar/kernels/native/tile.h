@@ -5,13 +5,15 @@
 #ifndef KVCAR_TILE_H
 #define KVCAR_TILE_H
 
-#if defined(__AVX2__)
+#if defined(__SSSE3__)
 #include <immintrin.h>
 #endif
 #if defined(__AVX512F__)
 #define LANES 16
-#else
+#elif defined(__AVX2__)
 #define LANES 8
+#else
+#define LANES 4 /* compilers take wider vectors apart element by element */
 #endif
 #define COLUMNS (2 * LANES) /* of one product: two vectors side by side */
 #define ROWS 6              /* of one product: 12 accumulators, what 16 registers hold with room for operands */
