@@ -256,24 +256,6 @@ def test_negative_positions_of_text_are_refused_and_of_padding_taken():
         model(ids, past_key_values=attached.new_cache(), **given)
 
 
-@pytest.mark.parametrize("kernels", ["cpu", "torch"])
-def test_positions_that_begin_late_are_right_also_in_a_loaded_cache(kernels, monkeypatch, tmp_path):
-    monkeypatch.setenv("KVCAR_KERNELS", kernels)
-    model = tiny_model("llama")
-    bundle, ids = fitted(model, codec="identity", bits=8, window=0), token_ids(151)
-    positions = torch.arange(151)[None] + 300
-    with torch.no_grad(), kvcar.attach(model, bundle) as attached:
-        cache = attached.new_cache()
-        model(ids[:, :150], position_ids=positions[:, :150], past_key_values=cache)
-        cache.save(tmp_path / "late")
-        expected = model(ids[:, 150:], position_ids=positions[:, 150:], past_key_values=cache).logits
-    fresh = tiny_model("llama")  # has made no tables of angles yet
-    with torch.no_grad(), kvcar.attach(fresh, bundle):
-        loaded = KVCarCache.load(tmp_path / "late", fresh)
-        got = fresh(ids[:, 150:], position_ids=positions[:, 150:], past_key_values=loaded).logits
-    torch.testing.assert_close(got, expected)
-
-
 def test_cropping_beyond_a_sliding_window_is_refused_before_anything_changes():
     model = tiny_model("gemma3")
     bundle, ids = fitted(model, bits=6), token_ids(151)

@@ -56,25 +56,21 @@ def test_the_other_sequences_go_on_and_the_bad_one_is_nan(llama, backend, window
     assert sum("sequences [1] of a batch of 3" in record.getMessage() for record in caplog.records) == 1
 
 
-def test_what_is_lost_moves_with_its_sequence_and_goes_with_its_tokens(llama, tmp_path):
+def test_what_is_lost_moves_with_its_sequence_and_goes_with_its_tokens(llama):
     model, bundle = llama
     step = token_ids(1, 3, 5)
     with kvcar.attach(model, bundle), torch.no_grad():
         good, cache = KVCarCache(bundle), KVCarCache(bundle)
         passes(model, good), passes(model, cache, torch.nan)
-        with pytest.raises(CacheStateError, match=r"sequences \[1\].*batch_select_indices"):
-            cache.save(tmp_path / "context")
         swapped, cropped, others = cache.fork(), cache.fork(), cache.fork()
         swapped.reorder_cache(torch.tensor([1, 0, 0]))
         lost = model(step, past_key_values=swapped).logits.isnan().flatten(1).all(1)
         assert lost.tolist() == [True, False, False]
         others.batch_select_indices(torch.tensor([0, 2]))
-        others.save(tmp_path / "others")
+        assert model(step[:2], past_key_values=others).logits.isfinite().all()
         cropped.crop(-(cropped.tokens - 40))
         good.crop(-(good.tokens - 40))
         assert torch.equal(model(step, past_key_values=cropped).logits, model(step, past_key_values=good).logits)
-        loaded = KVCarCache.load(tmp_path / "others", model, bundle)
-        assert model(step[:2], past_key_values=loaded).logits.isfinite().all()
 
 
 def test_a_batch_of_nothing_else_is_refused_with_its_cache_as_it_was(llama):

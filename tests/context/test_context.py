@@ -276,3 +276,38 @@ def test_flushing_the_window_is_what_saving_does_and_lets_later_tokens_fill_one(
         assert cache._pages.tokens == 100
         assert cache.stored_bytes_by_part()["exact"] > bytes_before
         KVCarCache(bundle).flush_window()
+
+
+def test_a_lost_sequence_is_not_saved_and_the_others_are(tmp_path):
+    model, ids, step = tiny_model("llama"), token_ids(120, 2), token_ids(1, 2, 5)
+    given = model.get_input_embeddings()(ids).detach()
+    given[1, 60] = torch.nan
+    with kvcar.attach(model, fitted(model, times_smaller=3)) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(inputs_embeds=given, past_key_values=cache)
+        with pytest.raises(CacheStateError, match=r"sequences \[1\].*batch_select_indices"):
+            cache.save(tmp_path / "context")
+        cache.batch_select_indices(torch.tensor([0]))
+        cache.save(tmp_path / "context", keep_window=True)
+        loaded = KVCarCache.load(tmp_path / "context", model)
+        got, expected = (model(step[:1], past_key_values=each).logits for each in (loaded, cache))
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "torch"])
+def test_positions_that_begin_late_are_right_also_in_a_loaded_cache(kernels, monkeypatch, tmp_path):
+    monkeypatch.setenv("KVCAR_KERNELS", kernels)
+    model = tiny_model("llama")
+    bundle, ids = fitted(model, codec="identity", bits=8, window=0), token_ids(151)
+    positions = torch.arange(151)[None] + 300
+    with torch.no_grad(), kvcar.attach(model, bundle) as attached:
+        cache = attached.new_cache()
+        model(ids[:, :150], position_ids=positions[:, :150], past_key_values=cache)
+        cache.save(tmp_path / "late")
+        expected = model(ids[:, 150:], position_ids=positions[:, 150:], past_key_values=cache).logits
+    fresh = tiny_model("llama")  # has made no tables of angles yet
+    with torch.no_grad(), kvcar.attach(fresh, bundle):
+        loaded = KVCarCache.load(tmp_path / "late", fresh)
+        got = fresh(ids[:, 150:], position_ids=positions[:, 150:], past_key_values=loaded).logits
+    torch.testing.assert_close(got, expected)
