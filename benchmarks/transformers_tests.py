@@ -57,7 +57,7 @@ def judged(found: dict[str, Any], without: dict[str, Any] | None) -> tuple[str, 
     if without is not None and without["outcome"] != "passed":
         return "not applicable", f"fails without kvcar too: {without['reason']}"
     if found["outcome"] == "refused":
-        return "not applicable", f"refused by kvcar: {found['reason'].partition(': ')[2]}"
+        return "not applicable", f"refused: {found['reason'].partition(': ')[2]}"
     return "failed", found["reason"]
 
 
@@ -78,9 +78,6 @@ def main(
         tests.append({"test": test, "result": result, "reason": reason, "passes": each["passes"]})
     from kvcar.record import Record
 
-    commit = subprocess.run(
-        ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     version = next(
         (
             line.partition('"')[2].strip('"\n')
@@ -91,7 +88,6 @@ def main(
     )
     config = {
         "tests_of_version": version,
-        "tests_of_commit": commit.stdout.strip() or None,
         "window": 0,
         "page_tokens": 32,
     }

@@ -66,3 +66,15 @@ def test_assisted_generation_over_compressed_caches_says_what_plain_generation_s
         options = {"max_new_tokens": 12, "do_sample": False}
         plain = model.generate(token_ids(150), **options)
         assert torch.equal(model.generate(token_ids(150), assistant_model=tiny_model("llama"), **options), plain)
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["the same weights", "others"])
+def test_an_assistant_may_be_attached_too(llama, seed):
+    """It goes on after a past of its own, with options that the model's were copied to."""
+    model, _ = llama
+    assistant = tiny_model("llama", seed=seed)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    with kvcar.attach(model, kvcar.lossless(model)):
+        plain = model.generate(token_ids(150), **options)
+        with kvcar.attach(assistant, kvcar.lossless(assistant)):
+            assert torch.equal(model.generate(token_ids(150), assistant_model=assistant, **options), plain)

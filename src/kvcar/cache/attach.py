@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 
 from ..bundle import Bundle
 from ..errors import AttachError, InputError, UnsupportedModelError
@@ -352,12 +353,14 @@ def _prepare_cache(
             "attached.new_cache(), or no cache at all",
             type(cache).__name__,
         )
-    # transformers cuts token ids into chunks, not embeddings.
+    # transformers cuts token ids into chunks, not embeddings. The assistant of an assisted generation gets the same
+    # options, and goes on after a past of its own.
+    assisted = GenerationMode.ASSISTED_GENERATION in rest
     if (
         isinstance(cache, KVCarCache)
         and generation_config.prefill_chunk_size is None
         and model_kwargs.get("inputs_embeds") is None
-        and (_CHUNKS_AFTER_A_PAST or cache.tokens == 0)
+        and (_CHUNKS_AFTER_A_PAST or (cache.tokens == 0 and not assisted))
     ):
         generation_config.prefill_chunk_size = attachment._prefill_chunk
     original(generation_config, model_kwargs, *rest)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import BundleError
 
 # Far beyond what any fit gives, and small enough that no product of a few of them overflows.
-_LARGEST = 2.0**30
+LARGEST = 2.0**30
 
 
 class Stored(NamedTuple):
@@ -69,8 +69,8 @@ def _check(name: str, tensor: Tensor, stored: Stored, sizes: dict[str, int]) -> 
         return
     if not torch.isfinite(tensor).all():
         raise BundleError(f"codec tensor {name!r} holds NaN or infinity; the bundle is damaged, fit it again")
-    if tensor.numel() and tensor.abs().max() > _LARGEST:
+    if tensor.numel() and tensor.abs().max() > LARGEST:
         raise BundleError(
-            f"codec tensor {name!r} holds {tensor.abs().max():g}, and no fit gives more than {_LARGEST:g}; the bundle is "
+            f"codec tensor {name!r} holds {tensor.abs().max():g}, and no fit gives more than {LARGEST:g}; the bundle is "
             "damaged, fit it again"
         )

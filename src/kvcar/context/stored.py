@@ -21,7 +21,7 @@ from ..models.structure import find_decoder
 from ..version import __version__
 from .entropy import store_library
 from .file import ContextHeader, Part, PartSpec, read_file, write_file
-from .parts import TOKEN_IDS, code_bits, contents_of_parts, decode_part, encode_part, is_finite, specs_of, tensors_of
+from .parts import TOKEN_IDS, code_bits, contents_of_parts, decode_part, encode_part, is_sound, specs_of, tensors_of
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,11 @@ def save_context(
     if token_ids is not None:
         _check_token_ids(token_ids, len(contents.padding), contents.tokens)
     tensors, bits = tensors_of(contents, token_ids), code_bits(cache.plan)
-    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
+    bad = [name for name, tensor in tensors.items() if not is_sound(tensor)]
     if bad:
-        raise CacheStateError(f"{', '.join(bad)} of the cache hold NaN or infinite values; reset the cache")
+        raise CacheStateError(
+            f"{', '.join(bad)} of the cache hold NaN, infinite values or numbers beyond 2^30; reset the cache"
+        )
     parts = [encode_part(name, tensor, bits) for name, tensor in tensors.items()]
     write_file(Path(path), _header_of(cache, contents, [part for part, _ in parts]), [data for _, data in parts])
 
@@ -208,8 +210,10 @@ def _listed(specs: Mapping[str, PartSpec], names: Sequence[str]) -> str:
 
 def _decoded(path: Path, part: Part, data: memoryview, bits: Sequence[int]) -> Tensor:
     tensor = decode_part(part, data, bits)
-    if not is_finite(tensor):
-        raise ContextError(f"{path} holds NaN or infinite values in {part.name}; save the context again")
+    if not is_sound(tensor):
+        raise ContextError(
+            f"{path} holds NaN, infinite values or numbers beyond 2^30 in {part.name}; save the context again"
+        )
     return tensor
 
 
