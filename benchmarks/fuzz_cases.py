@@ -363,7 +363,10 @@ def context_case(corpus: Corpus, rng: random.Random, scratch: Path) -> str:
     filled = KVCarCache.load(path, model, bundle)
     tokens, batch = stored.header.tokens, len(stored.header.padding)
     _expect_held(filled, tokens, batch)
-    _expect_finite(step(model, filled, token_ids(3, batch)))
+    mask = torch.ones(batch, tokens + 3, dtype=torch.int64)
+    for row, padding in zip(mask, stored.header.padding, strict=True):
+        row[:padding] = 0
+    _expect_finite(step(model, filled, token_ids(3, batch), attention_mask=mask))
     _expect_held(filled, tokens + 3, batch)
     if rng.random() < 0.1:
         filled.save(scratch / "again.ctx")

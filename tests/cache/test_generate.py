@@ -143,6 +143,18 @@ def test_crop_takes_back_tokens_from_window_and_pages():
             torch.testing.assert_close(fill(model, cache, other), fill(model, fresh, other), atol=1e-4, rtol=1e-4)
 
 
+def test_crop_takes_a_number_that_is_a_tensor(llama):
+    """As assisted generation of transformers computes it."""
+    model, bundle = llama
+    with kvcar.attach(model, bundle) as attachment:
+        cache = attachment.new_cache()
+        fill(model, cache, token_ids(150))
+        cache.crop(torch.tensor(-20))
+        assert type(cache.get_seq_length()) is int
+        assert cache.get_seq_length() == 130
+        assert step(model, cache, token_ids(1)).isfinite().all()
+
+
 def test_reset_lets_a_cache_be_used_again(llama):
     model, bundle = llama
     with kvcar.attach(model, bundle):

@@ -15,6 +15,7 @@ from tiny import tiny_model, token_ids
 
 import kvcar
 from kvcar.context import load_context, read_context, save_context
+from kvcar.context.parts import is_sound
 from kvcar.errors import ContextError, KVCarError
 
 DAMAGED = r"truncated or was changed|not a stored context|format version"
@@ -235,6 +236,14 @@ def test_coded_tokens_of_a_bundle_that_codes_none(tmp_path):
     path.write_bytes(changed(path.read_bytes(), lambda c: c.header.update(paged=20)))
     with pytest.raises(ContextError, match="its bundle codes none"):
         load_context(path, model, bundle)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_numbers_beyond_all_reason_in_every_dtype(dtype, value):
+    assert is_sound(torch.full((3,), 1000.0, dtype=dtype))
+    assert is_sound(torch.zeros(0, dtype=dtype))
+    assert not is_sound(torch.tensor([1.0, value], dtype=torch.float64).to(dtype))
 
 
 # Whatever comes

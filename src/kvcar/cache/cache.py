@@ -112,6 +112,7 @@ class KVCarCache(PassCache):
         """
         self._refuse_if_broken()
         self._drop_unfinished_pass()
+        tokens_to_remove = int(tokens_to_remove)  # a tensor, where transformers computed it
         removed = -tokens_to_remove
         if removed < 0 and _CROPS_TO_LENGTH:
             removed = max(0, self._seen - tokens_to_remove)

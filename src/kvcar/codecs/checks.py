@@ -69,7 +69,7 @@ def _check(name: str, tensor: Tensor, stored: Stored, sizes: dict[str, int]) -> 
         return
     if not torch.isfinite(tensor).all():
         raise BundleError(f"codec tensor {name!r} holds NaN or infinity; the bundle is damaged, fit it again")
-    if tensor.numel() and tensor.abs().max() > LARGEST:
+    if tensor.numel() and tensor.abs().max().item() > LARGEST:
         raise BundleError(
             f"codec tensor {name!r} holds {tensor.abs().max():g}, and no fit gives more than {LARGEST:g}; the bundle is "
             "damaged, fit it again"

@@ -116,7 +116,8 @@ def decode_part(part: Part, data: memoryview, bits: Sequence[int]) -> Tensor:
 
 def is_sound(tensor: Tensor) -> bool:
     """Whether no element is NaN, infinite, or so large that what is computed with it may not be finite."""
-    return not tensor.is_floating_point() or not tensor.numel() or bool(tensor.abs().max() <= LARGEST)
+    # As a number of Python: in 16 bits the limit itself would be infinite.
+    return not tensor.is_floating_point() or not tensor.numel() or tensor.abs().max().item() <= LARGEST
 
 
 def _spec(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> PartSpec:
