@@ -29,7 +29,8 @@ with tempfile.TemporaryDirectory() as temporary, kvcar.attach(loaded.model, bund
     with torch.no_grad():
         loaded.model(input_ids=ids, past_key_values=cache)  # generate(past_key_values=cache) works as well
     full = bundle.plan.geometry.full_bytes(cache.tokens)
-    print(f"{cache.tokens} tokens in {cache.stored_bytes():,} bytes, {full:,} in the model's own cache (bfloat16)")
+    stored = cache.stored_bytes(in_bfloat16=True)  # as `full` is; without it, bytes as they are
+    print(f"{cache.tokens} tokens in {stored:,} bytes, {full:,} in the model's own cache (both in bfloat16)")
     print("of which", cache.stored_bytes_by_part())
     cache.save(file, token_ids=ids)  # entropy-coded, checksummed, tied to bundle and model
     print(f"{Path(file).stat().st_size:,} bytes in the file")

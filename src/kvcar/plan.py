@@ -219,7 +219,7 @@ class Plan(StrictModel):
     blocks: tuple[Block, ...] = Field(default=(), strict=False)
     reuses: tuple[ReuseField, ...] = Field(default=(), strict=False)
     cache: CacheConfigField = CacheConfig()
-    exact_dtype: ExactDtype = "bfloat16"
+    exact_dtype: ExactDtype = "model"
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from ..codecs import CODECS, Codec, Quantizer, Stored, checked, read_quantizer
 from ..errors import BundleError, ModelMismatchError, PlanError, require
+from ..geometry import BFLOAT16_BYTES
 from ..models.fingerprint import Fingerprint, fingerprint, mismatch
 from ..models.geometry import read_geometry
 from ..plan import FORMAT_VERSION, Block, Plan
@@ -113,8 +114,7 @@ class Bundle:
     def __repr__(self) -> str:
         """One line: of which model, how much smaller, what the codecs take."""
         tokens = min(REFERENCE_TOKENS, self.plan.geometry.max_positions)
-        itemsize = self.model.element_bytes
-        size = size_in_words(self.plan, tokens, stored_bytes(self.plan, tokens, itemsize), itemsize)
+        size = size_in_words(self.plan, tokens, stored_bytes(self.plan, tokens, BFLOAT16_BYTES))
         blocks, codecs = len(self.plan.blocks), self.codec_bytes / 1e6
         return (
             f"<Bundle for {self.model.name}: at {tokens:,} tokens {size}; {blocks} blocks, codecs of {codecs:.1f} MB>"

@@ -16,11 +16,6 @@ class ModelIdentity(StrictModel):
     dtype: str
     fingerprint: str
 
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of an element as the model computed it when the bundle was fitted."""
-        return {"float32": 4, "float64": 8}.get(self.dtype, 2)
-
 
 class FitProvenance(StrictModel):
     """How a bundle came to be."""

@@ -23,6 +23,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from ..bundle import Bundle
 from ..errors import AttachError, InputError, UnsupportedModelError
+from ..geometry import BFLOAT16_BYTES
 from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
 from ..models.rotation import learn_rotations
@@ -142,8 +143,7 @@ class Attachment:
         """One line for the log: how much smaller, what the codecs take, what runs the kernels, what stays exact."""
         plan = self.bundle.plan
         tokens = min(_LOGGED_TOKENS, plan.geometry.max_positions)
-        itemsize = self.model.dtype.itemsize
-        size = size_in_words(plan, tokens, stored_bytes(plan, tokens, itemsize), itemsize)
+        size = size_in_words(plan, tokens, stored_bytes(plan, tokens, BFLOAT16_BYTES))
         exact = sorted(set(range(plan.geometry.layers)) - set(plan.coded_layers))
         return (
             f"{type(self.model).__name__}: at {tokens:,} tokens {size}; codecs of "

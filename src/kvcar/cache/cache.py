@@ -14,6 +14,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..bundle import Bundle
 from ..errors import CacheStateError, InputError
+from ..geometry import BFLOAT16_BYTES
+from ..layout import page_layout
 from ..registry import Registry
 from .encode import stored_plainly, without_lost
 from .passes import PassCache
@@ -220,9 +222,21 @@ class KVCarCache(PassCache):
         """Pages that hold tokens, of each sequence, a partly filled one counted."""
         return -(-self.paged_tokens // self.plan.page_tokens)
 
-    def stored_bytes(self) -> int:
-        """Bytes of all tensors that hold this cache, unfilled room and position tables included."""
-        return sum(self.stored_bytes_by_part().values())
+    def stored_bytes(self, in_bfloat16: bool = False) -> int:
+        """Bytes of all tensors that hold this cache, unfilled room and position tables included.
+
+        Args:
+            in_bfloat16: count what is kept exactly as in a model that runs in bfloat16, to compare with its own cache;
+                published sizes are counted so.
+        """
+        parts = self.stored_bytes_by_part()
+        if in_bfloat16:
+            exact, plain = self._element_bytes()
+            parts["exact"] = parts["exact"] * BFLOAT16_BYTES // exact
+            parts["plain"] = parts["plain"] * BFLOAT16_BYTES // plain
+            pages = (page_layout(self.plan, size).page_bytes for size in (BFLOAT16_BYTES, exact))
+            parts["pages"] = parts["pages"] * next(pages) // max(1, next(pages))
+        return sum(parts.values())
 
     def stored_bytes_by_part(self) -> dict[str, int]:
         """``stored_bytes`` in parts: pages, exact (sinks and window), plain (layers not coded), tables."""
@@ -242,6 +256,12 @@ class KVCarCache(PassCache):
         return self.bundle.codec_bytes if self._host is None else self._host.coder(self.bundle).codec_bytes()
 
     # Inside
+
+    def _element_bytes(self) -> tuple[int, int]:
+        """Bytes of an element of what is kept exactly in coded layers, and of other layers; 2 where there is none."""
+        exact = [layer.buffers[0].itemsize for layer in self._coded.values() if layer.buffers is not None]
+        plain = [layer.keys.itemsize for layer in self._plain_layers() if layer.keys is not None]
+        return max(exact, default=BFLOAT16_BYTES), max(plain, default=BFLOAT16_BYTES)
 
     def _refuse_unattached(self) -> None:
         """A cache that was loaded has not met its model yet, and so cannot rotate keys back."""

@@ -63,7 +63,7 @@ def evaluate(
     out.print(f"text: {source.name}", highlight=False)
     out.print(fidelity_table({Path(bundle).name or bundle: result}))
     if result.times_smaller < 1:
-        size = size_in_words(plan, result.context, result.stored_bytes, loaded.model.dtype.itemsize)
+        size = size_in_words(plan, result.context, result.stored_bytes)
         out.print(f"at {result.context:,} tokens this cache is {size}", highlight=False)
     out.print(codecs_in_words(plan, fitted.codec_bytes), highlight=False)
     _print_worst(result)

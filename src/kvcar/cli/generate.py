@@ -87,9 +87,9 @@ def generate(
             streamer=TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True), **sampling,
         )  # fmt: skip
         seconds = time.perf_counter() - began
-        cached, stored = cache.get_seq_length(), cache.stored_bytes()
+        cached, stored = cache.get_seq_length(), cache.stored_bytes(in_bfloat16=True)
     full = loaded_bundle.plan.geometry.full_bytes(cached)
-    size = size_in_words(cache.plan, cached, stored, loaded.model.dtype.itemsize)
+    size = size_in_words(cache.plan, cached, stored)
     new = result.shape[1] - tokens
     before = f"{tokens_before} stored + " if tokens_before else ""
     errors.print(

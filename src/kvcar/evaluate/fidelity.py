@@ -75,6 +75,8 @@ class CountsBytes(Protocol):
 
 def stored_bytes(cache: Cache) -> int:
     """Count the bytes of any cache: as it does itself, or its tensors where it is one of transformers'."""
+    if isinstance(cache, KVCarCache):
+        return cache.stored_bytes(in_bfloat16=True)
     return cache.stored_bytes() if isinstance(cache, CountsBytes) else kept_bytes(cache)
 
 

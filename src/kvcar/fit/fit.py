@@ -18,7 +18,7 @@ from ..cache.attach import attach, attachment_of
 from ..cache.cache import KVCarCache
 from ..errors import AttachError, InputError, require
 from ..evaluate.fidelity import fidelity_figures, measure_fidelity
-from ..geometry import KVGeometry
+from ..geometry import BFLOAT16_BYTES, KVGeometry
 from ..models.geometry import read_geometry
 from ..models.structure import check_is_model
 from ..plan import CacheConfig, Plan
@@ -208,13 +208,13 @@ class _Maker:
         provenance = fit_provenance(self._windows, self._source, options.seed, given)
         solved = found.solved
         bundle = Bundle(solved.plan, solved.blocks, self._fingerprint, self._identity, provenance)
-        figures = size_figures(bundle, self._model.dtype.itemsize)
+        figures = size_figures(bundle, BFLOAT16_BYTES)
         if found.two_pass_kl is not None:
             figures |= {"two_pass_kl": found.two_pass_kl, "curve": [list(point) for point in found.curve]}
         log.info(
             "at %d tokens %s; %d bytes of codecs",
             figures["tokens"],
-            size_in_words(bundle.plan, figures["tokens"], figures["stored_bytes"], self._model.dtype.itemsize),
+            size_in_words(bundle.plan, figures["tokens"], figures["stored_bytes"]),
             figures["codec_bytes"],
         )
         pays, positions = figures["pays_from_tokens"], bundle.plan.geometry.max_positions
@@ -233,7 +233,8 @@ class _Maker:
             assert options.structure is not None
             plan = empty_plan(self._geometry, given_partition(self._geometry, options.structure), options)
             return Found(Solved(plan, (CodedBlock(None, None),) * len(plan.blocks), 0.0), 1.0)
-        model_bytes = self._model.dtype.itemsize
+        # Sizes are those of a model in bfloat16, both of its own cache and of what stays exact here.
+        model_bytes = BFLOAT16_BYTES
         if self._statistics is None:  # there is nothing to code, only slots that read others
             return Found(Solved(empty_plan(self._geometry, [], options), (), 0.0), options.target)
         if options.limits is None:

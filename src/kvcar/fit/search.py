@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import FitError
-from ..geometry import KINDS, KVGeometry
+from ..geometry import BFLOAT16_BYTES, KINDS, KVGeometry
 from ..plan import Block, Plan
 from ..progress import OnProgress, silent
 from .bits import bits_for, error_of
@@ -50,8 +50,6 @@ def empty_plan(geometry: KVGeometry, blocks: Sequence[Slots], options: FitOption
         blocks=tuple(Block(codec=options.codec, slots=slots) for slots in blocks),
         reuses=() if options.structure is None else options.structure.reuses,
         cache=options.cache,
-        # Lossless bundles keep the model's own dtype: they are the noise floor of every measurement.
-        exact_dtype="model" if options.lossless else "bfloat16",
     )
 
 
@@ -106,7 +104,7 @@ def best_plan(
     """
     found: list[tuple[_Sizes, Found]] = []
     for index, plan in enumerate(plans):
-        sizes = _Sizes(plan, statistics, options, model.dtype.itemsize)
+        sizes = _Sizes(plan, statistics, options, BFLOAT16_BYTES)
         measure = _Measure(model, plan, held_out, options.window_read)
         try:
             found.append((sizes, _to_target(sizes, options, measure, on_progress)))

@@ -147,7 +147,7 @@ def _continue(loaded: LoadedModel, inputs: Any, cache: Cache) -> Generated:
             **inputs, **cache_argument(loaded.model, cache), max_new_tokens=_NEW_TOKENS, do_sample=False
         )
     new = ids[0, inputs["input_ids"].shape[1] :]
-    stored = cache.stored_bytes() if isinstance(cache, KVCarCache) else bfloat16_bytes(cache)
+    stored = cache.stored_bytes(in_bfloat16=True) if isinstance(cache, KVCarCache) else bfloat16_bytes(cache)
     text = loaded.tokenizer.decode(new, skip_special_tokens=True)
     return Generated(text, len(new), time.perf_counter() - began, stored)
 
@@ -232,7 +232,7 @@ def _rows(found: Demo, results: Mapping[str, Fidelity]) -> list[PageRow]:
 
 
 def _row(name: str, bundle: Bundle, f: Fidelity) -> PageRow:
-    pays = pays_from_tokens(bundle.plan, bundle.codec_bytes, bundle.model.element_bytes)
+    pays = pays_from_tokens(bundle.plan, bundle.codec_bytes)
     return PageRow(
         name=name,
         times_smaller=f"{f.times_smaller:.2f}" if f.times_smaller >= 1 else f"{1 / f.times_smaller:.2f} larger",
