@@ -103,7 +103,7 @@ def test_attaching_says_in_one_line_what_was_attached(caplog):
         lines = [record.getMessage() for record in caplog.records if "attached" in record.getMessage()]
     assert len(lines) == 1
     for part in (
-        "at 512 tokens larger than the full cache (bfloat16), 1.24 times",
+        "at 512 tokens 1.40 times smaller than the full cache (bfloat16)",
         "codecs of 0.0 MB",
         "kernels: ",
         "exact layers: 0, 2, 3",

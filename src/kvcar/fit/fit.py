@@ -104,7 +104,7 @@ def fit(
     )
     if attachment_of(model) is not None:
         raise AttachError("this model is attached, and a fit needs it as it is; detach it first")
-    check_request(read_geometry(model.config), options, tokens, text_count(text), model.dtype.itemsize)
+    check_request(read_geometry(model.config), options, tokens, text_count(text), BFLOAT16_BYTES)
     if token_ids is not None:
         if tokenizer is not None or text is not None:
             raise InputError("give a tokenizer and a text, or token_ids, not both")
@@ -173,7 +173,7 @@ def fit_bundles(
     searched = any(each.limits is not None for each in lossy)
     fitted, held_out = (windows[:-HELD_OUT_WINDOWS], windows[-HELD_OUT_WINDOWS:]) if searched else (windows, windows)
     for each in lossy:
-        check_size(geometry, each, model.dtype.itemsize)
+        check_size(geometry, each, BFLOAT16_BYTES)
         check_ids(windows)
         check_windows(len(windows), windows.shape[1], geometry, each)
     statistics = _statistics(model, geometry, fitted, lossy, on_progress)
