@@ -211,7 +211,8 @@ class Plan(StrictModel):
         blocks: slots coded together; slots in no block and no reuse stay exact.
         reuses: slots that read another slot's reconstruction.
         cache: sinks, window and pages.
-        exact_dtype: dtype of sinks, window and lossless slots; "model" is the dtype the model computes in.
+        exact_dtype: dtype of sinks, window and lossless slots; "model" is the dtype the model computes in, and a model of
+            16 bits always keeps its own.
     """
 
     format_version: Literal[2] = FORMAT_VERSION

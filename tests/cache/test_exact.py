@@ -1,4 +1,4 @@
-"""What is kept exactly is: sinks and windows in the model's own dtype, counted as what they take."""
+"""What is kept exactly is: sinks and windows of 16 bits an element, or of the model's own where keys are large."""
 
 import pytest
 import torch
@@ -44,18 +44,30 @@ def test_large_keys_cost_no_more_with_a_window_than_without():
     assert found["32"].kl_divergence.value < 1.1 * found["0"].kl_divergence.value
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
-)
-def test_bytes_are_those_of_the_models_dtype_and_compared_as_in_16_bits(dtype):
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
+def test_what_is_exact_takes_16_bits_in_coded_layers_and_layers_left_alone_are_the_models_own(dtype):
     model = tiny_model("llama", dtype=dtype)
     bundle = fitted(tiny_model("llama"), bits=4, layers=(1, 2))
-    assert bundle.plan.exact_dtype == "model" == Plan(geometry=bundle.plan.geometry).exact_dtype
+    assert bundle.plan.exact_dtype == "float16"
     with torch.no_grad(), kvcar.attach(model, bundle) as attached:
         cache = attached.new_cache()
         model(token_ids(200), past_key_values=cache)
-    assert cache._coded[1].buffers[0].dtype == dtype
+    assert cache._coded[1].buffers[0].dtype == (torch.float16 if dtype == torch.float32 else dtype)
     narrow = stored_bytes(bundle.plan, 200, BFLOAT16_BYTES)
     assert cache.stored_bytes() == stored_bytes(bundle.plan, 200, dtype.itemsize)
     assert cache.stored_bytes(in_bfloat16=True) == narrow
     assert (cache.stored_bytes() > narrow) == (dtype == torch.float32)
+
+
+def test_large_keys_are_kept_in_the_models_own_dtype_and_compared_as_in_16_bits():
+    model = with_large_biases()
+    bundle = fitted(model, bits=4)
+    assert bundle.plan.exact_dtype == "model" == Plan(geometry=bundle.plan.geometry).exact_dtype
+    with torch.no_grad(), kvcar.attach(model, bundle) as attached:
+        cache = attached.new_cache()
+        model(token_ids(200), past_key_values=cache)
+    assert cache.stored_bytes() == stored_bytes(bundle.plan, 200, 4)
+    assert cache.stored_bytes(in_bfloat16=True) == stored_bytes(bundle.plan, 200, 2) < cache.stored_bytes()

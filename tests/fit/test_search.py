@@ -38,7 +38,7 @@ def test_every_family_fits_and_runs_at_its_size(family):
             logits = model(input_ids=part, past_key_values=cache, use_cache=True).logits
     assert torch.isfinite(logits).all()
     if family != "gemma3":  # sliding layers stay exact there
-        assert 4.0 <= times_smaller(result.plan, 4) < 4.4
+        assert 4.0 <= times_smaller(result.plan, 2) < 4.4
     assert result.figures["two_pass_kl"] >= 0
 
 

@@ -30,7 +30,7 @@ from .checks import HELD_OUT_WINDOWS, check_ids, check_request, check_size, chec
 from .codecs import Solved
 from .options import DEFAULT_CACHE, FitOptions, Structure
 from .partition import given_partition, searched_bands
-from .search import Found, best_plan, empty_plan, given_plan, searched_plans
+from .search import Found, best_plan, empty_plan, fits_float16, given_plan, searched_plans
 from .statistics import SAMPLE_TOKENS, Effect, Statistics, bands_of, collect_statistics, sample_stride
 from .windows import given_windows, text_windows
 
@@ -207,7 +207,10 @@ class _Maker:
         given = options.as_dict() | ({"times_smaller": found.size} if options.limits is not None else {})
         provenance = fit_provenance(self._windows, self._source, options.seed, given)
         solved = found.solved
-        bundle = Bundle(solved.plan, solved.blocks, self._fingerprint, self._identity, provenance)
+        plan = solved.plan
+        if not options.lossless and (self._statistics is None or fits_float16(plan, self._statistics)):
+            plan = plan.model_copy(update={"exact_dtype": "float16"})
+        bundle = Bundle(plan, solved.blocks, self._fingerprint, self._identity, provenance)
         figures = size_figures(bundle, BFLOAT16_BYTES)
         if found.two_pass_kl is not None:
             figures |= {"two_pass_kl": found.two_pass_kl, "curve": [list(point) for point in found.curve]}

@@ -147,7 +147,7 @@ class FitOptions:
 
     Attributes:
         times_smaller: total bytes of the full cache over those of this one at 4,096 tokens, sinks and window included,
-            both of a model that runs in bfloat16; in float32 all that is exact, on both sides, takes twice as much. With neither this nor ``max_kl`` nor a structure that fixes the size, 5.
+            both of a model that runs in bfloat16. With neither this nor ``max_kl`` nor a structure that fixes the size, 5.
         max_kl: KL divergence, nats per token, that the smallest such cache may cost on held-out text.
         profile: one of ``PROFILES``, within whose limits the structure is searched; None means balanced.
         structure: blocks and codecs as given, instead of a profile.
