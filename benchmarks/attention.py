@@ -3,7 +3,7 @@
 python benchmarks/attention.py --name cpu
 
 One layer, no model: codes, keys and values are random. Everyone reads memory that no cache still holds, as a model's
-other layers would have left it.
+other layers would have left it. For GPUs see ``gpu.py``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Contender:
 def main(
     name: Annotated[str, typer.Option(help="Of the record.")],
     shape: Annotated[str, typer.Option(help="Query heads,KV heads,head dim.")] = "32,8,128",
-    contexts: Annotated[str | None, typer.Option(help="Default: 8192,32768, and 131072 on a GPU.")] = None,
+    contexts: str = "8192,32768",
     batch: Annotated[int, typer.Option(min=1)] = 1,
     block_heads: Annotated[int, typer.Option(min=1, help="Heads coded together.")] = 8,
     latents: Annotated[int, typer.Option(min=1, help="Of a block.")] = 512,
@@ -60,7 +60,6 @@ def main(
     cold_mib: Annotated[
         int, typer.Option(min=1, help="Memory that a contender reads before it reads the same again.")
     ] = 256,
-    device: str = "cpu",
     threads: int | None = None,
     seed: int = 0,
     output: Annotated[Path, typer.Option(help="Folder of the record.")] = RESULTS,
@@ -68,8 +67,8 @@ def main(
     """Time everyone in turn at each context, and the device's own limits in the same run; one record."""
     use_threads(threads)
     torch.manual_seed(seed)
-    where, form, attend = torch.device(device), Shape.parse(shape), _backend(backend)
-    lengths = _lengths(contexts, where)
+    where, form, attend = torch.device("cpu"), Shape.parse(shape), _backend(backend)
+    lengths = _lengths(contexts)
     computed = dtype if backend == "triton" else "float32"  # the others widen their queries
     ceilings = {
         "copy_bytes_per_second": copy_bytes_per_second(where),
@@ -95,8 +94,7 @@ def main(
     Record("attention", {"attention": rows, "ceilings": ceilings}, config).write(output / f"attention-{name}.json")
 
 
-def _lengths(contexts: str | None, device: torch.device) -> list[int]:
-    given = contexts or ("8192,32768,131072" if device.type == "cuda" else "8192,32768")
+def _lengths(given: str) -> list[int]:
     try:
         return [int(each) for each in given.split(",")]
     except ValueError:

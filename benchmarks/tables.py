@@ -12,6 +12,7 @@ from decode_tables import decode_pages
 from figures_block import frontier_block
 from frontier_tables import frontier_page
 from gpu_instructions_tables import gpu_instructions_page
+from gpu_tables import gpu_pages
 from memory_tables import memory_page
 from pages import load
 from paper_tables import paper_page
@@ -61,7 +62,7 @@ PAGES = {
 
 def pages() -> dict[str, str]:
     """File name below ``docs/results`` -> content, of every page."""
-    return {name: make() for name, make in PAGES.items()} | compare_pages() | decode_pages()
+    return {name: make() for name, make in PAGES.items()} | compare_pages() | decode_pages() | gpu_pages()
 
 
 def with_figures(text: str) -> str:

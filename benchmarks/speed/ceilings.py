@@ -20,6 +20,12 @@ def copy_bytes_per_second(device: torch.device, mib: int = 256) -> float:
     return 2 * source.nbytes / _median_seconds(lambda: target.copy_(source), device)
 
 
+def read_bytes_per_second(device: torch.device, mib: int = 256) -> float:
+    """Bytes read per second by finding the largest number of a tensor far larger than any cache."""
+    source = torch.zeros(mib * 2**18, device=device)
+    return source.nbytes / _median_seconds(source.max, device)
+
+
 def matmul_flop_per_second(device: torch.device, dtype: torch.dtype, size: int | None = None) -> float:
     """Floating-point operations per second of a square product."""
     side = size or (8192 if device.type == "cuda" else 1024)

@@ -1,19 +1,24 @@
-"""A layer's compressed past of any shape and length, with random codes and codecs: no model is run."""
+"""A layer's compressed past of any shape and length, with random codes and codecs, and bundles of such codecs for a model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from kvcar.bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity
+from kvcar.bundle import Bundle, CodedBlock, FitProvenance, ModelIdentity, identify
 from kvcar.cache.coder import PageCoder
 from kvcar.cache.pages import PageStore
+from kvcar.codecs import Codec, Linear8Codec, RoundedMetric
 from kvcar.codecs.linear import LinearCodec
-from kvcar.codecs.quantizer import StaticQuantizer
+from kvcar.codecs.quantizer import StaticQuantizer, latent_bits
 from kvcar.errors import InputError
-from kvcar.geometry import KINDS, Kind, KVGeometry, Slot
+from kvcar.fit.basis import FEWEST_EXACT_BITS, FEWEST_STRONG_BITS
+from kvcar.fit.statistics import heads_of_metric
+from kvcar.geometry import KINDS, KVGeometry, Slot
 from kvcar.kernels.attend import ExactPast, PagedPast
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.models.fingerprint import Fingerprint
@@ -44,52 +49,113 @@ class Shape:
         return cls(query_heads, kv_heads, head_dim)
 
 
+@dataclass(frozen=True)
+class Codes:
+    """How every layer is coded.
+
+    Attributes:
+        codec: linear or linear8.
+        block_heads: neighbouring KV heads of a block.
+        groups: latents of a block by bits: of keys and of values, or one for a block of both.
+    """
+
+    codec: str
+    block_heads: int
+    groups: tuple[tuple[BitGroup, ...], ...]
+
+    @classmethod
+    def of(cls, codec: str, block_heads: int, *latents: Mapping[int, int]) -> Codes:
+        """Of latents by bits."""
+        groups = (
+            tuple(BitGroup(bits=bits, count=own[bits]) for bits in sorted(own, reverse=True) if own[bits])
+            for own in latents
+        )
+        return cls(codec, block_heads, tuple(groups))
+
+
 def random_plan(shape: Shape, tokens: int, block_heads: int, latents: int, bits: int) -> Plan:
     """A layer in blocks of ``block_heads`` neighbouring heads, each with ``latents`` latents of ``bits`` bits.
 
     Raises:
-        InputError: heads that do not divide into such blocks, or more latents than a block is wide.
+        InputError: see ``coded_plan``.
     """
-    if shape.kv_heads % block_heads or not 0 < latents <= block_heads * shape.head_dim:
-        raise InputError(
-            f"{shape.kv_heads} heads of {shape.head_dim} cannot be coded in blocks of {block_heads} heads with {latents} latents"
-        )
-    geometry = KVGeometry(
+    each = {bits: latents}
+    return coded_plan(layer_geometry(shape, tokens), Codes.of("linear", block_heads, each, each))
+
+
+def layer_geometry(shape: Shape, tokens: int) -> KVGeometry:
+    """One layer's cache."""
+    return KVGeometry(
         layers=1, kv_heads=shape.kv_heads, query_heads=shape.query_heads, head_dim=shape.head_dim, rotary=True,
         max_positions=tokens,
     )  # fmt: skip
-    groups = (BitGroup(bits=bits, count=latents),)
-    blocks = tuple(
-        Block(codec="linear", slots=_slots(kind, first, block_heads), groups=groups)
-        for kind in KINDS
-        for first in range(0, shape.kv_heads, block_heads)
-    )
-    return Plan(geometry=geometry, blocks=blocks)
 
 
-def _slots(kind: Kind, first: int, heads: int) -> tuple[Slot, ...]:
-    return tuple(Slot(0, head, kind) for head in range(first, first + heads))
+def coded_plan(geometry: KVGeometry, codes: Codes) -> Plan:
+    """Every layer in blocks of heads.
+
+    Raises:
+        InputError: heads that do not divide into such blocks, or more latents than a block is wide.
+    """
+    kinds = [KINDS] if len(codes.groups) == 1 else [(kind,) for kind in KINDS]
+    blocks = []
+    for own, groups in zip(kinds, codes.groups, strict=True):
+        latents, width = sum(group.count for group in groups), len(own) * codes.block_heads * geometry.head_dim
+        if geometry.kv_heads % codes.block_heads or not 0 < latents <= width:
+            raise InputError(
+                f"{geometry.kv_heads} heads of {geometry.head_dim} cannot be coded in blocks of {codes.block_heads} heads with {latents} latents"
+            )
+        for layer in range(geometry.layers):
+            for first in range(0, geometry.kv_heads, codes.block_heads):
+                heads = range(first, first + codes.block_heads)
+                slots = tuple(Slot(layer, head, kind) for kind in own for head in heads)
+                blocks.append(Block(codec=codes.codec, slots=slots, groups=groups))
+    return Plan(geometry=geometry, blocks=tuple(blocks))
 
 
-def random_bundle(plan: Plan) -> Bundle:
-    """Random codecs for ``plan``, scaled so that what they decode is as large as keys are."""
+def random_bundle(plan: Plan, model: PreTrainedModel | None = None) -> Bundle:
+    """Random codecs for ``plan``, scaled so that what they decode is as large as keys are; for ``model`` where there is one."""
     generator = torch.Generator().manual_seed(_SEED)
     coded = tuple(_random_block(block, plan.geometry.head_dim, generator) for block in plan.blocks)
-    identity = ModelIdentity(name="random", architecture="none", dtype="float32", fingerprint="0" * 64)
+    if model is None:
+        print_ = Fingerprint(torch.zeros(0), "float32", "0" * 64)
+        identity = ModelIdentity(name="random", architecture="none", dtype="float32", fingerprint="0" * 64)
+    else:
+        print_, identity = identify(model, "random")
     fit = FitProvenance(
         kvcar_version="0", torch_version="0", transformers_version="0", date="2000-01-01", text="none",
         text_sha256="0" * 64, tokens=1, context=1, seed=_SEED, options={},
     )  # fmt: skip
-    return Bundle(plan, coded, Fingerprint(torch.zeros(0), "float32", "0" * 64), identity, fit)
+    return Bundle(plan, coded, print_, identity, fit)
 
 
 def _random_block(block: Block, head_dim: int, generator: torch.Generator) -> CodedBlock:
+    make = {"linear": _random_linear, "linear8": _random_linear8}[block.codec]
+    return CodedBlock(*make(block, head_dim, generator))
+
+
+def _random_linear(block: Block, head_dim: int, generator: torch.Generator) -> tuple[Codec, StaticQuantizer]:
     width, latents = len(block.slots) * head_dim, block.latents
     matrix = torch.randn(width, latents, generator=generator) / latents**0.5
+    scale = 4.0 / (2.0 ** latent_bits(block.groups) - 1)
     codec = LinearCodec(torch.zeros(width), matrix, matrix.T.contiguous())
-    steps = 2.0 ** block.groups[0].bits - 1
-    scale = torch.full((latents,), 4.0 / steps)
-    return CodedBlock(codec, StaticQuantizer(block.groups, scale, torch.full((latents,), -2.0)))
+    return codec, StaticQuantizer(block.groups, scale, torch.full((latents,), -2.0))
+
+
+def _random_linear8(block: Block, head_dim: int, generator: torch.Generator) -> tuple[Codec, StaticQuantizer]:
+    """As a fit rounds them; what errors cost is the same for all elements."""
+    width, bits = len(block.slots) * head_dim, latent_bits(block.groups)
+    exact, strong = (int((bits >= fewest).sum()) for fewest in (FEWEST_EXACT_BITS, FEWEST_STRONG_BITS))
+    # A code of all values equally often has a variance of 4 ** bits / 12.
+    matrix = torch.randn(len(bits), width, generator=generator) / (4.0**bits / 12 * len(bits)).sqrt()[:, None]
+    side = min(heads_of_metric(head_dim), len({slot.head for slot in block.slots})) * head_dim
+    metrics = [RoundedMetric(torch.eye(own)) for own in _parts(width, side)]
+    codec = Linear8Codec.rounded(torch.zeros(width), matrix, metrics, head_dim, exact, strong)
+    return codec, StaticQuantizer(block.groups, torch.ones(len(bits)), -(2.0**bits - 1) / 2)
+
+
+def _parts(width: int, part: int) -> list[int]:
+    return [min(part, width - first) for first in range(0, width, part)]
 
 
 class RandomPast:
@@ -150,12 +216,9 @@ class RandomPast:
         """Count multiplications and additions of one step: keys decoded, values summed as latents."""
         geometry = self._plan.geometry
         tokens, heads, dim = self.coded_tokens, geometry.query_heads, geometry.head_dim
-        decoded = sum(block.latents * len(block.slots) * dim for block in self._plan.blocks if block.kind == "key")
-        summed = sum(
-            block.latents * len(block.slots) * heads // geometry.kv_heads
-            for block in self._plan.blocks
-            if block.kind == "value"
-        )
+        slots = {kind: [(b.latents, sum(s.kind == kind for s in b.slots)) for b in self._plan.blocks] for kind in KINDS}
+        decoded = sum(latents * count * dim for latents, count in slots["key"])
+        summed = sum(latents * count * heads // geometry.kv_heads for latents, count in slots["value"])
         exact = 2 * self.exact_tokens * heads * dim
         return 2 * self._batch * (tokens * (decoded + heads * dim + summed) + exact)
 
