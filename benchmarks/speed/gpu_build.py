@@ -154,17 +154,21 @@ def decode_step(
 
 
 def encode_step(width: int, groups: Sequence[BitGroup]) -> list[Launch]:
-    """The launch that encodes two pages of a block."""
+    """The launches that encode two pages of a block, by one matrix and from latents."""
     from kvcar.kernels.encode import AffineEncoder, Writer
     from kvcar.kernels.encode import triton as backend
     from kvcar.layout import coded_segment
 
     launches: list[Launch] = []
-    kernel = backend.encode_block
-    backend.encode_block = Caught(kernel.kernel if isinstance(kernel, Caught) else kernel, launches)
+    for name in ("encode_block", "quantize_block"):
+        kernel = getattr(backend, name)
+        setattr(backend, name, Caught(kernel.kernel if isinstance(kernel, Caught) else kernel, launches))
     backend.unsupported = lambda *_: None
     segment = coded_segment(groups, 64, 0)
     latents = segment.latents
     affine = AffineEncoder(torch.zeros(width, latents), torch.zeros(width), torch.ones(latents), torch.zeros(latents))
-    backend.encode_pages(torch.zeros(1, 128, width), Writer(segment, None, None, affine, torch.float16))
+    x = torch.zeros(1, 128, width)
+    backend.encode_pages(x, Writer(segment, None, None, affine, torch.float16))
+    steps = affine.scale, affine.zero
+    backend.encode_pages(x, Writer(segment, lambda x: x @ affine.matrix, None, None, torch.float16, steps))
     return launches

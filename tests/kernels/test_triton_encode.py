@@ -92,7 +92,11 @@ def test_a_units_writer_does_what_the_unit_does(structure):
         assert torch.equal(encode_pages(x, writer), expected)
         if structure in ("raw latents", "lossless"):
             assert torch.equal(naive.encode_pages(x, writer), expected)
-        assert (backend.unsupported(x, writer) is None) == (writer.affine is not None)
+        assert (backend.unsupported(x, writer) is None) == (not writer.segment.lossless)
+        if not writer.segment.lossless:
+            apart = unpack(backend.encode_pages(x, writer), writer.segment) - unpack(expected, writer.segment)
+            assert apart.abs().max() <= 1
+            assert (apart[..., writer.segment.raw :] != 0).float().mean() < 1e-3
 
 
 def test_what_is_not_supported_is_said():
@@ -102,5 +106,5 @@ def test_what_is_not_supported_is_said():
         with pytest.raises(InputError, match=r"40 tokens.*multiple of the 32"):
             implementation(x, writer)
     unknown = Writer(writer.segment, writer.encode, writer.codes, None, torch.float16)
-    with pytest.raises(KernelError, match=r"cannot be used.*not affine.*another backend"):
+    with pytest.raises(KernelError, match=r"cannot be used.*dynamic.*another backend"):
         backend.encode_pages(x, unknown)

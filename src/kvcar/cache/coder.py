@@ -78,7 +78,7 @@ class UnitCoder:
             return Writer(segment, None, None, None, self.exact_dtype)
         encoder, steps = codec.affine_encoder(), quantizer.steps()
         affine = AffineEncoder(*encoder, *steps) if encoder and steps else None
-        return Writer(segment, codec.encode, quantizer.codes, affine, self.exact_dtype)
+        return Writer(segment, codec.encode, quantizer.codes, affine, self.exact_dtype, steps)
 
     def contents(self, pages: Tensor) -> UnitContents:
         """Stored values, unpacked but in no wider dtype, of ``pages`` uint8 ``[B, pages, page_bytes]``."""

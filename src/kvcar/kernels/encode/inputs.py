@@ -34,8 +34,9 @@ class Writer:
         encode: vectors float32 ``[..., W]`` to latents float32 ``[..., R]``; None when the segment is lossless.
         codes: latents to stored values float32 ``[..., S]``; None when the segment is lossless.
         affine: ``encode`` and ``codes`` as one affine map that is rounded and clamped to the latents' bits; None
-            when the encoder is not affine or the scales are dynamic.
+            when the encoder is no such map in memory or the scales are dynamic.
         exact_dtype: dtype of the elements of a lossless segment.
+        steps: scale and zero float32 ``[R]`` of ``codes``, as in ``AffineEncoder``; None when the scales are dynamic.
     """
 
     segment: SegmentLayout
@@ -43,6 +44,7 @@ class Writer:
     codes: Callable[[Tensor], Tensor] | None
     affine: AffineEncoder | None
     exact_dtype: torch.dtype
+    steps: tuple[Tensor, Tensor] | None = None
 
 
 def check_pages(x: Tensor, writer: Writer) -> int:

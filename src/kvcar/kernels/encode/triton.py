@@ -1,5 +1,8 @@
 """Encoding into pages with Triton: matrix product, quantiser and packing of the planes in one launch.
 
+Encoders that are no single matrix in memory (the autoencoder, decoders in 8 bits with the metric) run in PyTorch, whose products
+are the device's own library; quantiser and packing are then one launch.
+
 Imported by the registry when the backend is asked for, as it needs the extra ``kvcar[triton]``. ``TRITON_INTERPRET=1``
 in the environment, before Triton is first imported, runs the kernel on the CPU, slowly.
 """
@@ -38,8 +41,8 @@ def unsupported(x: Tensor, writer: Writer) -> str | None:
         return reason
     if writer.segment.lossless:
         return "the segment is lossless: there is nothing to encode"
-    if writer.affine is None:
-        return "the encoder is not affine or its scales are dynamic"
+    if writer.affine is None and writer.steps is None:
+        return "scales are dynamic: they are computed from every token"
     return None
 
 
@@ -52,37 +55,49 @@ def encode_pages(x: Tensor, writer: Writer) -> Tensor:
         InputError: ``N`` is no multiple of the page's tokens.
     """
     reason = unsupported(x, writer)
-    if reason is not None or writer.affine is None:
+    if reason is not None:
         raise KernelError(f"the Triton encoder cannot be used: {reason}; choose another backend")
     segment, pages = writer.segment, check_pages(x, writer)
-    x = x.float() if x.stride(-1) == 1 else x.float().contiguous()
-    table, highest = _tables(writer)
-    matrix, centre, scale, zero = (part.contiguous() for part in writer.affine)
-    step = segment.page_tokens // 8
     out = torch.empty(x.shape[0], pages, segment.size, dtype=torch.uint8, device=x.device)
-    if not out.numel():
-        return out
-    with torch.cuda.device_of(x):
-        encode_block[(pages, table.blocks, x.shape[0])](
-            out, x, matrix, centre, scale, zero, highest, table.fields, table.present, x.shape[2], matrix.shape[1],
-            table.latents, segment.size, x.stride(0), x.stride(1), WIDTHS=table.widths, STEP=step,
-            BLOCK_RHO=1 << (step - 1).bit_length(), BLOCK_W=_BLOCK_WIDTH, BLOCK_R=table.block,
-            PARTS=-(-x.shape[2] // _BLOCK_WIDTH), num_warps=_WARPS,  # pyright: ignore[reportCallIssue]
-        )  # fmt: skip
+    if out.numel():
+        with torch.cuda.device_of(x):
+            _launch(out, x.float(), writer)
     return out
 
 
-def _tables(writer: Writer) -> _Tables:
+def _launch(out: Tensor, x: Tensor, writer: Writer) -> None:
+    table, highest = _tables(writer, x.device)
+    step = writer.segment.page_tokens // 8
+    grid = out.shape[1], table.blocks, out.shape[0]
+    shape = {"STEP": step, "BLOCK_RHO": 1 << (step - 1).bit_length(), "BLOCK_R": table.block, "num_warps": _WARPS}
+    if writer.affine is None:
+        assert writer.encode is not None
+        assert writer.steps is not None
+        z, (scale, zero) = writer.encode(x).contiguous(), (part.contiguous() for part in writer.steps)
+        quantize_block[grid](
+            out, z, scale, zero, highest, table.fields, table.present, z.shape[2], table.latents, writer.segment.size,
+            WIDTHS=table.widths, **shape,
+        )  # fmt: skip
+        return
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    matrix, centre, scale, zero = (part.contiguous() for part in writer.affine)
+    encode_block[grid](
+        out, x, matrix, centre, scale, zero, highest, table.fields, table.present, x.shape[2], matrix.shape[1],
+        table.latents, writer.segment.size, x.stride(0), x.stride(1), WIDTHS=table.widths, BLOCK_W=_BLOCK_WIDTH,
+        PARTS=-(-x.shape[2] // _BLOCK_WIDTH), **shape,
+    )  # fmt: skip
+
+
+def _tables(writer: Writer, device: torch.device) -> _Tables:
     """Make planes, counted from the start of the segment, and the highest code float32 ``[R]`` of every latent."""
     if writer not in _TABLES:
-        assert writer.affine is not None
         segment = replace(writer.segment, offset=0)
         block = block_latents([segment.latents], _LONGEST_BLOCK)
-        table = joined([segment_fields(segment)], block, writer.affine.matrix.device)
+        table = joined([segment_fields(segment)], block, device)
         bits = torch.zeros(segment.latents)
         for plane in segment.planes:
             bits[plane.start : plane.stop] += plane.bits
-        _TABLES[writer] = table, (2**bits - 1).to(writer.affine.matrix.device)
+        _TABLES[writer] = table, (2**bits - 1).to(device)
     return _TABLES[writer]
 
 
@@ -110,6 +125,39 @@ def _store_plane(
     row = (slot // BLOCK_RHO) * STEP + within
     mask = (within < STEP)[:, None] & (offset >= 0)[None, :]
     tl.store(out + row[:, None] * stride[None, :] + offset[None, :], byte.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _store_codes(
+    target, z, scale, zero, highest, table, present, block, inside, there, latent, column, latents,
+    WIDTHS: tl.constexpr, STEP: tl.constexpr, BLOCK_RHO: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Quantise latents float32 ``[8 * BLOCK_RHO, BLOCK_R]`` of a page and write their planes to ``target``."""
+    z -= tl.load(zero + latent, mask=column, other=0.0)[None, :]
+    u = tl.div_rn(z, tl.broadcast_to(tl.load(scale + latent, mask=column, other=1.0)[None, :], z.shape))
+    has = tl.load(present + block)
+    limited = tl.minimum(tl.maximum(u, 0.0), tl.load(highest + latent, mask=column, other=0.0)[None, :])
+    code = ((limited + _ROUNDER) - _ROUNDER).to(tl.int32)
+    if WIDTHS & 8:
+        if has & 8:
+            _store_plane(target, code, table, latent, latents, 3, STEP, BLOCK_RHO, BLOCK_R)
+    if WIDTHS & 4:
+        if has & 4:
+            _store_plane(target, code, table, latent, latents, 2, STEP, BLOCK_RHO, BLOCK_R)
+    if WIDTHS & 2:
+        if has & 2:
+            _store_plane(target, code, table, latent, latents, 1, STEP, BLOCK_RHO, BLOCK_R)
+    if WIDTHS & 1:
+        if has & 1:
+            _store_plane(target, code, table, latent, latents, 0, STEP, BLOCK_RHO, BLOCK_R)
+    if WIDTHS & 16:
+        if has & 16:
+            field = table + 4 * 3 * latents + latent
+            offset, stride = tl.load(field), tl.load(field + latents)
+            raw = tl.minimum(tl.maximum(u, -_FLOAT16_MAXIMUM), _FLOAT16_MAXIMUM).to(tl.float16)
+            where = target + inside[:, None] * stride[None, :] + offset[None, :]
+            mask = there[:, None] & (offset >= 0)[None, :]
+            tl.store(where.to(tl.pointer_type(tl.float16), bitcast=True), raw, mask=mask)
 
 
 @triton.jit
@@ -171,29 +219,29 @@ def encode_block(
         # Three tf32 products are as exact as float32: a code is a rounding away from its neighbour.
         z = tl.dot(piece, encoder, z, input_precision="tf32x3")
 
-    z -= tl.load(zero + latent, mask=column, other=0.0)[None, :]
-    u = tl.div_rn(z, tl.broadcast_to(tl.load(scale + latent, mask=column, other=1.0)[None, :], z.shape))
-    has = tl.load(present + block)
     target = out + (batch * tl.num_programs(0) + page) * size
-    limited = tl.minimum(tl.maximum(u, 0.0), tl.load(highest + latent, mask=column, other=0.0)[None, :])
-    code = ((limited + _ROUNDER) - _ROUNDER).to(tl.int32)
-    if WIDTHS & 8:
-        if has & 8:
-            _store_plane(target, code, table, latent, latents, 3, STEP, BLOCK_RHO, BLOCK_R)
-    if WIDTHS & 4:
-        if has & 4:
-            _store_plane(target, code, table, latent, latents, 2, STEP, BLOCK_RHO, BLOCK_R)
-    if WIDTHS & 2:
-        if has & 2:
-            _store_plane(target, code, table, latent, latents, 1, STEP, BLOCK_RHO, BLOCK_R)
-    if WIDTHS & 1:
-        if has & 1:
-            _store_plane(target, code, table, latent, latents, 0, STEP, BLOCK_RHO, BLOCK_R)
-    if WIDTHS & 16:
-        if has & 16:
-            field = table + 4 * 3 * latents + latent
-            offset, stride = tl.load(field), tl.load(field + latents)
-            raw = tl.minimum(tl.maximum(u, -_FLOAT16_MAXIMUM), _FLOAT16_MAXIMUM).to(tl.float16)
-            where = target + inside[:, None] * stride[None, :] + offset[None, :]
-            mask = there[:, None] & (offset >= 0)[None, :]
-            tl.store(where.to(tl.pointer_type(tl.float16), bitcast=True), raw, mask=mask)
+    _store_codes(
+        target, z, scale, zero, highest, table, present, block, inside, there, latent, column, latents, WIDTHS, STEP, BLOCK_RHO, BLOCK_R
+    )  # fmt: skip
+
+
+@triton.jit
+def quantize_block(
+    out, z, scale, zero, highest, table, present, columns, latents, size,
+    WIDTHS: tl.constexpr, STEP: tl.constexpr, BLOCK_RHO: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Quantise latents ``z`` float32 ``[B, pages * 8 * STEP, columns]`` and pack their planes; as ``encode_block`` otherwise."""
+    page, block = tl.program_id(0), tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    token_slot = tl.arange(0, 8 * BLOCK_RHO)
+    rho = token_slot % BLOCK_RHO
+    inside = (token_slot // BLOCK_RHO) * STEP + rho
+    there = rho < STEP
+    latent = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = latent < columns
+    token = (batch * tl.num_programs(0) + page) * (8 * STEP) + inside
+    own = tl.load(z + token[:, None] * columns + latent[None, :], mask=there[:, None] & column[None, :], other=0.0)
+    target = out + (batch * tl.num_programs(0) + page) * size
+    _store_codes(
+        target, own, scale, zero, highest, table, present, block, inside, there, latent, column, latents, WIDTHS, STEP, BLOCK_RHO, BLOCK_R
+    )  # fmt: skip
