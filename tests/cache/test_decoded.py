@@ -26,13 +26,13 @@ def both(bundle, window):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_decoding_at_each_step(family, window):
     model = tiny_model(family)
-    bundle = fitted(model, bits=3, layers_per_block=2)
+    bundle = fitted(model, bits=8, layers_per_block=2)
     with kvcar.attach(model, bundle):
         plain, kept = (run(model, cache, token_ids(230), 37) for cache in both(bundle, window))
-    # Sums in another order may round a latent to its neighbouring code, which later tokens see.
     difference = (plain - kept).abs()
-    assert difference.max() < 0.02
-    assert difference.mean() < 1e-4
+    assert difference[:, : 2 * 37].max() < 1e-4, "what is read from the first chunk's pages, whose codes are the same"
+    # Later on, sums in another order may round a latent to its neighbouring code, which all tokens after it see.
+    assert difference.mean() < 0.01 * plain.std()
 
 
 def test_lossless_and_mixed_bundles_too():

@@ -85,7 +85,7 @@ def test_a_cache_can_be_continued(llama):
 def test_left_padding_changes_nothing(family, window):
     """Each row of a padded batch must read as the same sequence alone, also when padding fills whole pages."""
     model = tiny_model(family)
-    bundle = fitted(model, bits=7)
+    bundle = fitted(model, bits=8)
     lengths = [150, 149, 101, 37, 3]
     rows = [token_ids(n, seed=n) for n in lengths]
     longest = max(lengths)

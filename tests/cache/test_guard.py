@@ -49,7 +49,9 @@ def test_models_that_are_right_pass_and_are_tried_once(family, dtype, caplog):
 def test_models_that_would_be_wrong_are_refused_and_left_as_they_were(config):
     model = built(config)
     before = model(token_ids(20)).logits
-    with pytest.raises(UnsupportedModelError, match=r"differs from its own cache|does not take named attention"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"are not those that the cache was given|attends to later tokens|is not that of"
+    ):
         kvcar.attach(model, kvcar.lossless(model))
     assert model.config._attn_implementation == "sdpa"
     assert torch.equal(model(token_ids(20)).logits, before)
@@ -73,6 +75,126 @@ def test_attention_that_is_switched_while_attached_is_refused_at_the_next_pass()
         model.set_attn_implementation("sdpa")
         with pytest.raises(AttachError, match="switched to 'sdpa'"):
             model.generate(token_ids(100), max_new_tokens=2)
+
+
+def test_a_model_whose_settings_changed_is_tried_anew(caplog):
+    model = tiny_model("llama")
+    bundle = kvcar.lossless(model)
+    with caplog.at_level(logging.INFO, logger="kvcar"):
+        kvcar.attach(model, bundle).detach()
+        model.set_attn_implementation("eager")
+        kvcar.attach(model, bundle).detach()
+        model.model.layers[1].self_attn.is_causal = False
+        kvcar.attach(model, bundle).detach()
+    assert sum("over lossless pages" in record.getMessage() for record in caplog.records) == 3
+
+
+def _adding(layer, side):
+    """Have the cache keep, of a layer's keys or values, another than the one that goes on to attention."""
+
+    def before(module, args, kwargs):
+        cache = kwargs["past_key_values"]
+
+        class Changing:
+            def update(self, *states_and_layer, **more):
+                states = list(cache.update(*states_and_layer, **more))
+                states[side] = states[side] + 1e-3
+                return tuple(states)
+
+            def __getattr__(self, name):
+                return getattr(cache, name)
+
+        return args, kwargs | {"past_key_values": Changing()}
+
+    return layer.self_attn.register_forward_pre_hook(before, with_kwargs=True)
+
+
+@pytest.mark.parametrize(("side", "name"), [(0, "keys"), (1, "values")], ids=["keys", "values"])
+def test_keys_and_values_that_change_on_their_way_to_attention_are_refused_in_any_pass(side, name):
+    model = tiny_model("llama")
+    with kvcar.attach(model, kvcar.lossless(model)) as attached, torch.no_grad():
+        cache, twin = attached.new_cache(), attached.new_cache()
+        for each in (cache, twin):
+            model(token_ids(100), past_key_values=each)
+        handle = _adding(model.model.layers[2], side)
+        with pytest.raises(UnsupportedModelError, match=f"the {name} that attention of layer 2 is given"):
+            model(token_ids(1), past_key_values=cache)
+        handle.remove()
+        got, expected = (model(token_ids(1), past_key_values=each).logits for each in (cache, twin))
+        assert torch.equal(got, expected)
+
+
+def _with_mask(layer, change):
+    def before(module, args, kwargs):
+        given = kwargs["attention_mask"]
+        given = torch.ones(1, 1, 30, 130, dtype=torch.bool).tril(100) if given is None else given
+        return args, kwargs | {"attention_mask": change(given)}
+
+    return layer.self_attn.register_forward_pre_hook(before, with_kwargs=True)
+
+
+MASKS = {
+    "a window that no config tells": lambda mask: mask & torch.ones_like(mask).triu(100 - 64),
+    "a chunk that no config tells": lambda mask: mask & (torch.arange(mask.shape[-1]) >= 64),
+    "later tokens": lambda mask: torch.ones_like(mask),
+    "one pair": lambda mask: mask.index_put(tuple(map(torch.tensor, (0, 0, 29, 3))), torch.tensor(False)),
+    "numbers added to scores": lambda mask: torch.where(mask, 0.01, torch.finfo(torch.float32).min),
+    "numbers that hide a little": lambda mask: torch.where(mask, 0.0, -5.0),
+    "another length": lambda mask: mask[..., 1:],
+}
+
+
+@pytest.mark.parametrize("change", MASKS.values(), ids=MASKS)
+def test_masks_of_another_attention_are_refused_in_the_pass_that_they_come_in(change):
+    model = tiny_model("llama")
+    with kvcar.attach(model, kvcar.lossless(model)) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(token_ids(100), past_key_values=cache)
+        handle = _with_mask(model.model.layers[2], change)
+        with pytest.raises(UnsupportedModelError, match="is not that of causal attention"):
+            model(token_ids(30), past_key_values=cache)
+        handle.remove()
+        assert cache.tokens == 100
+        model(token_ids(30), past_key_values=cache)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_that_becomes_bidirectional_while_attached_is_refused(implementation):
+    model = tiny_model("llama")
+    model.set_attn_implementation(implementation)
+    with kvcar.attach(model, kvcar.lossless(model)) as attached, torch.no_grad():
+        model.config.is_causal = False
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+        with pytest.raises(UnsupportedModelError, match=r"later tokens|is not that of causal"):
+            model(token_ids(30), past_key_values=attached.new_cache())
+
+
+def test_gradients_are_refused_where_they_would_be_left_out():
+    model = tiny_model("llama")
+    with kvcar.attach(model, kvcar.lossless(model)) as attached:
+        logits = model(token_ids(30), past_key_values=attached.new_cache()).logits
+        with pytest.raises(UnsupportedModelError, match="gradients do not pass"):
+            logits.sum().backward()
+
+
+def test_a_model_made_of_the_config_of_an_attached_one_is_a_model_like_others():
+    model = tiny_model("llama")
+    with kvcar.attach(model, kvcar.lossless(model)):
+        other = type(model)(model.config).eval()
+        expected = other(token_ids(20)).logits
+        with kvcar.attach(other, kvcar.lossless(other)) as attached:
+            torch.testing.assert_close(other(token_ids(20), past_key_values=attached.new_cache()).logits, expected)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_attention_weights_that_the_config_asks_for_are_refused():
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with pytest.raises(UnsupportedModelError, match="output_attentions"):
+        kvcar.attach(model, kvcar.lossless(model))
+    assert model.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -194,7 +194,7 @@ class Attachment:
         if cache is None:
             return
         self._refuse_switched()
-        if kwargs.get("output_attentions"):
+        if kwargs.get("output_attentions", self.model.config.get_text_config().output_attentions):
             raise UnsupportedModelError(
                 "attention weights are never formed with a compressed cache; leave output_attentions off"
             )

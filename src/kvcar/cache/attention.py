@@ -107,6 +107,8 @@ def stand_in_for(base: str) -> str:
     Raises:
         UnsupportedModelError: ``base`` is an implementation whose masks kvcar does not know.
     """
+    # The config of a model that is attached may be another one's too.
+    base = base.removeprefix(STAND_IN_PREFIX)
     if base not in _BASES:
         raise UnsupportedModelError(
             f"the model uses attention implementation {base!r}; kvcar stands in for {' and '.join(_BASES)}; load the "
@@ -138,10 +140,15 @@ def _attention(
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     softcap = kwargs.pop("softcap", None)
     _refuse_unknown(dropout, kwargs)
+    _refuse_not_causal(module, query, attention_mask, kwargs.get("is_causal"))
     scale: float = scaling or float(query.shape[-1]) ** -0.5
     if torch.compiler.is_compiling():
-        return attend_layer(query, key, value, scale, softcap, layer, current.handle), None
-    return cache.attend(layer, query, scale, softcap), None
+        return attend_layer(query, key, value, attention_mask, scale, softcap, layer, current.handle), None
+    cache.check_given(layer, key, value, attention_mask)
+    with torch.no_grad():
+        output = cache.attend(layer, query, scale, softcap)
+    differentiable = torch.is_grad_enabled() and query.requires_grad
+    return cast(Tensor, _NotDifferentiable.apply(output, query)) if differentiable else output, None
 
 
 def _base_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -166,16 +173,45 @@ def _refuse_unknown(dropout: float, kwargs: dict[str, Any]) -> None:
         )
 
 
+def _refuse_not_causal(module: nn.Module, query: Tensor, mask: Tensor | None, is_causal: bool | None) -> None:
+    """Where there is no mask, the module or its call says whether later tokens are seen; a mask says so itself."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is None and query.shape[2] > 1 and not causal:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends to later tokens too (is_causal is False), and a compressed cache is causal"
+        )
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """Attention whose gradient is refused instead of left out, as soon as anybody asks for it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, query: Tensor) -> Tensor:
+        """Give the output as it is."""
+        del ctx, query
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:
+        """Refuse."""
+        del ctx, gradients
+        raise UnsupportedModelError(
+            "gradients do not pass through a compressed cache; run the model without one (use_cache=False) to train it"
+        )
+
+
 # A CUDA graph would replay the kernels of one step for ever; the tag makes the compiler cut its graphs around the operator.
 @torch.library.custom_op(
     "kvcar::attend_layer",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, float scaling, float? softcap, int layer, int handle) -> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling, float? softcap, int layer, int handle) "
+    "-> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def attend_layer(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, layer: int, handle: int
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, layer: int,
+    handle: int,
+) -> Tensor:  # fmt: skip
     """``write`` and ``attend`` of a coded layer in one, for compiled models."""
     current = _alive.get(handle)
     cache = None if current is None else current.cache
@@ -186,13 +222,15 @@ def attend_layer(
         )
     # Compiled code uses the memory of its tensors again, while the cache holds on to these to the end of the pass.
     cache.write(layer, key.clone(), value.clone())
+    cache.check_mask(mask)
     return cache.attend(layer, query, scaling, softcap)
 
 
 @attend_layer.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, layer: int, handle: int
-) -> Tensor:
-    del key, value, scaling, softcap, layer, handle
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, layer: int,
+    handle: int,
+) -> Tensor:  # fmt: skip
+    del key, value, mask, scaling, softcap, layer, handle
     batch, heads, tokens, dim = query.shape
     return query.new_empty(batch, tokens, heads, dim)

@@ -22,6 +22,7 @@ from ..geometry import KINDS, Slot
 from ..models.rotation import evaluating
 from ..models.structure import cache_argument
 from ..plan import Block, CacheConfig, Plan
+from .attention import STAND_IN_PREFIX
 from .cache import KVCarCache
 
 _log = logging.getLogger("kvcar")
@@ -97,7 +98,12 @@ def check_against(model: PreTrainedModel, bundle: Bundle, expected: Tensor) -> N
 
 
 def _key(model: PreTrainedModel, bundle: Bundle) -> tuple[object, ...]:
-    return bundle.plan.geometry, bundle.plan.coded_layers, bundle.plan.sinks, model.dtype, str(model.device)
+    """What the trial depends on, but for weights."""
+    plan, config = bundle.plan, model.config
+    attention = str(config.get_text_config()._attn_implementation).removeprefix(STAND_IN_PREFIX)
+    settings = config.to_json_string(use_diff=False).replace(STAND_IN_PREFIX, ""), attention
+    causal = tuple(getattr(module, "is_causal", None) for module in model.modules())
+    return plan.geometry, plan.coded_layers, plan.sinks, model.dtype, str(model.device), settings, causal
 
 
 def _logits(model: PreTrainedModel, new_cache: Callable[[], Cache]) -> Tensor:

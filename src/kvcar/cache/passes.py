@@ -10,7 +10,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..bundle import Bundle
-from ..errors import CacheStateError
+from ..errors import CacheStateError, UnsupportedModelError
 from ..kernels.attend import ExactPast, PagedPast, attend
 from ..kernels.backend import Backend, backend_for
 from ..sizes import coded_tokens
@@ -19,7 +19,7 @@ from .decoded import DecodedPast
 from .encode import encode_oldest, stored_plainly, without_lost
 from .layer import CodedLayer
 from .pages import PageStore, PageViews
-from .sequence import SequenceState, exact_mask, sink_places
+from .sequence import SequenceState, exact_mask, is_causal_mask, sink_places
 
 
 class PassCache(Cache):
@@ -68,7 +68,7 @@ class PassCache(Cache):
         self._next_state = state
         self._pass_tokens = tokens
         self.backend = backend_for(state.padding.device)
-        self._mask, self._mask_known = None, False
+        self._mask, self._mask_known, self._mask_given = None, False, None
         for layer in self._coded.values():
             layer.open = True
 
@@ -92,7 +92,7 @@ class PassCache(Cache):
         self._seen += self._pass_tokens
         for layer in self._coded.values():
             layer.open = False
-        self._mask, self._mask_known = None, False
+        self._mask, self._mask_known, self._mask_given = None, False, None
         self._broken = False
 
     def codes(self, layer: int) -> bool:
@@ -103,6 +103,39 @@ class PassCache(Cache):
     def paged_tokens(self) -> int:
         """Tokens of each sequence that lie in pages."""
         return 0 if self._pages is None else self._pages.tokens
+
+    def check_given(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+        """Refuse keys and values ``[B, H, T, D]`` for attention that are not those stored, and masks; see ``check_mask``.
+
+        Raises:
+            UnsupportedModelError: a model changes them in between.
+        """
+        stored = self._coded[layer].pending
+        assert stored is not None
+        for name, given, own in zip(("keys", "values"), (key, value), stored, strict=True):
+            if given is not own and not (given.shape == own.shape and torch.equal(given.to(own.dtype), own)):
+                raise UnsupportedModelError(
+                    f"the {name} that attention of layer {layer} is given, {given.dtype} {tuple(given.shape)}, are not those "
+                    f"that the cache was given, {own.dtype} {tuple(own.shape)}: this model changes them in between, which a "
+                    "compressed cache cannot honour"
+                )
+        self.check_mask(mask)
+
+    def check_mask(self, mask: Tensor | None) -> None:
+        """Refuse a mask for attention of coded layers that is not causal with left padding; looks at each mask once a pass.
+
+        Raises:
+            UnsupportedModelError: it hides other tokens, or adds to scores.
+        """
+        assert self._next_state is not None
+        if mask is None or mask is self._mask_given:
+            return
+        if not is_causal_mask(mask, self._next_state, self._seen, self._pass_tokens):
+            raise UnsupportedModelError(
+                f"the mask that attention is given, {mask.dtype} {tuple(mask.shape)}, is not that of causal attention to all "
+                f"{self._seen + self._pass_tokens} tokens but padding, which is all that a compressed cache can honour"
+            )
+        self._mask_given = mask
 
     def attend(self, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
         """Attention of a coded layer over the past and the tokens of the pass under way; ``[B, T, Hq, D]``."""
@@ -188,6 +221,7 @@ class PassCache(Cache):
         self._views = PageViews(self.plan.sinks)
         self._mask: Tensor | None = None
         self._mask_known = False
+        self._mask_given: Tensor | None = None
         self._broken = False
 
     def _refuse_if_broken(self) -> None:

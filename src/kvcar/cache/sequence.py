@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import CacheStateError, InputError
 
 _NEVER = torch.iinfo(torch.int64).max
+_MASK_ELEMENTS_AT_ONCE = 1 << 22
 
 
 class SequenceState:
@@ -177,6 +178,31 @@ def exact_mask(state: SequenceState, seen: int, paged: int, tokens: int, sinks: 
         reached = (sink < paged)[:, None, :].expand(-1, tokens, -1)
         visible = torch.cat([reached, visible.expand(len(sink), -1, -1)], dim=-1)
     return visible[:, None]
+
+
+def is_causal_mask(mask: Tensor, state: SequenceState, seen: int, tokens: int) -> bool:
+    """Whether a mask shows every token that is no padding exactly itself and all tokens before it that are none.
+
+    Args:
+        mask: ``[B or 1, H or 1, T, S]``: bool, True where a query may attend, or 0 there and the dtype's lowest elsewhere.
+        state: of the pass under way.
+        seen: tokens of earlier passes; tokens: those of this pass.
+    """
+    batch, total, device = len(state.padding), seen + tokens, state.padding.device
+    if mask.ndim != 4 or mask.shape[2:] != (tokens, total) or mask.shape[0] not in (1, batch):
+        return False
+    index, right = torch.arange(total, device=device), torch.ones((), dtype=torch.bool, device=device)
+    query = index[seen:]
+    rows = max(1, _MASK_ELEMENTS_AT_ONCE // (mask.shape[1] * tokens * total))
+    for start in range(0, batch, rows):
+        own = mask if mask.shape[0] == 1 else mask[start : start + rows]
+        shown = own if own.dtype == torch.bool else own == 0
+        if own.dtype != torch.bool:
+            right &= (shown | (own <= torch.finfo(own.dtype).min / 2)).all()
+        padding = state.padding[start : start + rows, None]
+        expected = (index <= query[:, None]) & (index >= padding)[:, None, :]
+        right &= ((shown == expected[:, None]) | (query < padding)[:, None, :, None]).all()
+    return bool(right)
 
 
 def sink_places(state: SequenceState, start: int, leave: int, sinks: int) -> Tensor | None:
