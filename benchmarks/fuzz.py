@@ -25,7 +25,7 @@ import typer
 RESULTS = Path(__file__).parent / "results"
 # Seconds of the processor for a case, and on the clock before a process counts as hanging: other work may go first.
 MEMORY_BYTES, SECONDS, DEAD_SECONDS = 1 << 30, 10, 600
-_CASES_PER_PROCESS = 2500
+_CASES_PER_PROCESS, _CASES_PER_LINE = 20_000, 2500
 
 
 @dataclass
@@ -160,10 +160,12 @@ def main(
                     tally.add(seed, outcome)
                     if "fault" in outcome:
                         print(f"{kind} {seed}: {outcome['fault']}", flush=True)
-                print(f"{kind}: {tally.cases} cases, {tally.works} work, {len(tally.faults)} faults", flush=True)
-                # Of what was run so far, so that a run may be ended early.
-                minutes = (time.perf_counter() - started) / 60
-                write_record(output / f"{name}.json", tallies, minutes, config)
+                    if tally.cases % _CASES_PER_LINE and tally.cases < count:
+                        continue
+                    print(f"{kind}: {tally.cases} cases, {tally.works} work, {len(tally.faults)} faults", flush=True)
+                    # Of what was run so far, so that a run may be ended early.
+                    minutes = (time.perf_counter() - started) / 60
+                    write_record(output / f"{name}.json", tallies, minutes, config)
     if any(tally.faults for tally in tallies.values()):
         raise typer.Exit(1)
 
