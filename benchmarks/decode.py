@@ -23,7 +23,7 @@ from kvcar.bundle import Bundle
 from kvcar.cache.attach import PREFILL_CHUNK_TOKENS, attach
 from kvcar.errors import InputError, KVCarError
 from kvcar.geometry import BFLOAT16_BYTES
-from kvcar.models.geometry import read_geometry
+from kvcar.models.geometry import geometry_of
 from kvcar.models.load import load_model
 from kvcar.record import Record
 from kvcar.sizes import compressed_size, full_size, parse_bytes, what_fits
@@ -69,7 +69,7 @@ def main(
     bundles, pace = read_bundles(bundle or []), Pace(rounds, steps, prefill_chunk, seed)
     lengths, budget = _lengths(contexts), parse_bytes(memory)
     source, loaded = read_text(text), load_model(model, dtype, device)
-    geometry = read_geometry(loaded.model.config)
+    geometry = geometry_of(loaded.model)
     check_contexts(lengths, pace, geometry.max_positions)
     ids = token_windows(loaded.tokenizer, source.text, lengths[-1] + pace.tokens, batch).to(loaded.model.device)
     unattached = twin(loaded.model)
@@ -105,7 +105,7 @@ def _lengths(contexts: str) -> list[int]:
 def _quantized(model: PreTrainedModel, chosen: str) -> list[Runner]:
     """Quantised caches of transformers; one whose package is missing is told and left out."""
     names = [] if chosen == "none" else chosen.split(",")
-    found, missing = quantized_contenders(model.config, read_geometry(model.config), names)
+    found, missing = quantized_contenders(model.config, geometry_of(model), names)
     for name, reason in missing.items():
         print(f"left out: {name}: {reason}", flush=True)
     return [Runner(each.name, "transformers", model, each.make, dict(each.config)) for each in found]

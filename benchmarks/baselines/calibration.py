@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from kvcar.fit.statistics import Statistics, collect_statistics, sample_stride
 from kvcar.geometry import Slot
 from kvcar.kernels.rotary import RotaryTable
-from kvcar.models.geometry import read_geometry
+from kvcar.models.geometry import geometry_of
 from kvcar.models.rotation import learn_rotations
 from kvcar.progress import OnProgress, silent
 
@@ -48,7 +48,7 @@ class Calibration:
 
     def __init__(self, model: PreTrainedModel, windows: Tensor, on_progress: OnProgress = silent) -> None:
         self.model, self.windows = model, windows
-        self.geometry = read_geometry(model.config)
+        self.geometry = geometry_of(model)
         self._tell = on_progress
         self._principal: dict[Block, Principal] = {}
 

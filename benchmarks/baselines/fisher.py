@@ -30,7 +30,7 @@ def fisher_of_blocks(calibration: Calibration, blocks: tuple[Block, ...]) -> tup
     Raises:
         InputError: the model's attention has no separate ``k_proj`` and ``v_proj``.
     """
-    attention = find_decoder(calibration.model, calibration.geometry.layers).attention
+    attention = find_decoder(calibration.model).attention
     weights = []
     for block in blocks:
         projection = getattr(attention[block[0].layer], _PROJECTIONS[block[0].kind], None)

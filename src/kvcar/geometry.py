@@ -48,17 +48,21 @@ _Tokens = Annotated[int, Field(ge=1, le=2**31)]
 
 
 class KVGeometry(StrictModel):
-    """What of a model's config decides the shape of its KV cache.
+    """The shape of a model's KV cache, and which of its layers may be compressed.
 
     Attributes:
-        layers: attention layers.
-        kv_heads: key/value heads of a layer (``H``).
-        query_heads: query heads of a layer (``Hq``), a multiple of ``kv_heads``.
-        head_dim: width of one head's key or value (``D``).
+        layers: layers of the cache.
+        kv_heads: key/value heads of a layer that may be compressed (``H``).
+        query_heads: query heads of such a layer (``Hq``), a multiple of ``kv_heads``.
+        head_dim: width of one head's key or value there (``D``).
         rotary: whether keys are rotated by position (RoPE) before they reach the cache.
         max_positions: positions the model was built for.
         sliding_layers: layers that attend to a sliding window only; they stay exact.
         sliding_window: tokens such a layer attends to, 0 where no layer slides.
+        own_layers: layers whose cache stays the model's own: states of a fixed size (linear attention, Mamba, convolutions), nothing
+            (experts, or keys and values of another layer), and what kvcar cannot compress.
+        layer_elements: key and value elements of every layer for one token, 0 where they do not grow with the text; empty where
+            all layers are alike.
     """
 
     layers: _Layers
@@ -69,30 +73,45 @@ class KVGeometry(StrictModel):
     max_positions: _Tokens
     sliding_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False, max_length=4096)
     sliding_window: Annotated[int, Field(ge=0, le=2**31)] = 0
+    own_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False, max_length=4096)
+    layer_elements: tuple[Annotated[int, Field(ge=0, le=2**31)], ...] = Field(default=(), strict=False, max_length=4096)
 
     @model_validator(mode="after")
     def _bounded(self) -> KVGeometry:
         if self.layers * self.kv_heads > _LARGEST_HEADS:
             raise ValueError(f"{self.layers} layers of {self.kv_heads} heads are beyond every model")
-        if len({layer for layer in self.sliding_layers if layer < self.layers}) != len(self.sliding_layers):
-            raise ValueError("sliding_layers names a layer twice, or one that the model does not have")
+        named = (*self.sliding_layers, *self.own_layers)
+        if len({layer for layer in named if layer < self.layers}) != len(named):
+            raise ValueError("sliding_layers and own_layers name a layer twice, or one that the model does not have")
+        if self.layer_elements and len(self.layer_elements) != self.layers:
+            raise ValueError(f"layer_elements has {len(self.layer_elements)} numbers for {self.layers} layers")
+        if any(self.elements_of(layer) != self.layer_elements_per_token for layer in self.codable_layers):
+            raise ValueError("layer_elements of a layer that may be compressed is not what its heads make")
         return self
 
     @property
     def codable_layers(self) -> tuple[int, ...]:
         """Layers that attend to the whole past, and so may be compressed."""
-        return tuple(layer for layer in range(self.layers) if layer not in self.sliding_layers)
+        other = {*self.sliding_layers, *self.own_layers}
+        return tuple(layer for layer in range(self.layers) if layer not in other)
 
     @property
     def layer_elements_per_token(self) -> int:
-        """Key and value elements of one layer for one token."""
+        """Key and value elements of one layer that may be compressed, for one token."""
         return 2 * self.kv_heads * self.head_dim
 
+    def elements_of(self, layer: int) -> int:
+        """Key and value elements that a layer takes for one token, as long as it keeps it."""
+        return self.layer_elements[layer] if self.layer_elements else self.layer_elements_per_token
+
+    def kept_elements(self, layer: int, tokens: int) -> int:
+        """Elements that a layer of the model's own cache keeps of ``tokens`` tokens; a sliding one keeps its window less one."""
+        kept = min(tokens, max(self.sliding_window - 1, 0)) if layer in self.sliding_layers else tokens
+        return kept * self.elements_of(layer)
+
     def full_bytes(self, tokens: int) -> int:
-        """Bytes of the model's own cache in bfloat16 for one sequence; a sliding layer keeps its window less one."""
-        kept_sliding = min(tokens, max(self.sliding_window - 1, 0))
-        kept = len(self.codable_layers) * tokens + len(self.sliding_layers) * kept_sliding
-        return kept * self.layer_elements_per_token * BFLOAT16_BYTES
+        """Bytes of the model's own cache in bfloat16 for one sequence; states of a fixed size are not counted."""
+        return sum(self.kept_elements(layer, tokens) for layer in range(self.layers)) * BFLOAT16_BYTES
 
     def slots(self, kind: Kind | None = None) -> Iterator[Slot]:
         """All slots of the layers that may be compressed, layer by layer, keys before values."""
@@ -103,6 +122,6 @@ class KVGeometry(StrictModel):
                     yield Slot(layer, head, each_kind)
 
     def __contains__(self, slot: object) -> bool:
-        if not isinstance(slot, Slot) or slot.layer in self.sliding_layers:
+        if not isinstance(slot, Slot) or slot.layer in self.sliding_layers or slot.layer in self.own_layers:
             return False
         return 0 <= slot.layer < self.layers and 0 <= slot.head < self.kv_heads

@@ -83,11 +83,8 @@ def stored_bytes(plan: Plan, tokens: int, model_bytes: int, batch: int = 1) -> i
     coded = coded_tokens(tokens, plan.window, plan.page_tokens)
     pages = allocated_pages(-(-coded // plan.page_tokens)) * page_layout(plan, exact_bytes).page_bytes
     exact = (plan.sinks + window_capacity(tokens - coded)) * geometry.layer_elements_per_token * exact_bytes
-    kept = 0
-    for layer in range(geometry.layers):
-        if layer not in plan.coded_layers:
-            seen = min(tokens, geometry.sliding_window - 1) if layer in geometry.sliding_layers else tokens
-            kept += seen * geometry.layer_elements_per_token * model_bytes
+    others = set(range(geometry.layers)) - set(plan.coded_layers)
+    kept = sum(geometry.kept_elements(layer, tokens) for layer in others) * model_bytes
     tables = table_bytes(plan, tokens, batch) if plan.coded_layers else 2 * 8 * batch
     return batch * (pages + exact * len(plan.coded_layers) + kept) + tables
 

@@ -152,7 +152,7 @@ def test_what_a_dead_attachment_leaves_is_refused():
     gc.collect()
     query = torch.randn(1, 2, 1, 16)
     with pytest.raises(UnsupportedModelError, match="compiled for an attachment that is gone"):
-        attend_layer(query, query, query, None, 1.0, None, 0, handle)
+        attend_layer(query, query, query, None, 1.0, None, None, 0, handle)
 
 
 def test_a_layer_that_is_passed_over_is_noticed():

@@ -53,20 +53,24 @@ def changed(config, name, value):
     [
         (T5Config(), "encoder-decoder"),
         (DeepseekV3Config(), "MLA"),
-        (changed(LlamaConfig(), "rope_parameters", {"rope_type": "longrope"}), "angles change"),
         (changed(LlamaConfig(), "num_key_value_heads", [8, 4]), "one positive whole number"),
     ],
-    ids=["T5", "DeepSeek", "longrope", "uneven heads"],
+    ids=["T5", "DeepSeek", "uneven heads"],
 )
 def test_caches_of_another_kind_are_refused(config, message):
     with pytest.raises(UnsupportedModelError, match=message):
         read_geometry(config)
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_keys_turned_by_angles_that_change_are_not_turned_back(kind):
+    assert not read_geometry(changed(LlamaConfig(), "rope_parameters", {"rope_type": kind})).rotary
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_the_decoder_of_a_single_layer_is_not_the_layer(name):
     model = tiny_model(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 1})
-    assert find_decoder(model, 1).decoder is model.base_model
+    assert find_decoder(model).decoder is model.base_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, Cohere2Config, GlmConfig, NanoCha
 from kvcar.geometry import KVGeometry
 from kvcar.models.geometry import read_geometry
 from kvcar.models.rotation import learn_rotations
-from kvcar.models.structure import WatchingCache, find_decoder
+from kvcar.models.structure import find_decoder
+from kvcar.models.watching import WatchingCache
 
 SMALL = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -36,8 +37,10 @@ def rest_after_unrotating(model):
         rests[layer] = float((back - back.mean(2, keepdim=True)).norm() / back.norm())
 
     with torch.no_grad():
-        find_decoder(model, geometry.layers).decoder(
-            input_ids=torch.full((1, 200), 5), past_key_values=WatchingCache(geometry, take), use_cache=True
+        find_decoder(model).decoder(
+            input_ids=torch.full((1, 200), 5),
+            past_key_values=WatchingCache(model.config, geometry, take),
+            use_cache=True,
         )
     return rests
 
@@ -81,10 +84,11 @@ def test_layers_with_the_same_rotation_share_its_tables():
 def test_keys_that_cannot_be_turned_back_are_left_as_they_are_and_logged(caplog, monkeypatch):
     model = tiny_model("llama")
     attention = model.model.layers[1].self_attn
-    original = attention.k_proj.forward
+    original, calls = attention.k_proj.forward, []
 
     def by_position(x):
-        return original(x) * (1 + torch.arange(x.shape[1])[None, :, None])
+        calls.append(x)
+        return original(x) * (1 + torch.arange(x.shape[1])[None, :, None]) * len(calls)
 
     monkeypatch.setattr(attention.k_proj, "forward", by_position)
     with caplog.at_level(logging.WARNING, logger="kvcar.models"):

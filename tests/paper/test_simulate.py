@@ -87,7 +87,7 @@ def test_gradients_reach_every_unit_and_no_weight():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_a_frozen_prefix_changes_nothing(family):
     model = tiny_model(family)
-    stack = LayerStack(model, 4)
+    stack = LayerStack(model)
     ids = token_ids(24, batch=2)
     with torch.no_grad():
         expected = model(input_ids=ids).logits

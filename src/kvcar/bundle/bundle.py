@@ -27,7 +27,7 @@ from ..codecs import CODECS, Codec, Quantizer, Stored, checked, read_quantizer
 from ..errors import BundleError, ModelMismatchError, PlanError, require
 from ..geometry import BFLOAT16_BYTES
 from ..models.fingerprint import Fingerprint, fingerprint, mismatch
-from ..models.geometry import read_geometry
+from ..models.geometry import geometry_of
 from ..plan import FORMAT_VERSION, Block, Plan
 from ..sizes import REFERENCE_TOKENS, size_in_words, stored_bytes
 from .card import model_card
@@ -148,7 +148,7 @@ class Bundle:
         Raises:
             ModelMismatchError: with what differs.
         """
-        geometry = read_geometry(model.config)
+        geometry = geometry_of(model)
         wanted = self.plan.geometry
         if geometry != wanted:
             fields = [f for f in type(wanted).model_fields if getattr(geometry, f) != getattr(wanted, f)]

@@ -26,6 +26,7 @@ from ..errors import AttachError, InputError, UnsupportedModelError
 from ..geometry import BFLOAT16_BYTES
 from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
+from ..models.interface import base_of, implementation_of, switch
 from ..models.rotation import learn_rotations
 from ..models.structure import (
     CACHE_NAME,
@@ -34,6 +35,7 @@ from ..models.structure import (
     cache_argument,
     check_is_model,
     find_decoder,
+    own_cache_layers,
 )
 from ..models.weights import active_adapters, weights_state
 from ..progress import OnProgress, counter, silent
@@ -43,6 +45,7 @@ from .attention import Current, set_current, stand_in_for, uncompiled
 from .cache import KVCarCache
 from .coder import PageCoder
 from .encode import stored_plainly
+from .masks import padding_mask, text_positions
 
 PREFILL_CHUNK_TOKENS = 512
 _LOGGED_TOKENS = 4096
@@ -77,19 +80,21 @@ class Attachment:
         self._weights = weights_state(model)
         self._coders: dict[str, PageCoder] = {}
         self._current = Current()
-        self._parts = find_decoder(model, bundle.plan.geometry.layers)
+        self._parts = find_decoder(model)
+        types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
+        self._codable = {types[layer] for layer in bundle.plan.geometry.codable_layers if layer < len(types)}
         self.new_cache()  # a bad window is refused now, not in the first generate
-        self._base = str(model.config.get_text_config()._attn_implementation)
-        self._stand_in = stand_in_for(self._base)
+        self._stand_in = stand_in_for(base_of(self._parts.decoder))
         expected = guard.reference_logits(model, bundle)
         self._rotations = learn_rotations(model, bundle.plan.geometry)
         self._handles = [
+            *(m.register_forward_pre_hook(self._before_entry, with_kwargs=True) for m in self._parts.entries[:-1]),
             self._parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self._parts.decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
         ]
-        for module in self._parts.attention:
-            set_current(module, self._current)
-        self._set_attention(self._stand_in)
+        for module, layers in self._parts.readers.items():
+            set_current(module, self._current, layers)
+        self._switch_back = switch(self._parts.decoder, self._stand_in)
         # The checkpoint's own preference, which attaching outweighs; what a caller of `generate` asks for stays.
         self._own_implementation = model.generation_config.cache_implementation
         model.generation_config.cache_implementation = None
@@ -121,9 +126,9 @@ class Attachment:
         """Take away all that was added to the model."""
         for handle in self._handles:
             handle.remove()
-        for module in self._parts.attention:
+        for module in self._parts.readers:
             set_current(module, None)
-        self._set_attention(self._base)
+        self._switch_back()
         self.model.generation_config.cache_implementation = self._own_implementation
         self.model.__dict__.pop(_PREPARE, None)
 
@@ -185,7 +190,20 @@ class Attachment:
         """Say how a layer rotates its keys; None where it does not."""
         return self._rotations.get(layer)
 
+    def own_layers(self) -> list[Any]:
+        """Make the layers of the model's own cache, empty."""
+        return own_cache_layers(self.model.config)
+
     # Hooks
+
+    @uncompiled
+    def _before_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module around the decoder may make the decoder's mask: what it was given itself says more."""
+        del module
+        mask = kwargs.get("attention_mask")
+        cache = _given_cache(args, kwargs)
+        if cache is not None and isinstance(mask, Tensor) and mask.ndim == 2:
+            self._current.mask = mask
 
     @uncompiled
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,17 +224,16 @@ class Attachment:
         inputs = args[0] if inputs is None else inputs
         if cache.tokens == 0 or inputs.shape[1] > 1:
             self.check_weights()
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise UnsupportedModelError("a compressed cache takes 2-D attention masks (left padding) only")
+        outer, self._current.mask = self._current.mask, None
+        mask = padding_mask(kwargs.get("attention_mask"), outer, inputs.shape[:2], cache.tokens, self._codable)
         _refuse_capture(inputs)
         with stored_plainly(self._parts.device):
-            cache.begin_pass(self, inputs.shape[0], inputs.shape[1], mask, kwargs.get("position_ids"))
+            cache.begin_pass(self, inputs.shape[0], inputs.shape[1], mask, text_positions(kwargs.get("position_ids")))
         self._current.cache = cache
 
     def _refuse_switched(self) -> None:
         """Another implementation would not read the compressed past."""
-        now = str(self.model.config.get_text_config()._attn_implementation)
+        now = implementation_of(self._parts.decoder)
         if now != self._stand_in:
             raise AttachError(
                 f"the model's attention was switched to {now!r} while it was attached, so that the compressed past would "
@@ -230,11 +247,6 @@ class Attachment:
         # Of a pass that failed there is no output.
         if cache is not None and output is not None:
             cache.end_pass()
-
-    def _set_attention(self, implementation: str) -> None:
-        """Of the decoder only: a vision tower beside it keeps its own."""
-        decoder = self._parts.decoder
-        (decoder if isinstance(decoder, PreTrainedModel) else self.model).set_attn_implementation(implementation)
 
 
 def attach(

@@ -7,29 +7,23 @@ one opaque operator, whose handle says where the cache of the pass is; what the 
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable
-from functools import partial
 from itertools import count
 from typing import Any, NoReturn, SupportsIndex, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import AttachError, UnsupportedModelError
+from ..models.interface import base_function, honoured, register
+from ..models.structure import HONOURED
 from .cache import KVCarCache
 
 STAND_IN_PREFIX = "kvcar_"
-_BASES = ("sdpa", "eager")
-_IGNORED = {
-    "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states",
-    "output_router_logits",
-}  # fmt: skip
+# Of what a model's attention reads: known to be of no consequence where the past is causal and complete.
+_IGNORED = {"is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "sliding_window"}
 _ATTRIBUTE = "kvcar_current"
 
 _handles = count()
@@ -74,6 +68,15 @@ class Current:
                 self._in_a_pass.add(threading.get_ident())
         self._by_thread.cache = cache
 
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask ``[B, N]`` that a module around the decoder was given in this pass."""
+        return getattr(self._by_thread, "mask", None)
+
+    @mask.setter
+    def mask(self, mask: Tensor | None) -> None:
+        self._by_thread.mask = mask
+
     def close(self) -> None:
         """Let no pass begin any more; raises AttachError where another thread is in one, which would lose its past."""
         with self._lock:
@@ -93,30 +96,18 @@ class Current:
         )
 
 
-def set_current(module: nn.Module, current: Current | None) -> None:
-    """Tell an attention module where to look; None when its model is detached."""
+def set_current(module: nn.Module, current: Current | None, layers: tuple[int, ...] = ()) -> None:
+    """Tell an attention module where to look, and whose keys it reads; None when its model is detached."""
     if current is None:
         module.__dict__.pop(_ATTRIBUTE, None)
     else:
-        module.__dict__[_ATTRIBUTE] = current
+        module.__dict__[_ATTRIBUTE] = (current, layers)
 
 
 def stand_in_for(base: str) -> str:
-    """Register, if need be, and name the attention implementation that stands in for ``base``.
-
-    Raises:
-        UnsupportedModelError: ``base`` is an implementation whose masks kvcar does not know.
-    """
-    # The config of a model that is attached may be another one's too.
-    base = base.removeprefix(STAND_IN_PREFIX)
-    if base not in _BASES:
-        raise UnsupportedModelError(
-            f"the model uses attention implementation {base!r}; kvcar stands in for {' and '.join(_BASES)}; load the "
-            "model with attn_implementation='sdpa'"
-        )
+    """Register, if need be, and name the attention implementation that stands in for ``base``."""
     name = STAND_IN_PREFIX + base
-    AttentionInterface.register(name, partial(_attention, base))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    register(name, base, _attention)
     return name
 
 
@@ -132,41 +123,41 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer; see ``transformers.AttentionInterface`` for the arguments."""
-    current: Current | None = getattr(module, _ATTRIBUTE, None)
+    current, layers = getattr(module, _ATTRIBUTE, (None, ()))
     cache = None if current is None else current.cache
-    layer = getattr(module, "layer_idx", None)
-    if current is None or cache is None or layer is None or not cache.codes(layer):
-        function = _base_function(base, module)
+    layer = None if cache is None else _layer_read(cache, layers, key, value)
+    if current is None or cache is None or layer is None:
+        function = base_function(base, module)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    softcap = kwargs.pop("softcap", None)
-    _refuse_unknown(dropout, kwargs)
+    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    _refuse_unknown(base, module, dropout, kwargs)
     _refuse_not_causal(module, query, attention_mask, kwargs.get("is_causal"))
-    scale: float = scaling or float(query.shape[-1]) ** -0.5
+    scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
     if torch.compiler.is_compiling():
-        return attend_layer(query, key, value, attention_mask, scale, softcap, layer, current.handle), None
+        return attend_layer(query, key, value, attention_mask, scale, softcap, sinks, layer, current.handle), None
     cache.check_given(layer, key, value, attention_mask)
     with torch.no_grad():
-        output = cache.attend(layer, query, scale, softcap)
+        output = cache.attend(layer, query, scale, softcap, sinks)
     differentiable = torch.is_grad_enabled() and query.requires_grad
     return cast(Tensor, _NotDifferentiable.apply(output, query)) if differentiable else output, None
 
 
-def _base_function(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """What the model itself would have called."""
-    if base != "eager":
-        return ALL_ATTENTION_FUNCTIONS[base]
-    # Transformers keeps eager attention next to each model, under this name.
-    return sys.modules[type(module).__module__].eager_attention_forward
+def _layer_read(cache: KVCarCache, layers: tuple[int, ...], key: Tensor, value: Tensor) -> int | None:
+    """Which coded layer's keys a module reads that reads those of ``layers``; None for a layer that is not coded."""
+    # Where it is not the very tensors, the cache looks whether it is their numbers.
+    layer = None if torch.compiler.is_compiling() else cache.layer_of(key, value)
+    return next(filter(cache.codes, layers), None) if layer is None else layer
 
 
-def _refuse_unknown(dropout: float, kwargs: dict[str, Any]) -> None:
+def _refuse_unknown(base: str, module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise UnsupportedModelError("a compressed cache is for inference; call model.eval() first (dropout is on)")
     if kwargs.get("output_attentions"):
         raise UnsupportedModelError(
             "attention weights are never formed with a compressed cache; leave output_attentions off"
         )
-    unknown = [name for name, given in kwargs.items() if given is not None and name not in _IGNORED]
+    asked = [name for name, given in kwargs.items() if given is not None and name not in _IGNORED | HONOURED]
+    unknown = [name for name in asked if name in honoured(base, module)]
     if unknown:
         raise UnsupportedModelError(
             f"the model asks for attention with {', '.join(unknown)}, which kvcar cannot honour in a compressed layer"
@@ -204,13 +195,13 @@ class _NotDifferentiable(torch.autograd.Function):
 @torch.library.custom_op(
     "kvcar::attend_layer",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling, float? softcap, int layer, int handle) "
-    "-> Tensor",
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? mask, float scaling, float? softcap, Tensor? sinks, int layer, "
+    "int handle) -> Tensor",
     tags=(torch.Tag.cudagraph_unsafe,),
 )
 def attend_layer(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, layer: int,
-    handle: int,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None,
+    sinks: Tensor | None, layer: int, handle: int,
 ) -> Tensor:  # fmt: skip
     """``write`` and ``attend`` of a coded layer in one, for compiled models."""
     current = _alive.get(handle)
@@ -223,14 +214,14 @@ def attend_layer(
     # Compiled code uses the memory of its tensors again, while the cache holds on to these to the end of the pass.
     cache.write(layer, key.clone(), value.clone())
     cache.check_mask(mask)
-    return cache.attend(layer, query, scaling, softcap)
+    return cache.attend(layer, query, scaling, softcap, sinks)
 
 
 @attend_layer.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, layer: int,
-    handle: int,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None,
+    sinks: Tensor | None, layer: int, handle: int,
 ) -> Tensor:  # fmt: skip
-    del key, value, mask, scaling, softcap, layer, handle
+    del key, value, mask, scaling, softcap, sinks, layer, handle
     batch, heads, tokens, dim = query.shape
     return query.new_empty(batch, tokens, heads, dim)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any, NoReturn, SupportsIndex
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -18,7 +19,7 @@ from ..geometry import BFLOAT16_BYTES
 from ..layout import page_layout
 from ..registry import Registry
 from .encode import stored_plainly, without_lost
-from .passes import PassCache
+from .passes import PassCache, is_state, states_of
 
 CONTEXT_STORE: Registry[Callable[..., Any]] = Registry("way to store contexts (import kvcar.context.stored)")
 """"save" and "load" of ``kvcar.context``, which registers them; the cache itself knows nothing of files."""
@@ -57,7 +58,9 @@ class KVCarCache(PassCache):
         fork = KVCarCache(self.bundle, self.plan.window, self._keeps_decoded)
         fork._state, fork._seen, fork._host = self._state, self._seen, self._host
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicLayer):
+            if is_state(layer):
+                fork.layers[index] = deepcopy(layer)
+            elif index not in self._coded:
                 # Its tensors are replaced, never written to.
                 fork.layers[index] = copy(layer)
         if self._pages is None:
@@ -90,20 +93,28 @@ class KVCarCache(PassCache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Pick sequences ``beam_idx`` int64 ``[B]`` for beam search."""
         self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
-        for layer in self._plain_layers():
-            layer.reorder_cache(beam_idx)  # pyright: ignore[reportArgumentType]  # annotated as a legacy LongTensor
+        for layer in self._other_layers():
+            layer.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times."""
+        places = torch.arange(self.batch_size if self._state is not None else 0).repeat_interleave(repeats)
         self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
-        for layer in self._plain_layers():
-            layer.batch_repeat_interleave(repeats)
+        for layer in self._other_layers():
+            if is_state(layer):
+                layer.reorder_cache(places)
+            else:
+                layer.batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep sequences ``indices``."""
+        places = torch.arange(self.batch_size if self._state is not None else 0)[indices.cpu()]
         self._map_batch(lambda x: x[indices])
-        for layer in self._plain_layers():
-            layer.batch_select_indices(indices)
+        for layer in self._other_layers():
+            if is_state(layer):
+                layer.reorder_cache(places)
+            else:
+                layer.batch_select_indices(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the most recent ``-tokens_to_remove`` tokens (a negative number, as transformers has it).
@@ -122,6 +133,11 @@ class KVCarCache(PassCache):
             raise InputError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         if removed == 0 or self._state is None:
             return
+        if any(is_state(layer) for layer in self.layers):
+            raise CacheStateError(
+                f"cannot remove {removed} of {self._seen} tokens, as layers that keep a state (linear attention, Mamba, convolutions) "
+                "cannot go back; reset the cache, or fork it before what is to be removed"
+            )
         kept = self._seen - removed
         paged = min(kept, self._pages.tokens) if self._pages else 0
         if kept < 0 or (paged and paged < self._state.padding_most + self.plan.sinks):
@@ -239,11 +255,12 @@ class KVCarCache(PassCache):
         return sum(parts.values())
 
     def stored_bytes_by_part(self) -> dict[str, int]:
-        """``stored_bytes`` in parts: pages, exact (sinks and window), plain (layers not coded), tables."""
+        """``stored_bytes`` in parts: pages, exact (sinks and window), plain (layers not coded, states too), tables."""
         state = 0 if self._state is None else self._state.nbytes
         host = self._host if self.paged_tokens else None
         rotaries = set() if host is None else {host.rotary(layer) for layer in self._coded}
         plain = [tensor for layer in self._plain_layers() for tensor in (layer.keys, layer.values)]
+        plain += [tensor for layer in self._other_layers() if is_state(layer) for tensor in states_of(layer)]
         return {
             "pages": 0 if self._pages is None else self._pages.nbytes,
             "exact": sum(layer.nbytes for layer in self._coded.values()),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -152,6 +152,10 @@ class Host(Protocol):
 
     def coder(self, bundle: Bundle) -> PageCoder:
         """Give the bundle made ready for the model's device and dtype."""
+        ...
+
+    def own_layers(self) -> list[Any]:
+        """Make the layers of the model's own cache, empty."""
         ...
 
     def rotary(self, layer: int) -> RotaryTable | None:

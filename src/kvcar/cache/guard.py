@@ -19,8 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from ..bundle import Bundle, CodedBlock
 from ..errors import KVCarError, UnsupportedModelError
 from ..geometry import KINDS, Slot
-from ..models.rotation import evaluating
-from ..models.structure import cache_argument
+from ..models.structure import cache_argument, evaluating
 from ..plan import Block, CacheConfig, Plan
 from .attention import STAND_IN_PREFIX
 from .cache import KVCarCache

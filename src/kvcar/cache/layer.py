@@ -36,6 +36,7 @@ class CodedLayer(CacheLayerMixin):
         self.in_window = 0
         self.buffers: tuple[Tensor, Tensor] | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
+        self._given: tuple[Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare: buffers are made when the first pass ends."""
@@ -59,6 +60,13 @@ class CodedLayer(CacheLayerMixin):
         # Under autocast keys come out of their rotation in float32, and values in what products give.
         dtype = torch.promote_types(key.dtype, value.dtype)
         self.pending = (key.to(dtype), value.to(dtype))
+        self._given = (key, value)
+
+    def gave(self, key: Tensor, value: Tensor) -> bool:
+        """Whether these are the very tensors that this layer was given in the pass under way."""
+        return (
+            self.pending is not None and self._given is not None and self._given[0] is key and self._given[1] is value
+        )
 
     def get_seq_length(self) -> int:
         """Tokens seen, padding included."""
@@ -119,7 +127,7 @@ class CodedLayer(CacheLayerMixin):
             self._fill_sinks(going, sink_source)
         self.paged += leave
         self.in_window = total
-        self.pending = None
+        self.pending = self._given = None
 
     def crop_window(self, tokens: int) -> None:
         """Keep the oldest ``tokens`` tokens of the window."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,17 @@ from .encode import encode_oldest, stored_plainly, without_lost
 from .layer import CodedLayer
 from .pages import PageStore, PageViews
 from .sequence import SequenceState, exact_mask, is_causal_mask, sink_places
+
+
+def is_state(layer: Any) -> bool:
+    """Whether a layer of a cache keeps a state that every token changes, instead of or beside keys and values."""
+    return hasattr(layer, "recurrent_states")
+
+
+def states_of(layer: Any) -> list[Tensor]:
+    """The tensors of such a state."""
+    kept = (*layer.conv_states.values(), *layer.recurrent_states.values())
+    return [tensor for tensor in kept if tensor is not None]
 
 
 class PassCache(Cache):
@@ -56,6 +68,7 @@ class PassCache(Cache):
         host.check_bundle(self.bundle)
         self._host = host
         if self._state is None:
+            self._take_own_layers(host)
             coder = host.coder(self.bundle)
             self._state = SequenceState(batch, coder.device)
             self._pages = PageStore(coder.units, coder.layout.page_bytes, self.plan.page_tokens)
@@ -137,12 +150,21 @@ class PassCache(Cache):
             )
         self._mask_given = mask
 
-    def attend(self, layer: int, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
-        """Attention of a coded layer over the past and the tokens of the pass under way; ``[B, T, Hq, D]``."""
+    def layer_of(self, key: Tensor, value: Tensor) -> int | None:
+        """Which coded layer gave ``key`` and ``value`` in the pass under way; another layer may attend with them too."""
+        return next((layer for layer, coded in self._coded.items() if coded.gave(key, value)), None)
+
+    def attend(
+        self, layer: int, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None
+    ) -> Tensor:
+        """Attention of a coded layer over the past and the tokens of the pass under way; ``[B, T, Hq, D]``.
+
+        ``sinks`` ``[Hq]``, where given, is one more score for each query head, that no value belongs to.
+        """
         exact, paged = self.past(layer)
         # Pages are decoded in float32, whatever the model computes its products in.
         with torch.autocast(query.device.type, enabled=False):
-            output = attend(query, exact, paged, scaling, softcap, self.backend).transpose(1, 2).contiguous()
+            output = attend(query, exact, paged, scaling, softcap, self.backend, sinks).transpose(1, 2).contiguous()
         assert self._next_state is not None
         lost = self._next_state.lost
         return output if lost is None else output.masked_fill(lost[:, None, None, None], torch.nan)
@@ -203,13 +225,25 @@ class PassCache(Cache):
             return DynamicSlidingWindowLayer(sliding_window=geometry.sliding_window)
         return DynamicLayer()
 
+    def _take_own_layers(self, host: Host) -> None:
+        """Layers that stay the model's own are those of its own cache; until a model is known others keep their places."""
+        if self.plan.geometry.own_layers:
+            layers = host.own_layers()
+            for layer in self.plan.geometry.own_layers:
+                self.layers[layer] = layers[layer]
+
     def _coded_layer(self, layer: int) -> CodedLayer:
         coded = self.layers[layer]
         assert isinstance(coded, CodedLayer)
         return coded
 
     def _plain_layers(self) -> list[DynamicLayer]:
+        """Layers of keys and values that are not coded."""
         return [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
+
+    def _other_layers(self) -> list[Any]:
+        """All layers that are not coded."""
+        return [layer for index, layer in enumerate(self.layers) if index not in self._coded]
 
     def _clear(self) -> None:
         self._seen = 0
@@ -230,13 +264,17 @@ class PassCache(Cache):
 
     def _drop_unfinished_pass(self) -> None:
         """Forget a pass that an exception or an interrupt ended before its tokens were stored."""
+        if self._next_state is not None and any(map(is_state, self.layers)):
+            raise CacheStateError(
+                "an earlier pass was interrupted and layers that keep a state cannot go back; reset the cache"
+            )
         self._next_state = None
         for coded in self._coded.values():
             coded.pending = None
             coded.open = False
         for layer in self._plain_layers():
             extra = layer.get_seq_length() - self._seen
-            if extra == 0:
+            if extra == 0 or (extra < 0 and not layer.is_initialized):
                 continue
             if extra < 0 or isinstance(layer, DynamicSlidingWindowLayer):
                 raise CacheStateError(

@@ -48,6 +48,12 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
     cache._drop_unfinished_pass()
     if cache._state is None or cache._pages is None or cache._seen == 0:
         raise CacheStateError("the cache holds no tokens yet, so there is nothing to save; run the model over some")
+    geometry = cache.plan.geometry
+    if geometry.own_layers or len({geometry.elements_of(layer) for layer in range(geometry.layers)}) > 1:
+        raise CacheStateError(
+            f"layers {list(geometry.own_layers or geometry.sliding_layers)} keep a state of the model's own kind, or heads of another "
+            "shape, which a stored context has no place for; keep the cache in memory (cache.fork() shares its pages)"
+        )
     source = cache if keep_window else _flushed(cache)
     lost = None if source._state is None else source._state.lost
     if lost is not None:

@@ -170,7 +170,7 @@ def _made_ready(
         )
     if attachment is None:
         bundle.check_model(model)
-        device = find_decoder(model, bundle.plan.geometry.layers).device
+        device = find_decoder(model).device
         return bundle, PageCoder(bundle, device, model.dtype)
     # Equal bundles need not be made ready twice.
     bundle = attachment.bundle if attachment.bundle.digest == bundle.digest else bundle

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from ..models.geometry import read_geometry
 from ..models.structure import cache_argument, find_decoder
 
 Text = tuple[Sequence[int], Sequence[int]]
@@ -42,7 +41,7 @@ class Scorer:
 
     def __init__(self, model: PreTrainedModel, new_cache: Callable[[], Cache], step_tokens: int) -> None:
         self._model, self._new_cache, self._step_tokens = model, new_cache, step_tokens
-        parts = find_decoder(model, read_geometry(model.config).layers)
+        parts = find_decoder(model)
         self._decoder: nn.Module = parts.decoder
         self._device = parts.device
 

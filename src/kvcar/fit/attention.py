@@ -31,6 +31,7 @@ def compressed_attention(
     exactly: Tensor,
     scaling: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention output ``[B, Hq, T, D]`` in the query's dtype.
 
@@ -41,6 +42,7 @@ def compressed_attention(
         exactly: see ``read_exactly``.
         scaling: factor on the scores.
         softcap: scores become ``softcap * tanh(score / softcap)`` where given.
+        sinks: ``[Hq]``, one more score for each query head that no value belongs to, where given.
     """
     batch, query_heads, tokens, head_dim = query.shape
     heads = exact[0].shape[1]
@@ -59,10 +61,18 @@ def compressed_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     later = torch.ones_like(exactly).triu(1)
-    weights = torch.softmax(scores.masked_fill_(later, -torch.inf), dim=-1)
+    weights = softmax_with_sinks(scores.masked_fill_(later, -torch.inf), sinks)
     output = weights @ decoded_values
     if single:
         output = output + weights.diagonal(dim1=-2, dim2=-1)[..., None] * (values - decoded_values)
     else:
         output = output + (weights * exactly) @ (values - decoded_values)
     return output.view(batch, query_heads, tokens, head_dim).to(query.dtype)
+
+
+def softmax_with_sinks(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights ``[B, H, G, T, S]`` of scores; sinks ``[H * G]``, where given, take a share that goes to no value."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1)
+    own = sinks.float().view(1, scores.shape[1], scores.shape[2], 1, 1).expand(*scores.shape[:-1], 1)
+    return torch.softmax(torch.cat([scores, own], dim=-1), dim=-1)[..., :-1]

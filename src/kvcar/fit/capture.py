@@ -16,7 +16,8 @@ from ..errors import FitError
 from ..geometry import KVGeometry, Slot
 from ..kernels.rotary import RotaryTable
 from ..models.rotation import learn_rotations
-from ..models.structure import WatchingCache, cache_argument, find_decoder
+from ..models.structure import cache_argument, find_decoder
+from ..models.watching import WatchingCache
 
 OnBlock = Callable[[int, Tensor], None]
 """(block index, vectors float32 ``[tokens, W]``) -> None, called once per block and window."""
@@ -38,14 +39,13 @@ def capture(
     Raises:
         FitError: keys or values are NaN or infinite.
     """
-    parts = find_decoder(model, geometry.layers)
+    parts = find_decoder(model)
     tables = learn_rotations(model, geometry)
     for window in windows:
         gather = _BlockGatherer(blocks, sinks, tables, on_block)
         ids = window[None].to(parts.device)
-        parts.decoder(
-            input_ids=ids, **cache_argument(parts.decoder, WatchingCache(geometry, gather.take)), use_cache=True
-        )
+        cache = WatchingCache(model.config, geometry, gather.take)
+        parts.decoder(input_ids=ids, **cache_argument(parts.decoder, cache), use_cache=True)
         yield len(window) - sinks
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..geometry import Kind, KVGeometry
 from ..models.attention_hook import AttentionHook, frozen
 from ..progress import OnProgress, counter, silent
+from .attention import softmax_with_sinks
 from .processes import own_share, total
 
 DAMPING = 0.3
@@ -30,7 +31,7 @@ class EffectProbe(AttentionHook):
     """Runs windows forwards and backwards and hands out the gradients that reach keys and values.
 
     Args:
-        model: a causal language model using sdpa attention; its parameters get no gradients.
+        model: a causal language model; its parameters get no gradients.
         geometry: its cache.
         sinks: first tokens, which are exact and left out.
         step_tokens: tokens fed at once, which read each other exactly.
@@ -67,7 +68,14 @@ class EffectProbe(AttentionHook):
             handle.remove()
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor | None:
         """See ``AttentionHook``; computes what the model would, and listens to what comes back."""
         if layer not in self.geometry.codable_layers:
@@ -88,7 +96,7 @@ class EffectProbe(AttentionHook):
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         later = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).triu(1)
-        weights = torch.softmax(scores.masked_fill(later, -torch.inf), dim=-1)
+        weights = softmax_with_sinks(scores.masked_fill(later, -torch.inf), sinks)
         output = weights @ value.float()[:, :, None]
 
         def hear_values(gradient: Tensor) -> None:

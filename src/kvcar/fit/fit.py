@@ -19,7 +19,7 @@ from ..cache.cache import KVCarCache
 from ..errors import AttachError, InputError, require
 from ..evaluate.fidelity import fidelity_figures, measure_fidelity
 from ..geometry import BFLOAT16_BYTES, KVGeometry
-from ..models.geometry import read_geometry
+from ..models.geometry import geometry_of
 from ..models.structure import check_is_model
 from ..plan import CacheConfig, Plan
 from ..progress import OnProgress, counter, silent
@@ -104,7 +104,7 @@ def fit(
     )
     if attachment_of(model) is not None:
         raise AttachError("this model is attached, and a fit needs it as it is; detach it first")
-    check_request(read_geometry(model.config), options, tokens, text_count(text), BFLOAT16_BYTES)
+    check_request(geometry_of(model), options, tokens, text_count(text), BFLOAT16_BYTES)
     if token_ids is not None:
         if tokenizer is not None or text is not None:
             raise InputError("give a tokenizer and a text, or token_ids, not both")
@@ -168,7 +168,7 @@ def fit_bundles(
     require(list, tuple, options=options)
     for each in options:
         require(FitOptions, options=each)
-    geometry = read_geometry(model.config)
+    geometry = geometry_of(model)
     lossy = [each for each in options if not each.lossless]
     searched = any(each.limits is not None for each in lossy)
     fitted, held_out = (windows[:-HELD_OUT_WINDOWS], windows[-HELD_OUT_WINDOWS:]) if searched else (windows, windows)

@@ -57,8 +57,8 @@ def stored_bits_per_token(plan: Plan, times_smaller: float) -> float:
     """
     geometry = plan.geometry
     exact = plan.sinks * geometry.layer_elements_per_token * len(plan.coded_layers) * BFLOAT16_BYTES
-    plain = geometry.layers - len(plan.coded_layers)
-    kept = 0 if not plain else geometry.full_bytes(REFERENCE_TOKENS) * plain // geometry.layers
+    others = set(range(geometry.layers)) - set(plan.coded_layers)
+    kept = sum(geometry.kept_elements(layer, REFERENCE_TOKENS) for layer in others) * BFLOAT16_BYTES
     budget = geometry.full_bytes(REFERENCE_TOKENS) / times_smaller - exact - kept
     if budget <= 0:
         raise FitError(

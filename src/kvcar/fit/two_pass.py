@@ -90,7 +90,14 @@ class TwoPass(AttentionHook):
         return torch.cat([self._vectors(prefilled, slot) for slot in self._plan.blocks[index].slots], dim=-1)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor | None:
         """See ``AttentionHook``."""
         if self._clean is not None:
@@ -103,7 +110,7 @@ class TwoPass(AttentionHook):
         if not (coded_keys or coded_values):
             return None
         exactly = read_exactly(key.shape[2], self._step_tokens, key.device, self._window)
-        return compressed_attention(query, (key, value), (keys, values), exactly, scaling, softcap)
+        return compressed_attention(query, (key, value), (keys, values), exactly, scaling, softcap, sinks)
 
     def _read_side(self, layer: int, kind: Kind, exact: Tensor) -> tuple[Tensor, bool]:
         """Keys after RoPE or values ``[1, H, T, D]`` as read from pages, and whether any of them was coded."""

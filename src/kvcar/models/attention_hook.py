@@ -13,18 +13,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import PreTrainedModel
 
-from ..errors import InputError
 from ..geometry import KVGeometry
 from ..kernels.rotary import RotaryTable
+from .interface import base_function, base_of, register, switch
 from .rotation import learn_rotations
 from .structure import find_decoder
 
-_NAME = "kvcar_hook"
-_BASE = "sdpa"
+_NAME = "kvcar_hook_"
 _current: WeakKeyDictionary[nn.Module, AttentionHook] = WeakKeyDictionary()
 
 
@@ -32,28 +29,45 @@ class AttentionHook(ABC):
     """A context manager inside which attention of a model's layers goes through ``attend``.
 
     Args:
-        model: a causal language model using sdpa attention; restored at the end.
+        model: a causal language model; restored at the end.
         geometry: its KV cache.
     """
 
     def __init__(self, model: PreTrainedModel, geometry: KVGeometry) -> None:
         self.model, self.geometry = model, geometry
-        self.parts = find_decoder(model, geometry.layers)
+        self.parts = find_decoder(model)
+        self._calls: dict[nn.Module, int] = {}
         self.tables: dict[int, RotaryTable] = {}
 
     @abstractmethod
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor | None:
-        """Attention output ``[B, Hq, T, D]`` of a layer, or None where the model's own is right.
+        """Attention output ``[B, Hq, T, D]`` over a layer's keys, or None where the model's own is right.
 
         Args:
-            layer: its index.
+            layer: whose keys they are; several layers may read them.
             query: ``[B, Hq, T, D]`` after RoPE.
             key, value: ``[B, H, T, D]``, keys after RoPE.
             scaling: factor on the scores.
             softcap: scores become ``softcap * tanh(score / softcap)`` where given.
+            sinks: ``[Hq]``, one more score for each query head that no value belongs to, where given.
         """
+
+    def layer_of(self, module: nn.Module) -> int | None:
+        """Which layer's keys a module reads in the call under way; None where the cache knows none of them."""
+        layers = self.parts.readers.get(module, ())
+        if not layers:
+            return None
+        call = self._calls[module] = self._calls.get(module, -1) + 1
+        return layers[call % len(layers)]
 
     def before_rope(self, layer: int, key: Tensor) -> Tensor:
         """Keys ``[B, H, T, D]`` float32 as they were before RoPE, of positions 0 on."""
@@ -64,26 +78,20 @@ class AttentionHook(ABC):
         return self.tables[layer].rotate(key, positions_of(key)) if layer in self.tables else key.float()
 
     def __enter__(self) -> Self:
-        self._base = str(self.model.config.get_text_config()._attn_implementation)
-        if self._base != _BASE:
-            raise InputError(f"this needs a model with {_BASE} attention, got {self._base!r}")
-        AttentionInterface.register(_NAME, _attention)
-        AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS[_BASE])
+        base = base_of(self.parts.decoder)
+        register(_NAME + base, base, _attention)
         if not self.tables:
             self.tables = learn_rotations(self.model, self.geometry)
-        for module in self.parts.attention:
+        self._calls = {}
+        for module in self.parts.readers:
             _current[module] = self
-        self._set_attention(_NAME)
+        self._switch_back = switch(self.parts.decoder, _NAME + base)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for module in self.parts.attention:
+        for module in self.parts.readers:
             _current.pop(module, None)
-        self._set_attention(self._base)
-
-    def _set_attention(self, implementation: str) -> None:
-        decoder = self.parts.decoder
-        (decoder if isinstance(decoder, PreTrainedModel) else self.model).set_attn_implementation(implementation)
+        self._switch_back()
 
 
 @contextmanager
@@ -104,6 +112,7 @@ def positions_of(key: Tensor) -> Tensor:
 
 
 def _attention(
+    base: str,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -115,11 +124,11 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of one layer; see ``transformers.AttentionInterface`` for the arguments."""
     hook = _current.get(module)
-    layer = getattr(module, "layer_idx", None)
-    if hook is not None and isinstance(layer, int):
-        scale = scaling or float(query.shape[-1]) ** -0.5
-        output = hook.attend(layer, query, key, value, scale, kwargs.get("softcap"))
+    layer = None if hook is None else hook.layer_of(module)
+    if hook is not None and layer is not None:
+        scale = float(query.shape[-1]) ** -0.5 if scaling is None else scaling
+        output = hook.attend(layer, query, key, value, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
         if output is not None:
             return output.transpose(1, 2).contiguous(), None
-    base = ALL_ATTENTION_FUNCTIONS[_BASE]
-    return base(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    function = base_function(base, module)
+    return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

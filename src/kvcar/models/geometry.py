@@ -1,23 +1,30 @@
-"""The shape of a model's KV cache, read from its config alone."""
+"""The shape of a model's KV cache: from its config alone, or, exactly, from what the model does with a cache."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from ..geometry import KVGeometry
+from .structure import LayerKind, LayerShape, find_decoder, kind_of, own_cache_layers
 
-# Their angles change with the length of the sequence, so stored keys could not be rotated back.
+# Their angles change with the length of the sequence, so that stored keys are not rotated back but coded as they are.
 _UNSTABLE_ROPE = ("dynamic", "longrope")
-_KNOWN_LAYERS = ("full_attention", "sliding_attention")
+_POSITIONS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "model_max_length", "max_target_positions", "max_sequence_length", "n_ctx",
+)  # fmt: skip
+_NO_LIMIT = 1 << 20
+"""Positions of a model whose config names no limit (ALiBi, or none at all)."""
 
 
 def read_geometry(config: PreTrainedConfig) -> KVGeometry:
-    """Geometry of the cache of a causal language model.
+    """Read the geometry of the cache of a causal language model from its config alone.
 
     Raises:
-        UnsupportedModelError: the model keeps something other than keys and values of plain or sliding attention,
-            or keeps them in a shape that differs between layers.
+        UnsupportedModelError: nothing of its cache can be compressed, or the config does not say how large its heads are.
     """
     kind = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
@@ -25,27 +32,99 @@ def read_geometry(config: PreTrainedConfig) -> KVGeometry:
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None) is not None:
         raise UnsupportedModelError(
-            f"{kind} keeps latents instead of keys and values (MLA); its cache is small already"
+            f"{kind} has keys and values of different sizes, made from latents (MLA); {_ONE_SIZE}"
         )
-    sliding, window = _sliding_layers(text)
-    layers = _single(text, "num_hidden_layers")
-    query_heads = _single(text, "num_attention_heads")
-    kv_heads = _single(text, "num_key_value_heads", query_heads)
-    head_dim = _single(text, "head_dim", _single(text, "hidden_size") // query_heads)
+    layers = own_cache_layers(config)
+    kinds = [kind_of(layer) for layer in layers]
+    windows = {index: layer.sliding_window for index, layer in enumerate(layers) if kinds[index] == "sliding"}
+    shapes = {index: _shape(text, index) for index, each in enumerate(kinds) if each != "own"}
+    return _geometry(kind, text, kinds, windows, shapes, {})
+
+
+def geometry_of(model: PreTrainedModel) -> KVGeometry:
+    """Find the geometry of a model's cache by looking at what it does with one.
+
+    Raises:
+        UnsupportedModelError: as ``find_decoder``; or nothing of the cache can be compressed, with the reasons.
+    """
+    parts = find_decoder(model)
+    text = model.config.get_text_config(decoder=True)
+    return _geometry(type(model).__name__, text, parts.kinds, parts.windows, parts.shapes, parts.reasons)
+
+
+_ONE_SIZE = "kvcar codes keys and values of one size"
+
+
+def _geometry(
+    name: str,
+    text: PreTrainedConfig,
+    kinds: Iterable[LayerKind],
+    windows: Mapping[int, int],
+    shapes: Mapping[int, LayerShape],
+    reasons: Mapping[int, str],
+) -> KVGeometry:
+    """Put together what is known by layer.
+
+    Layers that may be compressed have heads alike; where they differ, those that take the most bytes are chosen, and the others stay the
+    model's own.
+    """
+    kinds = list(kinds)
+    full = {layer: shapes[layer] for layer, kind in enumerate(kinds) if kind == "full" and layer in shapes}
+    sliding = {layer: windows[layer] for layer in windows if layer in shapes}
+    if not full and not sliding:
+        raise UnsupportedModelError(f"{name} has nothing that kvcar could compress: {_in_words(kinds, reasons)}")
+    shape = _largest(full.values()) if full else _largest(shapes[layer] for layer in sliding)
+    window = Counter(sliding.values()).most_common(1)[0][0] if sliding else 0
+    codable = {layer for layer, own in full.items() if own == shape}
+    kept_sliding = {layer for layer, own in sliding.items() if own == window}
+    elements = [0 if layer not in shapes else _elements(shapes[layer]) for layer in range(len(kinds))]
+    alike = set(elements) == {2 * shape.kv_heads * shape.key_dim}
     return KVGeometry(
-        layers=layers,
-        kv_heads=kv_heads,
-        query_heads=query_heads,
-        head_dim=head_dim,
+        layers=len(kinds),
+        kv_heads=shape.kv_heads,
+        query_heads=shape.query_heads,
+        head_dim=shape.key_dim,
         rotary=_is_rotary(text),
-        max_positions=_single(text, "max_position_embeddings"),
-        sliding_layers=sliding,
+        max_positions=_positions(text),
+        sliding_layers=tuple(sorted(kept_sliding)),
         sliding_window=window,
+        own_layers=tuple(layer for layer in range(len(kinds)) if layer not in codable | kept_sliding),
+        layer_elements=() if alike else tuple(elements),
     )
 
 
+def _elements(shape: LayerShape) -> int:
+    return shape.kv_heads * (shape.key_dim + shape.value_dim)
+
+
+def _largest(shapes: Iterable[LayerShape]) -> LayerShape:
+    """The shape whose layers take the most together."""
+    counts = Counter(shapes)
+    return max(counts, key=lambda shape: counts[shape] * _elements(shape))
+
+
+def _in_words(kinds: list[LayerKind], reasons: Mapping[int, str]) -> str:
+    """Why no layer can be compressed."""
+    own = kinds.count("own")
+    said = [f"layer {layer}: {reason}" for layer, reason in sorted(reasons.items())][:2]
+    if own:
+        said.append(f"{own} of {len(kinds)} layers keep states of their own kind")
+    return "; ".join(said) or "no layer keeps keys and values"
+
+
+def _shape(text: PreTrainedConfig, layer: int) -> LayerShape:
+    """The heads of one layer as its config has them."""
+    own = _layer_config(text, layer)
+    query_heads = _single(own, "num_attention_heads")
+    shared = getattr(own, "multi_query", False) is True and getattr(own, "new_decoder_architecture", False) is not True
+    default = 1 if shared else query_heads
+    kv_heads = default if shared else _single(own, "num_key_value_heads", getattr(own, "num_kv_heads", None) or default)
+    head_dim = _single(own, "head_dim", _single(own, "hidden_size") // query_heads)
+    return LayerShape(kv_heads, head_dim, head_dim, query_heads)
+
+
 def _single(config: PreTrainedConfig, name: str, default: int | None = None) -> int:
-    """A config value that must be one whole number for all layers."""
+    """A config value that must be one whole number."""
     value = getattr(config, name, None)
     value = default if value is None else value
     if type(value) is not int or value < 1:
@@ -55,50 +134,23 @@ def _single(config: PreTrainedConfig, name: str, default: int | None = None) -> 
     return value
 
 
-def _sliding_layers(config: PreTrainedConfig) -> tuple[tuple[int, ...], int]:
-    """Layers that slide, and the tokens of their window."""
-    kinds = _layer_kinds(config)
-    unknown = sorted(set(kinds) - set(_KNOWN_LAYERS))
-    if unknown:
-        raise UnsupportedModelError(
-            f"{type(config).__name__} has layers of kind {', '.join(unknown)}; kvcar knows {' and '.join(_KNOWN_LAYERS)}"
-        )
-    layers = tuple(index for index, kind in enumerate(kinds) if kind == "sliding_attention")
-    windows = {_layer_config(config, layer).sliding_window for layer in layers}
-    if len(windows) > 1:
-        raise UnsupportedModelError(f"{type(config).__name__} has sliding windows of several sizes: {sorted(windows)}")
-    return layers, int(windows.pop()) if windows else 0
-
-
-def _layer_kinds(config: PreTrainedConfig) -> list[str]:
-    """What kind of attention each layer has, as transformers names it."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        window, chunk = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-        kind = "sliding_attention" if window is not None else "chunked_attention" if chunk is not None else None
-        kinds = [kind or "full_attention"] * _single(config, "num_hidden_layers")
-    shared = getattr(config, "num_kv_shared_layers", None) or 0
-    # Of the last layers where a model says how many; of any where it says so for each.
-    modes = getattr(config, "kv_sharing_modes", None) or ["own"] * (len(kinds) - shared) + ["reuse"] * shared
-    return ["keys and values of another layer" if m == "reuse" else k for k, m in zip(kinds, modes, strict=True)]
-
-
 def _layer_config(config: PreTrainedConfig, layer: int) -> PreTrainedConfig:
     """What holds for one layer, in versions of transformers where configs may differ by layer."""
     by_layer = getattr(config, "per_layer_config", None)
     return config if by_layer is None else by_layer[layer]
 
 
+def _positions(text: PreTrainedConfig) -> int:
+    """Positions that the model was built for."""
+    named = (getattr(text, name, None) for name in _POSITIONS)
+    return next((value for value in named if type(value) is int and value > 0), _NO_LIMIT)
+
+
 def _is_rotary(config: PreTrainedConfig) -> bool:
+    """Whether keys are rotated by angles that stay the same however long the text becomes."""
     rope = getattr(config, "rope_parameters", None)
     if not rope:
         return False
     # Either one set of parameters, or one for each kind of layer.
     each = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
-    unstable = {str(part.get("rope_type")) for part in each} & set(_UNSTABLE_ROPE)
-    if unstable:
-        raise UnsupportedModelError(
-            f"{type(config).__name__} uses rotary positions of type {', '.join(sorted(unstable))}, whose angles change "
-            "with the length of the sequence, so that stored keys cannot be rotated back"
-        )
-    return True
+    return not {str(part.get("rope_type")) for part in each} & set(_UNSTABLE_ROPE)

@@ -2,15 +2,18 @@
 
 Where every token of a window is the same, attention is an average of equal values, so all tokens have the same hidden state in
 every layer: their keys before RoPE are equal, and after RoPE they differ by rotation alone. So a guess (angles from a
-rotary module that ran, a pairing of elements, a direction) is right exactly if it makes the window's keys equal.
+rotary module that ran, a pairing of elements, a direction) is right exactly if it makes the window's keys equal. Where other layers
+(linear attention, convolutions) tell equal tokens apart, the window is run once more at later positions: rotated keys make
+attention depend on distances alone, so a right guess makes the keys of the two runs equal.
 """
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +22,8 @@ from transformers import PreTrainedModel
 
 from ..geometry import KVGeometry
 from ..kernels.rotary import RotaryStyle, RotaryTable
-from .structure import DecoderParts, WatchingCache, cache_argument, find_decoder
+from .structure import DecoderParts, cache_argument, evaluating, find_decoder
+from .watching import WatchingCache
 
 _log = logging.getLogger("kvcar.models")
 
@@ -29,6 +33,9 @@ _TOLERANCE = 1e-4
 # Share of a key's size that may depend on the position after the right rotation is taken back. Rounding through many layers
 # of a 16-bit model leaves a few hundredths.
 _LARGEST_REST = 0.1
+# A rest that rounding alone may leave; with more, something other than rotation tells equal tokens apart.
+_RIGHT_REST = 0.02
+_LATER = 37
 # A guess counts as good as the best one within this factor: then the simpler one, or the module's own, is taken.
 _AS_GOOD = 3.0
 
@@ -55,14 +62,16 @@ def learn_rotations(model: PreTrainedModel, geometry: KVGeometry) -> dict[int, R
     """
     if not geometry.rotary:
         return {}
-    parts = find_decoder(model, geometry.layers)
-    keys, calls, own = _watched_pass(model, parts, geometry)
+    parts = find_decoder(model)
+    same = torch.ones(1, _WINDOW_TOKENS, dtype=torch.int64, device=parts.device)
+    keys, calls, own = _watched_pass(model, parts, geometry, same)
     guesses = {call: _guesses_of(*call_parts) for call, call_parts in calls.items()}
     tables: dict[tuple[bytes, float, str], RotaryTable] = {}
     found: dict[int, RotaryTable] = {}
+    later = _LaterPass(model, parts, geometry)
     for layer, side in keys.items():
         ordered = [*guesses.get(own.get(layer, ""), ()), *(g for call in guesses for g in guesses[call])]
-        rotation = _best_of(layer, side, ordered)
+        rotation = _best_of(layer, side, ordered, later)
         if rotation is not None:
             key = (rotation.inverse_frequency.cpu().numpy().tobytes(), rotation.attention_scale, rotation.style)
             if key not in tables:
@@ -76,9 +85,9 @@ _Call = tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]
 
 
 def _watched_pass(
-    model: PreTrainedModel, parts: DecoderParts, geometry: KVGeometry
+    model: PreTrainedModel, parts: DecoderParts, geometry: KVGeometry, ids: Tensor, first: int | None = None
 ) -> tuple[dict[int, Tensor], dict[str, _Call], dict[int, str]]:
-    """Run the window once.
+    """Run a window ``[1, T]`` once, at positions from ``first`` on where it is given.
 
     Returns:
         Keys after RoPE ``[H, T, D]`` by layer; what rotary modules were called with, by a name of the call; and by layer
@@ -103,7 +112,7 @@ def _watched_pass(
         del args
         given = kwargs.get("position_embeddings")
         if isinstance(given, tuple) and id(given[0]) in outputs:
-            own[int(module.layer_idx)] = outputs[id(given[0])][1]  # pyright: ignore[reportArgumentType]
+            own.update(dict.fromkeys(parts.readers[module], outputs[id(given[0])][1]))
 
     def take(layer: int, layer_keys: Tensor, values: Tensor) -> None:
         del values
@@ -111,43 +120,57 @@ def _watched_pass(
 
     rotary = [m for m in parts.decoder.modules() if "rotary" in type(m).__name__.lower()]
     handles = [m.register_forward_hook(note_call, with_kwargs=True) for m in rotary]
-    handles += [m.register_forward_pre_hook(note_use, with_kwargs=True) for m in parts.attention]
-    ids = torch.ones(1, _WINDOW_TOKENS, dtype=torch.int64, device=parts.device)
+    handles += [m.register_forward_pre_hook(note_use, with_kwargs=True) for m in parts.readers]
+    placed = (
+        {} if first is None else {"position_ids": torch.arange(first, first + ids.shape[1], device=ids.device)[None]}
+    )
     try:
         with evaluating(model):
-            parts.decoder(input_ids=ids, **cache_argument(parts.decoder, WatchingCache(geometry, take)), use_cache=True)
+            cache = WatchingCache(model.config, geometry, take)
+            model(input_ids=ids, **placed, **cache_argument(model, cache), use_cache=True)
     finally:
         for handle in handles:
             handle.remove()
     return keys, calls, own
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a model without dropout; modules that were in training are again afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+class _LaterPass:
+    """Keys of a window at two places, run when they are first asked for."""
+
+    def __init__(self, model: PreTrainedModel, parts: DecoderParts, geometry: KVGeometry) -> None:
+        self._run = partial(_watched_pass, model, parts, geometry)
+        places = torch.arange(_WINDOW_TOKENS, device=parts.device)[None]
+        self._ids = 1 + places * 7919 % max(1, model.config.get_text_config(decoder=True).vocab_size - 8)
+        self._keys: list[dict[int, Tensor]] | None = None
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def of(self, layer: int) -> list[tuple[Tensor, int]]:
+        """Keys after RoPE ``[H, T, D]`` and the position of the first, of both runs; none where positions cannot be chosen."""
+        if not self._takes_positions:
+            return []
+        if self._keys is None:
+            self._keys = [self._run(self._ids, first)[0] for first in (0, _LATER)]
+        return [(keys[layer], first) for keys, first in zip(self._keys, (0, _LATER), strict=True)]
 
 
-def _best_of(layer: int, keys: Tensor, guesses: list[Rotation]) -> Rotation | None:
-    """The guess that makes the keys ``[H, T, D]`` of equal tokens equal; None for no rotation."""
+def _best_of(layer: int, keys: Tensor, guesses: list[Rotation], later: _LaterPass) -> Rotation | None:
+    """The guess that makes the keys ``[H, T, D]`` of equal tokens equal, or those of one text at two places; None for no rotation."""
     size = float(keys.float().square().mean().sqrt())
-    positions = torch.arange(keys.shape[1], device=keys.device)[None]
-
-    def rest(guess: Rotation | None) -> float:
-        taken_back = keys.float() if guess is None else RotaryTable(*guess).unrotate(keys[None], positions)[0]
-        return float((taken_back - taken_back.mean(1, keepdim=True)).square().mean().sqrt())
-
     options: list[Rotation | None] = [None, *guesses]
-    rests = [rest(option) for option in options]
-    best = min(rests)
-    if not math.isfinite(best + size):
+
+    def equal_tokens(guess: Rotation | None) -> float:
+        back = _turned_back(guess, keys, 0)
+        return float((back - back.mean(1, keepdim=True)).square().mean().sqrt())
+
+    rests = [equal_tokens(option) for option in options]
+    if not math.isfinite(min(rests) + size):
         return None  # whoever runs the model refuses NaN with a better message
+    pair = later.of(layer) if min(rests) > _RIGHT_REST * size and guesses else []
+    if pair:
+        backs = [[_turned_back(option, *own) for own in pair] for option in options]
+        rests = [float((first - second).square().mean().sqrt()) for first, second in backs]
+        size = float(pair[0][0].float().square().mean().sqrt())
+    best = min(rests)
     if best > _LARGEST_REST * size:
         _log.warning(
             "keys of layer %d depend on the position in a way that kvcar cannot take back (%.0f %% of their size remains); "
@@ -157,6 +180,15 @@ def _best_of(layer: int, keys: Tensor, guesses: list[Rotation]) -> Rotation | No
         )
         return None
     return next(o for o, left in zip(options, rests, strict=True) if left <= max(_AS_GOOD * best, 1e-6 * size))
+
+
+def _turned_back(guess: Rotation | None, keys: Tensor, first: int) -> Tensor:
+    """Keys ``[H, T, D]`` from position ``first`` on as they were before a rotation."""
+    if guess is None:
+        return keys.float()
+    return RotaryTable(*guess).unrotate(
+        keys[None], torch.arange(first, first + keys.shape[1], device=keys.device)[None]
+    )[0]
 
 
 def _guesses_of(module: nn.Module, extra: tuple[Any, ...], named: Mapping[str, Any]) -> list[Rotation]:

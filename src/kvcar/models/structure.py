@@ -1,20 +1,27 @@
-"""Finding, in any transformers model, the decoder that a cache passes through, and seeing its keys and values go by."""
+"""Finding, in any transformers model, the decoder that a cache passes through, and what each of its layers does with the cache.
+
+Nothing is concluded from names: a few tokens run through the model, and what asks the cache and calls attention is noted.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..errors import UnsupportedModelError
-from ..geometry import KVGeometry
+from ..errors import KVCarError, UnsupportedModelError
+from .interface import base_function, base_of, honoured, register, switched
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_NAMES = ("cache", "past_key_values")
@@ -22,18 +29,55 @@ CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = CACHE_NAMES[TRANSFORMERS_VERSION < (5, 24)]
 """What ``generate`` calls it inside, whatever its caller did."""
 
+LayerKind = Literal["full", "sliding", "own"]
+"""Grows with the text; keeps a window; anything else, which is the model's own business."""
+
+_PROBE = "kvcar_probe"
+_PROBE_TOKENS = 6
+# What our attention can do beyond the usual, or what changes nothing in a causal pass over a cache.
+HONOURED = {"softcap", "s_aux"}
+_HARMLESS = {
+    "is_causal", "position_ids", "use_cache", "cache_position", "output_attentions", "sliding_window", "cache", "past_key_values",
+}  # fmt: skip
+
+
+class LayerShape(NamedTuple):
+    """What a layer gives its cache for one token, and how many heads ask for it."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    query_heads: int
+
 
 @dataclass(frozen=True)
 class DecoderParts:
-    """The module whose forward is given the cache, and its attention modules by layer."""
+    """What a cache passes through.
+
+    Attributes:
+        decoder: the innermost module whose forward is given the cache and the inputs.
+        entries: all such modules from the outermost to the decoder.
+        kinds: what each layer of the cache keeps.
+        windows: tokens that sliding layers see, by layer.
+        shapes: by layer, of those whose keys and values reach attention as the cache gives them.
+        attention: by layer, the module that wrote it; one that reads another's keys is not among them.
+        readers: by attention module, the layers whose keys it reads, in the order of its calls in a pass.
+        reasons: by layer, why it cannot be compressed.
+    """
 
     decoder: nn.Module
-    attention: tuple[nn.Module, ...]
+    entries: tuple[nn.Module, ...]
+    kinds: tuple[LayerKind, ...]
+    windows: Mapping[int, int]
+    shapes: Mapping[int, LayerShape]
+    attention: Mapping[int, nn.Module]
+    readers: Mapping[nn.Module, tuple[int, ...]]
+    reasons: Mapping[int, str]
 
     @property
     def device(self) -> torch.device:
         """Where the keys and values are computed."""
-        return next(self.attention[0].parameters()).device
+        return next(p.device for module in self.attention.values() for p in module.parameters())
 
 
 def check_is_model(model: object, what: str) -> None:
@@ -48,96 +92,251 @@ def check_is_model(model: object, what: str) -> None:
     raise UnsupportedModelError(f"{what} takes a model of transformers, got {type(model).__name__}{inner}")
 
 
-def find_decoder(model: nn.Module, layers: int) -> DecoderParts:
-    """Find both by structure, not by family.
+# Modules by their names, as values that hold their keys would keep models alive.
+_known: WeakKeyDictionary[nn.Module, _Names] = WeakKeyDictionary()
+
+
+def find_decoder(model: PreTrainedModel) -> DecoderParts:
+    """Find the parts of a model; it is run once over a few tokens, and then known.
 
     Raises:
-        UnsupportedModelError: no one-to-one match of layers and attention modules, or they lie on several devices.
+        UnsupportedModelError: it does not run over a cache of transformers, or its attention cannot be reached.
     """
-    named = {name: m for name, m in model.named_modules() if _is_attention(m)}
-    by_layer = {_layer_index(m): m for m in named.values()}
-    if len(named) != layers or sorted(by_layer) != list(range(layers)):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has {len(named)} attention modules with a layer_idx, but its config has {layers} layers"
+    if model not in _known:
+        parts = _Probe(model).parts()
+        _known[model] = _Names.of(model, parts)
+        return parts
+    return _known[model].parts(model)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """``DecoderParts`` with the names of modules in their places."""
+
+    without_modules: DecoderParts
+    entries: tuple[str, ...]
+    attention: Mapping[int, str]
+    readers: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: nn.Module, parts: DecoderParts) -> _Names:
+        """Name the modules of ``parts``."""
+        names = {id(module): name for name, module in model.named_modules()}
+        return cls(
+            replace(parts, decoder=_NO_MODULE, entries=(), attention={}, readers={}),
+            tuple(names[id(module)] for module in parts.entries),
+            {layer: names[id(module)] for layer, module in parts.attention.items()},
+            {names[id(module)]: layers for module, layers in parts.readers.items()},
         )
-    devices = {p.device for m in named.values() for p in m.parameters()}
-    if len(devices) != 1:
-        raise UnsupportedModelError(
-            f"attention layers lie on several devices ({sorted(map(str, devices))}); kvcar needs one"
+
+    def parts(self, model: nn.Module) -> DecoderParts:
+        """Find the modules by their names."""
+        entries = tuple(map(model.get_submodule, self.entries))
+        return replace(
+            self.without_modules,
+            decoder=entries[-1],
+            entries=entries,
+            attention={layer: model.get_submodule(name) for layer, name in self.attention.items()},
+            readers={model.get_submodule(name): layers for name, layers in self.readers.items()},
         )
-    if not getattr(model, "_supports_attention_backend", False):
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not take named attention functions (AttentionInterface)"
-        )
-    attention = tuple(by_layer[layer] for layer in range(layers))
-    return DecoderParts(_innermost_with_cache(model, list(named)), attention)
 
 
-def _layer_index(module: nn.Module) -> int:
-    """The layer a module says it belongs to, -1 if it says none."""
-    index = getattr(module, "layer_idx", None)
-    return index if isinstance(index, int) else -1
+_NO_MODULE = nn.Identity()
 
 
-def _is_attention(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower() and _layer_index(module) >= 0
+def own_cache_layers(config: PreTrainedConfig) -> list[Any]:
+    """Make the layers of a model's own cache, empty.
 
-
-def _innermost_with_cache(model: nn.Module, names: list[str]) -> nn.Module:
-    """The innermost common ancestor of the named modules whose forward takes a cache and is given the inputs.
-
-    A layer takes a cache too, and is an ancestor of all attention modules where it is the only layer.
+    Raises:
+        UnsupportedModelError: transformers knows no cache for it.
     """
-    paths = [name.split(".")[:-1] for name in names]
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    for depth in range(len(common), -1, -1):
-        module = model.get_submodule(".".join(common[:depth]))
-        parameters = inspect.signature(module.forward).parameters
-        if "inputs_embeds" in parameters and any(name in parameters for name in CACHE_NAMES):
-            return module
-    raise UnsupportedModelError(f"no module of {type(model).__name__} takes a cache ({' or '.join(CACHE_NAMES)})")
+    try:
+        cache = DynamicCache(config=config)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"transformers makes no cache for {type(config).__name__} ({type(error).__name__}: {first_line(error)})"
+        ) from error
+    return list(cache.layers)
+
+
+def kind_of(layer: object) -> LayerKind:
+    """Say what a layer of a cache of transformers keeps."""
+    if type(layer) is DynamicLayer:
+        return "full"
+    return "sliding" if type(layer) is DynamicSlidingWindowLayer else "own"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, shortly."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else "no message"
+
+
+class _ProbeCache(Cache):
+    """A model's own cache, which notes what is written to it."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(layers=own_cache_layers(config))
+        self.writes: list[tuple[int, Tensor, Tensor]] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write, as the model's own cache does."""
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        self.writes.append((layer_idx, keys, values))
+        return keys, values
+
+
+@dataclass
+class _Read:
+    """One call of attention: by which module, of which layer's keys (None for none of the cache's), with what."""
+
+    module: nn.Module
+    layer: int | None
+    query_heads: int
+    unknown: list[str]
+
+
+@dataclass
+class _Probe:
+    """Runs a few tokens and notes who does what.
+
+    Args:
+        model: to look at.
+    """
+
+    model: PreTrainedModel
+    reads: list[_Read] = field(default_factory=list)
+
+    def parts(self) -> DecoderParts:
+        """Find everything, or say why not."""
+        name = type(self.model).__name__
+        if any(p.device.type == "meta" for p in self.model.parameters()):
+            raise UnsupportedModelError(f"{name} is not loaded (meta device); load the model first")
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"{name} is an encoder-decoder; kvcar compresses the cache of decoder-only models"
+            )
+        self.cache = _ProbeCache(self.model.config)
+        layers = self.cache.layers
+        if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+            raise UnsupportedModelError(
+                f"{name} keeps states of a fixed size and no keys and values; nothing of it grows"
+            )
+        entries = self._run(name)
+        kinds: tuple[LayerKind, ...] = tuple(kind_of(layer) for layer in layers)
+        written = Counter(layer for layer, _, _ in self.cache.writes)
+        shapes, attention, reasons = {}, {}, {}
+        for layer, key, value in self.cache.writes:
+            reads = [read for read in self.reads if read.layer == layer]
+            reason = self._reason(written[layer], key, value, reads)
+            if reason is not None:
+                reasons[layer] = reason
+                continue
+            shapes[layer] = LayerShape(key.shape[1], key.shape[3], value.shape[3], reads[0].query_heads)
+            attention[layer] = reads[0].module
+        readers: dict[nn.Module, tuple[int, ...]] = {}
+        for read in self.reads:
+            if read.layer is not None:
+                readers[read.module] = (*readers.get(read.module, ()), read.layer)
+        if not self.cache.writes:
+            raise UnsupportedModelError(f"{name} writes no keys and values to the cache that it is given")
+        if not self.reads:
+            raise UnsupportedModelError(
+                f"{name} does not take named attention functions (AttentionInterface), so that its attention cannot be reached"
+            )
+        windows = {i: own.sliding_window for i, own in enumerate(layers) if isinstance(own, DynamicSlidingWindowLayer)}
+        return DecoderParts(entries[-1], tuple(entries), kinds, windows, shapes, attention, readers, reasons)
+
+    @torch.no_grad()
+    def _run(self, name: str) -> list[nn.Module]:
+        """Run the tokens; the modules that were given the cache and the inputs, from the outermost on."""
+        entries: list[nn.Module] = []
+
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if any(value is self.cache for value in (*args, *kwargs.values())):
+                entries.append(module)
+
+        handles = [
+            m.register_forward_pre_hook(note, with_kwargs=True) for m in self.model.modules() if _takes_inputs(m)
+        ]
+        device = torch.device(self.model.device)
+        vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
+        ids = torch.full((1, _PROBE_TOKENS), vocabulary // 2, dtype=torch.int64, device=device)
+        base = base_of(self.model)
+        register(_PROBE, base, _probing)
+        _local.probe = self
+        try:
+            with evaluating(self.model), switched(self.model, _PROBE):
+                self.model(input_ids=ids, **cache_argument(self.model, self.cache), use_cache=True)
+        except KVCarError:
+            raise
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{name} cannot be run over a cache of transformers ({type(error).__name__}: {first_line(error)})"
+            ) from error
+        finally:
+            _local.probe = None
+            for handle in handles:
+                handle.remove()
+        if not entries:
+            raise UnsupportedModelError(
+                f"no module of {name} takes a cache ({' or '.join(CACHE_NAMES)}) beside its inputs"
+            )
+        return entries
+
+    def _reason(self, times: int, key: Tensor, value: Tensor, reads: list[_Read]) -> str | None:
+        """Why a layer that was written to cannot be compressed; None where it can."""
+        if times > 1:
+            return f"it writes {times} times in one pass"
+        if not reads:
+            return "its keys or values are changed between the cache and attention"
+        if key.ndim != 4 or key.shape[:3] != value.shape[:3]:
+            return f"its keys {tuple(key.shape)} and values {tuple(value.shape)} are not those of attention heads"
+        if key.shape[3] != value.shape[3]:
+            return f"its keys have {key.shape[3]} elements and its values {value.shape[3]}"
+        unknown = sorted({name for read in reads for name in read.unknown})
+        return f"its attention asks for {', '.join(unknown)}" if unknown else None
+
+
+class _Local(threading.local):
+    probe: _Probe | None = None
+
+
+_local = _Local()
+
+
+def _probing(base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Attention that notes who calls it, with what, and does what the model's own does."""
+    function, probe = base_function(base, module), _local.probe
+    if probe is not None:
+        layers = [n for n, keys, values in probe.cache.writes if keys is key and values is value]
+        asked = {name for name, given in kwargs.items() if given is not None} & honoured(base, module)
+        unknown = sorted(asked - HONOURED - _HARMLESS)
+        probe.reads.append(_Read(module, layers[0] if layers else None, query.shape[1], unknown))
+    return function(module, query, key, value, *args, **kwargs)
+
+
+def _takes_inputs(module: nn.Module) -> bool:
+    """Whether a module's forward takes a cache and is given the inputs; a layer's does not."""
+    parameters = inspect.signature(module.forward).parameters
+    return "inputs_embeds" in parameters and any(name in parameters for name in CACHE_NAMES)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a model without dropout; modules that were in training are again afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def cache_argument(module: nn.Module, cache: Cache) -> dict[str, Any]:
     """Give ``cache`` as the keyword argument that the forward of ``module`` knows it by."""
     parameters = inspect.signature(module.forward).parameters
     return {next((name for name in CACHE_NAMES if name in parameters), CACHE_NAME): cache}
-
-
-OnKeysValues = Callable[[int, Tensor, Tensor], None]
-"""(layer, keys after RoPE ``[B, H, T, D]``, values ``[B, H, T, D]``) -> None."""
-
-
-class WatchingCache(Cache):
-    """A cache that shows the keys and values of layers that may be coded, and keeps nothing of them.
-
-    Args:
-        geometry: of the model.
-        on_keys_values: called once for each such layer in a pass.
-    """
-
-    def __init__(self, geometry: KVGeometry, on_keys_values: OnKeysValues) -> None:
-        layers: list[Any] = [
-            _WatchingLayer(layer, on_keys_values) if layer in geometry.codable_layers else DynamicLayer()
-            for layer in range(geometry.layers)
-        ]
-        super().__init__(layers=layers)
-
-
-class _WatchingLayer(DynamicLayer):
-    """Shows what passes and keeps nothing."""
-
-    def __init__(self, layer: int, on_keys_values: OnKeysValues) -> None:
-        super().__init__()
-        self._layer, self._on_keys_values = layer, on_keys_values
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        del args, kwargs
-        self._on_keys_values(self._layer, key_states, value_states)
-        return key_states, value_states

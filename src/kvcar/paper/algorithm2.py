@@ -21,7 +21,7 @@ from ..fit.capture import capture
 from ..fit.fit import fit_provenance
 from ..fit.losses import kl_divergence
 from ..geometry import KINDS, Kind, KVGeometry, Slot
-from ..models.geometry import read_geometry
+from ..models.geometry import geometry_of
 from ..plan import CacheConfig, Plan, Reuse
 from ..progress import OnProgress, counter, silent
 from ..text import TextSource
@@ -67,7 +67,7 @@ def find_candidates(
     """
     if measure not in MEASURES:
         raise InputError(f"unknown measure {measure!r}; known are: {', '.join(MEASURES)}")
-    geometry = read_geometry(model.config)
+    geometry = geometry_of(model)
     if measure == "kl" and not any_head:
         found = _same_heads(geometry)
     else:
@@ -120,7 +120,7 @@ def shared_bundle(
     """
     if not reuses:
         raise InputError("no slot is cheap enough to be shared; raise the threshold or the count")
-    plan = Plan(geometry=read_geometry(model.config), reuses=reuses, cache=CacheConfig(window=window))
+    plan = Plan(geometry=geometry_of(model), reuses=reuses, cache=CacheConfig(window=window))
     print_, identity = identify(model, name)
     return Bundle(plan, (), print_, identity, fit_provenance(windows, source, 0, {"reuses": len(reuses)}))
 
@@ -137,7 +137,7 @@ def l1_distances(
     Returns:
         (upper layer, kind) -> float64 ``[H, H]``, row: head of the upper layer, column: head of the lower.
     """
-    geometry = read_geometry(model.config)
+    geometry = geometry_of(model)
     pairs: list[tuple[int, int, Kind]] = [
         (below, layer, kind) for below, layer in _layer_pairs(geometry) for kind in KINDS
     ]
@@ -208,9 +208,9 @@ def measure_harm(
     Raises:
         InputError: the model uses another attention implementation.
     """
-    geometry = read_geometry(model.config)
+    geometry = geometry_of(model)
     ids = windows.to(next(model.parameters()).device)
-    stack = LayerStack(model, geometry.layers)
+    stack = LayerStack(model)
     full = model(input_ids=ids, use_cache=False).logits
     measured: dict[Slot, Candidate] = {}
     prefix: tuple[int, Tensor] | None = None

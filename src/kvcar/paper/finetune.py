@@ -82,7 +82,7 @@ class _Weights(nn.Module):
 
 
 def _chosen(model: PreTrainedModel, bundle: Bundle, tuned: Tuned) -> dict[str, nn.Parameter]:
-    attention = find_decoder(model, bundle.plan.geometry.layers).attention
+    attention = find_decoder(model).attention
     chosen = {}
     for layer in bundle.plan.coded_layers:
         for name, weight in attention[layer].named_parameters():

@@ -75,7 +75,14 @@ class Simulator(AttentionHook):
         return self.model(input_ids=ids, use_cache=False).logits
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor | None:
         """See ``AttentionHook``."""
         if layer not in self._active:
@@ -89,11 +96,11 @@ class Simulator(AttentionHook):
         keys = torch.stack([decoded[Slot(layer, head, "key")] for head in range(key.shape[1])], dim=1)
         values = torch.stack([decoded[Slot(layer, head, "value")] for head in range(key.shape[1])], dim=1)
         keys = self.after_rope(layer, keys)
-        sinks = self.plan.sinks
-        keys = torch.cat([key[:, :, :sinks].float(), keys[:, :, sinks:]], dim=2)
-        values = torch.cat([value[:, :, :sinks].float(), values[:, :, sinks:]], dim=2)
+        exact = self.plan.sinks
+        keys = torch.cat([key[:, :, :exact].float(), keys[:, :, exact:]], dim=2)
+        values = torch.cat([value[:, :, :exact].float(), values[:, :, exact:]], dim=2)
         exactly = read_exactly(key.shape[2], self._step_tokens, key.device)
-        return compressed_attention(query, (key, value), (keys, values), exactly, scaling, softcap)
+        return compressed_attention(query, (key, value), (keys, values), exactly, scaling, softcap, sinks)
 
     def _decode(self, layer: int, slots: dict[Slot, Tensor]) -> dict[Slot, Tensor]:
         """What the cache gives back for every slot of a layer."""
@@ -198,11 +205,11 @@ class LayerStack:
         UnsupportedModelError: attention modules do not lie in a list of layers.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: int) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         names = {id(module): name for name, module in model.named_modules()}
         self.layers = tuple(
-            _enclosing_layer(model, names[id(m)], i) for i, m in enumerate(find_decoder(model, layers).attention)
+            _enclosing_layer(model, names[id(m)], i) for i, m in sorted(find_decoder(model).attention.items())
         )
         self._in_tuple = False
 

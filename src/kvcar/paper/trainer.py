@@ -88,7 +88,7 @@ class Run:
         self.model, self.options, self.trained = model, options, trained
         self._on_progress, self._on_step = on_progress, on_step
         self.simulator = Simulator(model, bundle.plan, units, options.step_tokens)
-        self.stack = LayerStack(model, bundle.plan.geometry.layers)
+        self.stack = LayerStack(model)
         self.state = TrainState()
         # By window, held-out ones last: what leaves the last layer with the full cache.
         self._finals: dict[int, Tensor] = {}

@@ -32,12 +32,13 @@ def attend(
     scaling: float,
     softcap: float | None = None,
     backend: Backend | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute the same as ``naive.attend``, by ``backend``, or by the one of the query's device."""
     run = ATTENTION.choose(
         backend or backend_for(query.device), case_of(query, exact.keys.shape[1], paged is not None), query, paged
     )
-    return run(query, exact, paged, scaling, softcap)
+    return run(query, exact, paged, scaling, softcap, sinks)
 
 
 def case_of(query: Tensor, kv_heads: int, has_pages: bool = True) -> str:

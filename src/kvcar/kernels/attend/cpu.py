@@ -40,13 +40,20 @@ def _unsupported_reader(reader: Reader) -> str | None:
 
 
 @ATTENTION.register("cpu", "step", unsupported=unsupported)
-def attend(query: Tensor, exact: ExactPast, paged: PagedPast, scaling: float, softcap: float | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    exact: ExactPast,
+    paged: PagedPast,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Compute the same as ``naive.attend``; pages, sinks and window are read where they lie.
 
     Raises:
         KernelError: ``unsupported`` has a reason against these inputs, or the kernels cannot be compiled.
     """
-    out = _job(paged, query).run(query.float().contiguous(), exact, paged, scaling, softcap)
+    out = _job(paged, query).run(query.float().contiguous(), exact, paged, scaling, softcap, sinks)
     return out.to(query.dtype)
 
 
@@ -92,7 +99,7 @@ class _Job(ctypes.Structure):
         *((name, _POINTER) for name in ("segment", "keys", "values", "arena", "scratch", "query", "part", "mask")),
         ("mask_batch_stride", _I64), ("mask_row_stride", _I64), ("mask_token_stride", _I64),
         *((name, _I32) for name in ("mask_rows", "parts", "sums_in_8_bits", "spare")),
-        *((name, _POINTER) for name in ("out", "maximum", "mass", "rooms")), ("room", _I64),
+        *((name, _POINTER) for name in ("out", "maximum", "mass", "rooms")), ("room", _I64), ("sinks", _POINTER),
     ]  # fmt: skip
 
 
@@ -145,7 +152,13 @@ class NativeJob:
         )
 
     def run(
-        self, query: Tensor, exact: ExactPast, paged: PagedPast, scaling: float, softcap: float | None = None
+        self,
+        query: Tensor,
+        exact: ExactPast,
+        paged: PagedPast,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attend with queries float32 ``[B, Hq, T, D]``, contiguous; the output likewise.
 
@@ -153,9 +166,17 @@ class NativeJob:
             MemoryError: none is left for the kernel's scratch.
         """
         with self._lock:
-            return self._run(query, exact, paged, scaling, softcap)
+            return self._run(query, exact, paged, scaling, softcap, sinks)
 
-    def _run(self, query: Tensor, exact: ExactPast, paged: PagedPast, scaling: float, softcap: float | None) -> Tensor:
+    def _run(
+        self,
+        query: Tensor,
+        exact: ExactPast,
+        paged: PagedPast,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         batch, query_heads, tokens, _ = query.shape
         out, job = torch.empty_like(query), self._struct
         job.query, job.out, job.scaling, job.softcap = query.data_ptr(), out.data_ptr(), scaling, softcap or 0.0
@@ -166,6 +187,7 @@ class NativeJob:
             self._set_past(paged),
             self._decoders.set_queries(query, heads),
             self._set_exact(exact, tokens),
+            self._set_sinks(sinks, tokens),
         )
         if self._library.kvcar_attend(self._reference):
             raise MemoryError("no memory for the scratch of attention over pages")
@@ -230,6 +252,12 @@ class NativeJob:
             job.mask, job.mask_rows, job.mask_batch_stride = mask.data_ptr(), tokens, mask.stride(0)
             job.mask_row_stride, job.mask_token_stride = mask.stride(2), mask.stride(3)
         return kept, mask
+
+    def _set_sinks(self, sinks: Tensor | None, tokens: int) -> Tensor | None:
+        """Set the scores ``[Hq]`` that no value belongs to, for every query row."""
+        rows = None if sinks is None else sinks.float().repeat_interleave(tokens).contiguous()
+        self._struct.sinks = None if rows is None else rows.data_ptr()
+        return rows
 
     def _set_buffered(self, buffered: Buffered) -> list[Tensor]:
         """Set which tokens are read; buffers that are the same as in the step before have their places already."""

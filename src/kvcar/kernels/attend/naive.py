@@ -10,7 +10,12 @@ from .inputs import ATTENTION, ExactPast, PagedPast, Reader, all_heads, turned_k
 
 @ATTENTION.register("naive")
 def attend(
-    query: Tensor, exact: ExactPast, paged: PagedPast | None, scaling: float, softcap: float | None = None
+    query: Tensor,
+    exact: ExactPast,
+    paged: PagedPast | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute the attention output ``[B, Hq, T, D]`` in the query's dtype.
 
@@ -20,6 +25,7 @@ def attend(
         paged: tokens in pages, or None when there are none.
         scaling: factor on the scores.
         softcap: scores become ``softcap * tanh(score / softcap)`` where given.
+        sinks: ``[Hq]``, one more score for each query head that no value belongs to, where given.
     """
     exact, heads = exact.joined(), exact.keys.shape[1]
     keys, values = exact.keys.float(), exact.values.float()
@@ -38,7 +44,10 @@ def attend(
     scores = query.float() @ keys.transpose(2, 3) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    weights = torch.softmax(scores.masked_fill(~mask, -torch.inf), dim=-1)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : mask.shape[-1]]
     # A padded query sees nothing; its output is never used, but must not be NaN as that of one that sees NaN is.
     weights = weights.masked_fill(~mask.any(-1, keepdim=True), 0.0)
     return (weights @ values).to(query.dtype)

@@ -33,10 +33,17 @@ _FUSED_OPERATION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_
 @ATTENTION.register("cpu", "chunk")
 @ATTENTION.register("triton", "chunk")
 def attend(
-    query: Tensor, exact: ExactPast, paged: PagedPast | None, scaling: float, softcap: float | None = None
+    query: Tensor,
+    exact: ExactPast,
+    paged: PagedPast | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute the same as ``naive.attend``."""
     q, state = _begin(query, exact.joined(), scaling, softcap)
+    if sinks is not None:
+        state.add_sinks(sinks)
     if paged is not None:
         _add_pages(state, q, paged, softcap)
     return state.result().reshape(query.shape).to(query.dtype)
@@ -239,6 +246,12 @@ class OnlineSoftmax:
             latents *= own
             mass *= own
         return weights
+
+    def add_sinks(self, sinks: Tensor) -> None:
+        """Take in one score for each query head ``[Hq]`` that no value belongs to."""
+        heads, rows = self._maximum.shape[1:3]
+        own = sinks.float().repeat_interleave(heads * rows // len(sinks)).view(1, heads, rows, 1)
+        self.merge_output(torch.zeros_like(self._sum), own.expand_as(self._maximum))
 
     def add_decoded(self, weights: Tensor, heads: tuple[int, ...], values: Tensor) -> None:
         """Sum values ``[B, len(heads), S, D]`` of some heads under weights ``[B, H, Q, S]``."""

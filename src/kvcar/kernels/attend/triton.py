@@ -70,7 +70,12 @@ def _unsupported_reader(reader: Reader, paged: PagedPast) -> str | None:
 
 @ATTENTION.register("triton", "step", unsupported=unsupported)
 def attend(
-    query: Tensor, exact: ExactPast, paged: PagedPast | None, scaling: float, softcap: float | None = None
+    query: Tensor,
+    exact: ExactPast,
+    paged: PagedPast | None,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute the same as ``naive.attend``.
 
@@ -87,6 +92,8 @@ def attend(
     half = query.dtype != torch.float32
     with torch.cuda.device_of(q):
         piece = attend_exactly(q, exact, precision_of(half), softcap)
+        if sinks is not None:
+            piece = with_sinks(piece, sinks)
         parts: list[SplitSums] = []
         if paged is not None and paged.tokens:
             parts = _paged_sums(Call(q, paged, _addresses(paged), half, softcap))
@@ -120,6 +127,15 @@ class Piece(NamedTuple):
     maximum: Tensor
     mass: Tensor
     total: Tensor
+
+
+def with_sinks(piece: Piece, sinks: Tensor) -> Piece:
+    """The piece with one more score for each query head ``[Hq]``, that no value belongs to."""
+    _, heads, rows = piece.maximum.shape
+    own = sinks.float().repeat_interleave(heads * rows // len(sinks)).view(1, heads, rows)
+    maximum = torch.maximum(piece.maximum, own)
+    shrink = torch.exp(piece.maximum - maximum)
+    return Piece(maximum, piece.mass * shrink + torch.exp(own - maximum), piece.total * shrink[..., None])
 
 
 def attend_exactly(q: Tensor, exact: ExactPast, precision: str, softcap: float | None) -> Piece:

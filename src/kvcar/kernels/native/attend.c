@@ -89,6 +89,7 @@ typedef struct {
     float *maximum, *mass;                             /* [batch][splits + 1][heads * rows], the last of what is exact */
     float *rooms;                                      /* of threads, [threads][room] */
     int64_t room;
+    const float *sinks;                                /* [heads][rows] scores that no value belongs to, or null */
 } Job;
 
 /* What a thread works in. Codes of segments are [TILE][padded latents] from the tile's first token that is attended. */
@@ -506,6 +507,10 @@ static int attend_exact(const Job *job, int b)
         return 1;
     float *scores = room + dim;
     start_rows(all, maximum, mass);
+    for (int row = 0; job->sinks && row < all; row++) {
+        maximum[row] = job->sinks[row];
+        mass[row] = 1;
+    }
     for (int head = 0; head < job->heads; head++) {
         const long at = ((long)b * job->heads + head) * rows;
         int64_t token = 0;

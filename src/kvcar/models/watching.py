@@ -1,0 +1,46 @@
+"""Seeing the keys and values of a model go by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from ..geometry import KVGeometry
+from .structure import own_cache_layers
+
+OnKeysValues = Callable[[int, Tensor, Tensor], None]
+"""(layer, keys after RoPE ``[B, H, T, D]``, values ``[B, H, T, D]``) -> None."""
+
+
+class WatchingCache(Cache):
+    """A cache that shows the keys and values of layers that may be coded, and keeps nothing of them.
+
+    Args:
+        config: of the model; its other layers are those of its own cache.
+        geometry: of the model.
+        on_keys_values: called once for each such layer in a pass.
+    """
+
+    def __init__(self, config: PreTrainedConfig, geometry: KVGeometry, on_keys_values: OnKeysValues) -> None:
+        layers = own_cache_layers(config)
+        for layer in geometry.codable_layers:
+            layers[layer] = _WatchingLayer(layer, on_keys_values)
+        super().__init__(layers=layers)
+
+
+class _WatchingLayer(DynamicLayer):
+    """Shows what passes and keeps nothing."""
+
+    def __init__(self, layer: int, on_keys_values: OnKeysValues) -> None:
+        super().__init__()
+        self._layer, self._on_keys_values = layer, on_keys_values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        del args, kwargs
+        self._on_keys_values(self._layer, key_states, value_states)
+        return key_states, value_states
