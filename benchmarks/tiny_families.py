@@ -136,6 +136,8 @@ def tiny_family(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 def _tiny(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:
     known = _attributes(kind)
     given = {name: value for name, value in _RECIPE.items() if name in known}
+    if "kv_lora_rank" in known:
+        given["num_key_value_heads"] = given["num_attention_heads"]
     if getattr(kind, "sliding_window", None) is None:
         given.pop("sliding_window", None)
     given |= _OWN.get(kind.model_type, {})

@@ -173,7 +173,10 @@ class Linear8Codec(Codec):
         self.cross_scale = (others.abs().amax(0) if len(others) else norm.new_zeros(strong)).clamp_min(_SMALLEST) / _TOP
         self.cross = (others / self.cross_scale).round().clamp(-_TOP, _TOP).to(torch.int8)
         cross = (self.cross * self.cross_scale).double()
-        self.strong = torch.linalg.inv(products[:strong].double() - cross.T @ cross).to(torch.float16)
+        shared = products[:strong].double() - cross.T @ cross
+        # A direction that no vector has anything in (of rank-deficient keys or values) stands alone.
+        shared.diagonal().add_((shared.diagonal() == 0).double())
+        self.strong = torch.linalg.inv(shared).to(torch.float16)
 
     def _weighed(self, x: Tensor) -> Tensor:
         """Multiply vectors ``[..., W]`` by the metric."""

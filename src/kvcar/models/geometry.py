@@ -35,7 +35,7 @@ def read_geometry(config: PreTrainedConfig) -> KVGeometry:
             f"{kind} has keys and values of different sizes, made from latents (MLA); {_ONE_SIZE}"
         )
     layers = own_cache_layers(config)
-    kinds = [kind_of(layer) for layer in layers]
+    kinds: list[LayerKind] = [kind_of(layer) for layer in layers]
     windows = {index: layer.sliding_window for index, layer in enumerate(layers) if kinds[index] == "sliding"}
     shapes = {index: _shape(text, index) for index, each in enumerate(kinds) if each != "own"}
     return _geometry(kind, text, kinds, windows, shapes, {})
