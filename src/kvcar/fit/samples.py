@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from ..models.structure import cache_argument
 from ..progress import OnProgress, counter, silent
@@ -104,16 +105,51 @@ def sample_windows(
     rows = [_Row(openings, first) for first in range(passages)]
     ids = torch.empty(passages, length, dtype=torch.int64)
     generator, count = torch.Generator().manual_seed(seed), counter(on_progress, "write samples", length)
-    cache, drawn, ends = DynamicCache(config=model.config), [0] * passages, _ends(model, tokenizer)
+    cache, drawn, ends = _roomy_cache(model, length), [0] * passages, _ends(model, tokenizer)
     for place in range(length):
         ids[:, place] = torch.tensor([row.next(token, ends) for row, token in zip(rows, drawn, strict=True)])
         given = ids[:, place : place + 1].to(model.device)
         logits = model(input_ids=given, use_cache=True, **cache_argument(model, cache)).logits[:, -1]
-        # Drawn on the CPU, so that a seed gives the same on every device.
-        drawn = torch.multinomial(torch.softmax(logits.float().cpu(), -1), 1, generator=generator)[:, 0].tolist()
+        drawn = _drawn(logits, generator)
         count(1)
     # Neighbouring passages are of neighbouring openings, so that a window is of several kinds.
     return ids.flatten()[: windows * context].view(windows, context)
+
+
+def _drawn(logits: Tensor, generator: torch.Generator) -> list[int]:
+    """Draw a token from each row of logits ``[B, V]``, on the CPU, so that a seed gives the same on every device."""
+    # One uniform number a row; ``multinomial`` takes one for each of the vocabulary.
+    reached = torch.softmax(logits.float().cpu(), -1).cumsum(-1)
+    level = torch.rand(len(reached), 1, generator=generator) * reached[:, -1:]
+    return torch.searchsorted(reached, level, right=True)[:, 0].clamp_max(logits.shape[-1] - 1).tolist()
+
+
+def _roomy_cache(model: PreTrainedModel, tokens: int) -> DynamicCache:
+    """The model's cache with room for ``tokens``, so that a step does not copy all that came before."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_RoomyLayer(tokens) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values that are written into room made at once."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._room: tuple[Tensor, Tensor] | None = None
+        self._tokens, self._used = tokens, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values ``[B, H, T, D]`` and return all of them."""
+        if self._room is None:
+            self.lazy_initialization(key_states, value_states)
+            keys, values = (x.new_empty(*x.shape[:2], self._tokens, x.shape[3]) for x in (key_states, value_states))
+            self._room = keys, values
+        start, self._used = self._used, self._used + key_states.shape[2]
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start : self._used] = new
+        self.keys, self.values = (room[:, :, : self._used] for room in self._room)
+        return self.keys, self.values
 
 
 class _Row:
