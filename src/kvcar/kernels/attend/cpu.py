@@ -22,6 +22,7 @@ from .inputs import ATTENTION, Buffered, ExactPast, PagedPast, Reader
 # Products in integers double the speed of what takes longest; see cpu_decoders.py.
 IN_8_BITS = True
 _JOB = "C job"
+_KINDS = (torch.float32, torch.bfloat16, torch.float16)  # ``ExactKind`` of ``attend.c``
 _I32, _I64, _POINTER, _F32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
@@ -84,7 +85,7 @@ class _Side(ctypes.Structure):
 class _Part(ctypes.Structure):
     """``Part`` of ``attend.c``: tokens kept exactly."""
 
-    _fields_ = [("keys", _Side), ("values", _Side), ("tokens", _I64), ("is_bfloat16", _I32), ("spare", _I32)]
+    _fields_ = [("keys", _Side), ("values", _Side), ("tokens", _I64), ("kind", _I32), ("spare", _I32)]
 
 
 class _Job(ctypes.Structure):
@@ -289,7 +290,7 @@ def _scratch(floats: int) -> Tensor:
 
 def _readable(side: Tensor) -> Tensor:
     """Return ``side`` in a dtype that the kernel reads and with its elements side by side."""
-    if side.dtype not in (torch.float32, torch.bfloat16):
+    if side.dtype not in _KINDS:
         side = side.float()
     return side if side.stride(-1) == 1 else side.contiguous()
 
@@ -298,7 +299,7 @@ def _set_part(part: _Part, keys: Tensor, values: Tensor) -> None:
     for side, x in ((part.keys, keys), (part.values, values)):
         side.base = x.data_ptr()
         side.batch_stride, side.head_stride, side.token_stride, _ = x.stride()
-    part.tokens, part.is_bfloat16 = keys.shape[2], int(keys.dtype == torch.bfloat16)
+    part.tokens, part.kind = keys.shape[2], _KINDS.index(keys.dtype)
 
 
 def _arena(tile: Tensor) -> _Arena:

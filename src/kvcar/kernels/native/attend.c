@@ -56,16 +56,18 @@ typedef struct {
     int64_t batch_stride, page_stride, pages, page_bytes;
 } Arena;
 
-/* Tokens kept exactly: [batch][heads][tokens][head dim] by strides in elements, of float or bfloat16. */
+/* Tokens kept exactly: [batch][heads][tokens][head dim] by strides in elements, of one of `ExactKind`. */
 typedef struct {
     const void *base;
     int64_t batch_stride, head_stride, token_stride;
 } Side;
 
+enum ExactKind { FLOAT32, BFLOAT16, FLOAT16 };
+
 typedef struct {
     Side keys, values;
     int64_t tokens;
-    int32_t is_bfloat16, spare;
+    int32_t kind, spare;
 } Part;
 
 typedef struct {
@@ -479,13 +481,35 @@ static void attend_split(const Job *job, int b, int split, Scratch *s)
 #endif
 }
 
+/* A float16 number; 65536 and more for infinity and NaN. */
+static inline float float_of(uint16_t half)
+{
+    union { uint32_t i; float f; } x = { .i = (uint32_t)(half & 0x7fff) << 13 };
+    x.f *= 0x1p112f;
+    x.i |= (uint32_t)(half & 0x8000) << 16;
+    return x.f;
+}
+
+/* The same, with infinity and NaN as they are. */
+static inline float any_float_of(uint16_t half)
+{
+    union { float f; uint32_t i; } x = { .f = float_of(half) };
+    x.i |= (half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+    return x.f;
+}
+
 /* One vector of an exact side as floats: as it is, or widened into `room`. */
-static const float *exact_vector(const Side *side, int is_bfloat16, int dim, int b, int head, int64_t token, float *room)
+static const float *exact_vector(const Side *side, int kind, int dim, int b, int head, int64_t token, float *room)
 {
     const int64_t at = b * side->batch_stride + head * side->head_stride + token * side->token_stride;
-    if (!is_bfloat16)
+    if (kind == FLOAT32)
         return (const float *)side->base + at;
     const uint16_t *narrow = (const uint16_t *)side->base + at;
+    if (kind == FLOAT16) {
+        for (int d = 0; d < dim; d++)
+            room[d] = any_float_of(narrow[d]);
+        return room;
+    }
     for (int d = 0; d < dim; d++) {
         union { uint32_t i; float f; } wide = { .i = (uint32_t)narrow[d] << 16 };
         room[d] = wide.f;
@@ -516,7 +540,7 @@ static int attend_exact(const Job *job, int b)
         int64_t token = 0;
         for (int p = 0; p < job->parts; p++)
             for (int64_t t = 0; t < job->part[p].tokens; t++, token++) {
-                const float *k = exact_vector(&job->part[p].keys, job->part[p].is_bfloat16, dim, b, head, t, room);
+                const float *k = exact_vector(&job->part[p].keys, job->part[p].kind, dim, b, head, t, room);
                 for (int row = 0; row < rows; row++)
                     scores[row * tokens + token] = job->scaling * dot(dim, job->query + (at + row) * dim, k);
             }
@@ -528,7 +552,7 @@ static int attend_exact(const Job *job, int b)
         token = 0;
         for (int p = 0; p < job->parts; p++)
             for (int64_t t = 0; t < job->part[p].tokens; t++, token++) {
-                const float *v = exact_vector(&job->part[p].values, job->part[p].is_bfloat16, dim, b, head, t, room);
+                const float *v = exact_vector(&job->part[p].values, job->part[p].kind, dim, b, head, t, room);
                 for (int row = 0; row < rows; row++) {
                     const float weight = scores[row * tokens + token];
                     float *o = job->out + (at + row) * dim;
@@ -632,15 +656,6 @@ static int64_t lay_out(Job *job, float *scratch)
     job->maximum = at, at += statistics;
     job->mass = at, at += statistics;
     return at - scratch;
-}
-
-/* A float16 number that is none of the infinite ones. */
-static inline float float_of(uint16_t half)
-{
-    union { uint32_t i; float f; } x = { .i = (uint32_t)(half & 0x7fff) << 13 };
-    x.f *= 0x1p112f;
-    x.i |= (uint32_t)(half & 0x8000) << 16;
-    return x.f;
 }
 
 static void widen_halves(Reader *reader, int width)
