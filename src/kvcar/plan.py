@@ -6,6 +6,7 @@ Plans are pure data: frozen, strictly validated, versioned JSON. Nothing here kn
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -155,14 +156,18 @@ class CacheConfig:
         window: most recent tokens kept exact, a multiple of ``page_tokens``; 0 codes every past token.
         sinks: first tokens of a sequence, kept exact for ever.
         page_tokens: tokens in a page of packed codes, a multiple of 32.
+        max_page_cost: nats a token, on average over a page, beyond which a page is kept exactly instead of being read from its
+            codes, in bundles whose codecs know what their errors cost (``linear8``); "auto" takes a few times what a page of
+            the text costs that a bundle is fitted on; None for no limit.
 
     Raises:
-        InputError: the three do not fit each other.
+        InputError: they do not fit each other.
     """
 
     window: int = 64
     sinks: int = 4
     page_tokens: int = 64
+    max_page_cost: float | Literal["auto"] | None = "auto"
 
     def __post_init__(self) -> None:
         for name in ("window", "sinks", "page_tokens"):
@@ -177,8 +182,20 @@ class CacheConfig:
             raise InputError(
                 f"window must be 0 or a multiple of the page size, {self.page_tokens} tokens; got {self.window}"
             )
+        cost = self.max_page_cost
+        if cost not in (None, "auto") and not (
+            isinstance(cost, float | int) and type(cost) is not bool and 0 < cost < math.inf
+        ):
+            raise InputError(
+                f"max_page_cost must be a number of nats above 0, 'auto', or None for no limit; got {cost!r}"
+            )
         if not 0 <= self.sinks <= min(self.page_tokens, MAX_SINKS):
             raise InputError(f"sinks must be 0 to {min(self.page_tokens, MAX_SINKS)}, got {self.sinks}")
+
+    @property
+    def page_cost_limit(self) -> float | None:
+        """``max_page_cost`` where it is a number."""
+        return None if isinstance(self.max_page_cost, str) else self.max_page_cost
 
     def with_window(self, window: int | None) -> CacheConfig:
         """The same with another window; None keeps this one's."""
@@ -195,7 +212,8 @@ def _read_cache_config(value: Any) -> CacheConfig:
     if isinstance(value, CacheConfig):
         return value
     known = {field.name for field in fields(CacheConfig)}
-    if not isinstance(value, dict) or set(value) != known:
+    # Bundles of before pages had a limit get the default one.
+    if not isinstance(value, dict) or set(value) | {"max_page_cost"} != known:
         raise ValueError(f"a cache config is an object of {', '.join(sorted(known))}, got {value!r}")
     return CacheConfig(**value)
 

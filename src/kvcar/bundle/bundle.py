@@ -66,6 +66,12 @@ class CodedBlock:
             return x
         return self.codec.decode(self.quantizer.latents(self.quantizer.codes(self.codec.encode(x))))
 
+    def cost(self, x: Tensor, stored: Tensor) -> Tensor | None:
+        """What it costs to read ``stored`` values ``[..., S]`` for vectors float32 ``[..., W]``, nats; None where it is not known."""
+        if self.codec is None or self.quantizer is None:
+            return None
+        return self.codec.error_cost(x - self.codec.decode(self.quantizer.latents(stored)))
+
     def on(self, device: torch.device, block: Block, head_dim: int) -> CodedBlock:
         """The same with its tensors on a device; ``block`` is the plan's."""
         return CodedBlock.from_tensors({name: t.to(device) for name, t in self.tensors().items()}, block, head_dim)

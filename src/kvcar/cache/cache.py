@@ -65,10 +65,10 @@ class KVCarCache(PassCache):
                 fork.layers[index] = copy(layer)
         if self._pages is None:
             return fork
-        fork._pages = self._pages.fork()
+        fork._pages, fork._finer = self._pages.fork(), self._finer
         for index, layer in self._coded.items():
             if layer.buffers is not None:
-                fork._coded[index].restore(layer.paged, *(side.clone() for side in layer.kept()))
+                fork._coded[index].restore(layer.paged, *(side.clone() for side in layer.kept()), finer=layer.finer)
         return fork
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCarCache:
@@ -143,9 +143,11 @@ class KVCarCache(PassCache):
         if kept < 0 or (paged and paged < self._state.padding_most + self.plan.sinks):
             raise CacheStateError(f"cannot remove {removed} of {self._seen} tokens; reset the cache instead")
         self._crop_plain(-removed)
+        finer = self._finer = None if self._finer is None else self._finer.cropped(paged)
         for layer in self._coded.values():
             layer.paged = paged
             layer.crop_window(kept - paged)
+            layer.crop_finer(0 if finer is None else finer.tokens)
         if self._pages is not None:
             self._pages.crop(paged)
         if self._decoded is not None:
@@ -249,24 +251,34 @@ class KVCarCache(PassCache):
         if in_bfloat16:
             exact, plain = self._element_bytes()
             parts["exact"] = parts["exact"] * BFLOAT16_BYTES // exact
+            parts["finer"] = parts["finer"] * BFLOAT16_BYTES // exact
             parts["plain"] = parts["plain"] * BFLOAT16_BYTES // plain
             pages = (page_layout(self.plan, size).page_bytes for size in (BFLOAT16_BYTES, exact))
             parts["pages"] = parts["pages"] * next(pages) // max(1, next(pages))
         return sum(parts.values())
 
     def stored_bytes_by_part(self) -> dict[str, int]:
-        """``stored_bytes`` in parts: pages, exact (sinks and window), plain (layers not coded, states too), tables."""
+        """``stored_bytes`` in parts: pages, exact (sinks, window), finer (pages kept exactly), plain (layers not coded), tables."""
         state = 0 if self._state is None else self._state.nbytes
+        finer = sum(layer.finer_bytes for layer in self._coded.values())
+        state += 0 if self._finer is None or not self._finer.pages else self._finer.nbytes
         host = self._host if self.paged_tokens else None
         rotaries = set() if host is None else {host.rotary(layer) for layer in self._coded}
         plain = [tensor for layer in self._plain_layers() for tensor in (layer.keys, layer.values)]
         plain += [tensor for layer in self._other_layers() if is_state(layer) for tensor in states_of(layer)]
         return {
             "pages": 0 if self._pages is None else self._pages.nbytes,
-            "exact": sum(layer.nbytes for layer in self._coded.values()),
+            "exact": sum(layer.nbytes for layer in self._coded.values()) - finer,
+            "finer": finer,
             "plain": sum(tensor.nbytes for tensor in plain if tensor is not None),
             "tables": state + sum(rotary.table_bytes for rotary in rotaries if rotary is not None),
         }
+
+    def finer_page_share(self) -> float:
+        """Share of the coded tokens, 0 to 1, that are read exactly because their page would cost more than ``max_page_cost``."""
+        if self._finer is None or not self.paged_tokens:
+            return 0.0
+        return min(1.0, float(self._finer.exact_tokens.float().mean()) / self.paged_tokens)
 
     def codec_bytes_in_use(self) -> int:
         """Bytes of the codecs as they lie in memory, once for all caches of the model: those of the bundle before a first pass."""
@@ -314,3 +326,4 @@ class KVCarCache(PassCache):
             if self._decoded is not None:
                 self._decoded.map_batch(change)
             self._state = self._state.mapped(change)
+            self._finer = None if self._finer is None else self._finer.mapped(change)

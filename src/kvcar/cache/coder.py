@@ -60,6 +60,19 @@ class UnitCoder:
             return x.to(self.exact_dtype)
         return self.coded.quantizer.codes(self.coded.codec.encode(x.float()))
 
+    @property
+    def knows_cost(self) -> bool:
+        """Whether the codec knows what its errors cost."""
+        return self.coded.codec is not None and self.coded.codec.knows_cost
+
+    def cost(self, fetch: Fetch, stored: Tensor) -> Tensor | None:
+        """What it costs to read ``stored`` values of these tokens, nats ``[B, N]``; None where the codec does not know."""
+        return None if self.coded.codec is None else self.coded.cost(self._vectors(fetch).float(), stored)
+
+    def unpacked(self, packed: Tensor) -> Tensor:
+        """Stored values ``[B, N, R]`` of ``packed``."""
+        return unpack(packed, self.unit.segment).reshape(packed.shape[0], -1, self.unit.segment.latents)
+
     def pack(self, stored: Tensor) -> Tensor:
         """Bytes uint8 ``[B, pages, size]`` of stored values ``[B, pages, page_tokens, R]``."""
         if self.unit.segment.lossless:

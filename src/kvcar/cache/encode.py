@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import CacheStateError
 from ..geometry import KINDS, Slot
 from ..kernels.rotary import RotaryTable
-from .coder import PageCoder
+from .coder import Fetch, PageCoder
 from .layer import CodedLayer
 from .pages import PageStore
 from .sequence import SequenceState
@@ -31,16 +31,39 @@ def encode_oldest(
     state: SequenceState,
     rotary_of: RotaryOf,
     leave: int,
-) -> None:
-    """Append the oldest ``leave`` tokens of all layers to ``pages``, a few pages at a time so that little exists at once."""
+    with_costs: bool = False,
+) -> Tensor | None:
+    """Append the oldest ``leave`` tokens of all layers to ``pages``, a few pages at a time so that little exists at once.
+
+    Returns:
+        ``with_costs`` what it costs to read their codes, nats float32 ``[B, leave]``, 0 for padding and sinks; None where no
+        codec knows.
+    """
+    start, costs = pages.tokens, []
     step = ENCODED_PAGES_AT_ONCE * coder.plan.page_tokens
     for first in range(0, leave, step):
         count = min(step, leave - first)
         fetch = _fetcher(layers, state, rotary_of, pages.tokens, first, count)
-        if pages.fits_whole(count):
-            pages.append_packed([unit.packed(fetch) for unit in coder.units])
-        else:
-            pages.append([unit.stored(fetch) for unit in coder.units])
+        whole = pages.fits_whole(count)
+        coded = [unit.packed(fetch) if whole else unit.stored(fetch) for unit in coder.units]
+        if with_costs:
+            costs += _costs(coder, fetch, coded, whole)
+        pages.append_packed(coded) if whole else pages.append(coded)
+    if not costs:
+        return None
+    index = torch.arange(start, start + leave, device=costs[0].device)
+    unread = index < state.padding[:, None] + coder.plan.sinks
+    return torch.cat(costs, dim=1).masked_fill(unread, 0.0)
+
+
+def _costs(coder: PageCoder, fetch: Fetch, coded: Sequence[Tensor], whole: bool) -> list[Tensor]:
+    """What it costs to read what units coded, summed over them, nats ``[B, N]``; nothing where no codec knows."""
+    known = []
+    for unit, own in zip(coder.units, coded, strict=True):
+        if unit.knows_cost:
+            cost = unit.cost(fetch, unit.unpacked(own) if whole else own)
+            known += [] if cost is None else [cost]
+    return [torch.stack(known).sum(0)] if known else []
 
 
 @contextmanager

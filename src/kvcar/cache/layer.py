@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +11,14 @@ from transformers.cache_utils import CacheLayerMixin
 from ..errors import AttachError, CacheStateError
 from ..kernels.attend import Buffered, ExactPast
 from ..sizes import window_capacity
+from .finer import FinerWrite
 
 
 class CodedLayer(CacheLayerMixin):
     """One layer of a ``KVCarCache`` whose past lies in pages.
 
-    ``buffers`` holds keys and values ``[B, H, sinks + capacity, D]``: first the sinks, then the window. Tokens of
-    the pass under way stay apart, in the model's dtype, until the whole pass is over and all layers store together.
+    ``buffers`` holds keys and values ``[B, H, sinks + finer + capacity, D]``: the sinks, tokens of finer pages, the window.
+    Tokens of the pass under way stay apart, in the model's dtype, until the whole pass is over and all layers store together.
 
     Args:
         sinks: first tokens kept for ever.
@@ -33,6 +34,7 @@ class CodedLayer(CacheLayerMixin):
         self.sinks = sinks
         self.open = False
         self.paged = 0
+        self.finer = 0
         self.in_window = 0
         self.buffers: tuple[Tensor, Tensor] | None = None
         self.pending: tuple[Tensor, Tensor] | None = None
@@ -85,12 +87,12 @@ class CodedLayer(CacheLayerMixin):
         return self.get_max_length()
 
     def exact(self, mask: Tensor | None) -> ExactPast:
-        """What attention reads as it is: sinks and window, then this pass; ``mask`` covers both.
+        """What attention reads as it is: sinks, finer pages and window, then this pass; ``mask`` covers all of it.
 
         Sinks come first only once pages exist; until then the first tokens are in the window.
         """
         assert self.pending is not None
-        start, stop = 0 if self.paged else self.sinks, self.sinks + self.in_window
+        start, stop = 0 if self.paged else self.sinks, self._before_window + self.in_window
         if self.buffers is None or start == stop:
             return ExactPast(*self.pending, mask)
         return ExactPast(*self.pending, mask, Buffered(*self.buffers, start, stop))
@@ -104,11 +106,18 @@ class CodedLayer(CacheLayerMixin):
             if low == high or self.buffers is None:
                 parts.append(fresh)
                 continue
-            window = self.buffers[side][:, :, self.sinks + low : self.sinks + high].to(new.dtype)
+            window = self.buffers[side][:, :, self._before_window + low : self._before_window + high].to(new.dtype)
             parts.append(torch.cat([window, fresh], dim=2) if fresh.shape[2] else window)
         return parts[0], parts[1]
 
-    def store(self, leave: int, sink_source: Tensor | None, dtype: torch.dtype) -> None:
+    def store(
+        self,
+        leave: int,
+        sink_source: Tensor | None,
+        dtype: torch.dtype,
+        finer: int = 0,
+        writes: Sequence[FinerWrite] = (),
+    ) -> None:
         """The oldest ``leave`` tokens have become pages, at the end of a pass or between two; the others stay here.
 
         Args:
@@ -116,17 +125,19 @@ class CodedLayer(CacheLayerMixin):
             sink_source: int64 ``[B, sinks]``, for every sink its place among the leaving tokens, -1 where it is not
                 among them; None when no sink is.
             dtype: dtype of what is kept exactly.
+            finer: tokens of finer pages that there is room for from now on; never fewer than before.
+            writes: which of the leaving tokens are kept among them.
         """
-        going = self.oldest(0, leave) if sink_source is not None else None
+        going = self.oldest(0, leave) if sink_source is not None or writes else None
         total = self.in_window + self._arriving()[0].shape[2] - leave
         if leave == 0 and self.buffers is not None and self._fits(total):
             self._write_in_place()
         else:
-            self.buffers = self._rebuilt(leave, total, dtype)
+            self.buffers = self._rebuilt(leave, total, dtype, finer, writes, going)
         if going is not None and sink_source is not None:
             self._fill_sinks(going, sink_source)
         self.paged += leave
-        self.in_window = total
+        self.in_window, self.finer = total, finer
         self.pending = self._given = None
 
     def crop_window(self, tokens: int) -> None:
@@ -134,15 +145,23 @@ class CodedLayer(CacheLayerMixin):
         self.in_window = tokens
 
     def kept(self) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, H, sinks + window, D]`` of what is stored exactly between passes."""
+        """Keys and values ``[B, H, sinks + finer + window, D]`` of what is stored exactly between passes."""
         assert self.buffers is not None
-        keys, values = self.buffers
-        return keys[:, :, : self.sinks + self.in_window], values[:, :, : self.sinks + self.in_window]
+        (keys, values), stop = self.buffers, self._before_window + self.in_window
+        return keys[:, :, :stop], values[:, :, :stop]
 
-    def restore(self, paged: int, keys: Tensor, values: Tensor) -> None:
-        """Hold what ``kept`` gave of a layer of which ``paged`` tokens lay in pages."""
-        self.paged, self.in_window = paged, keys.shape[2] - self.sinks
+    def restore(self, paged: int, keys: Tensor, values: Tensor, finer: int = 0) -> None:
+        """Hold what ``kept`` gave of a layer of which ``paged`` tokens lay in pages, and ``finer`` had room in finer ones."""
+        self.paged, self.finer, self.in_window = paged, finer, keys.shape[2] - self.sinks - finer
         self.buffers = (keys, values)
+
+    def crop_finer(self, finer: int) -> None:
+        """Keep the first ``finer`` of the tokens of finer pages."""
+        if finer < self.finer and self.buffers is not None:
+            kept, rest = self.sinks + finer, self._before_window
+            keys, values = (torch.cat([side[:, :, :kept], side[:, :, rest:]], dim=2) for side in self.buffers)
+            self.buffers = (keys, values)
+        self.finer = min(finer, self.finer)
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the buffers by ``change(buffer)``, which works on the batch axis (0)."""
@@ -151,13 +170,23 @@ class CodedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.paged = self.in_window = 0
+        self.paged = self.finer = self.in_window = 0
         self.buffers = self.pending = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of sinks and window."""
         return 0 if self.buffers is None else sum(buffer.nbytes for buffer in self.buffers)
+
+    @property
+    def finer_bytes(self) -> int:
+        """Bytes of the tokens of finer pages, which ``nbytes`` counts too."""
+        return 0 if self.buffers is None else self.nbytes // self.buffers[0].shape[2] * self.finer
+
+    @property
+    def _before_window(self) -> int:
+        """Tokens in the buffers before those of the window."""
+        return self.sinks + self.finer
 
     def _arriving(self) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, H, T, D]`` of the pass under way; no tokens at all between passes."""
@@ -168,26 +197,38 @@ class CodedLayer(CacheLayerMixin):
 
     def _fits(self, total: int) -> bool:
         assert self.buffers is not None
-        return self.sinks + total <= self.buffers[0].shape[2]
+        return self._before_window + total <= self.buffers[0].shape[2]
 
     def _write_in_place(self) -> None:
         assert self.buffers is not None
         for buffer, new in zip(self.buffers, self._arriving(), strict=True):
-            start = self.sinks + self.in_window
+            start = self._before_window + self.in_window
             buffer[:, :, start : start + new.shape[2]] = new
 
-    def _rebuilt(self, leave: int, total: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        rebuilt = []
+    def _rebuilt(
+        self,
+        leave: int,
+        total: int,
+        dtype: torch.dtype,
+        finer: int,
+        writes: Sequence[FinerWrite],
+        going: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, Tensor]:
+        rebuilt, before = [], self.sinks + finer
         for side, new in enumerate(self._arriving()):
             batch, heads, _, dim = new.shape
-            size = self.sinks + window_capacity(total)
+            size = before + window_capacity(total)
             buffer = torch.zeros(batch, heads, size, dim, dtype=dtype, device=new.device)
             stays = max(0, self.in_window - leave)
             if self.buffers is not None:
-                old, end = self.buffers[side], self.sinks + self.in_window
-                buffer[:, :, : self.sinks] = old[:, :, : self.sinks]
-                buffer[:, :, self.sinks : self.sinks + stays] = old[:, :, end - stays : end]
-            buffer[:, :, self.sinks + stays : self.sinks + total] = new[:, :, new.shape[2] - (total - stays) :]
+                old, end = self.buffers[side], self._before_window + self.in_window
+                buffer[:, :, : self._before_window] = old[:, :, : self._before_window]
+                buffer[:, :, before : before + stays] = old[:, :, end - stays : end]
+            buffer[:, :, before + stays : before + total] = new[:, :, new.shape[2] - (total - stays) :]
+            for write in writes:
+                assert going is not None
+                kept = going[side][:, :, write.first : write.first + write.count]
+                buffer[:, :, self.sinks + write.place : self.sinks + write.place + write.count] = kept
             rebuilt.append(buffer)
         return rebuilt[0], rebuilt[1]
 

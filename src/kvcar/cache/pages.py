@@ -12,6 +12,7 @@ from ..kernels.attend import PagedPast
 from ..kernels.rotary import RotaryTable
 from ..sizes import next_arena_pages
 from .coder import PageCoder, UnitCoder, UnitContents
+from .finer import FinerPages
 from .sequence import SequenceState
 
 _PAGES_AT_ONCE = 8
@@ -190,12 +191,19 @@ class PageViews:
         self._sinks = sinks
         self._known: dict[int, tuple[tuple[object, ...], PagedPast]] = {}
         self._first: tuple[Tensor, Tensor] | None = None
+        self._shown: tuple[FinerPages, int, Tensor | None] | None = None
 
     def of(
-        self, layer: int, pages: PageStore, state: SequenceState, coder: PageCoder, rotary: RotaryTable | None
+        self,
+        layer: int,
+        pages: PageStore,
+        state: SequenceState,
+        coder: PageCoder,
+        rotary: RotaryTable | None,
+        finer: FinerPages,
     ) -> PagedPast:
         """All pages, as attention of a coded layer reads them."""
-        key = (pages.tokens, pages.arenas, state.padding, state.offset, coder, rotary)
+        key = (pages.tokens, pages.arenas, state.padding, state.offset, coder, rotary, finer)
         known = self._known.get(layer)
         if known is not None and all(map(operator.is_, known[0], key)):
             return known[1]
@@ -208,6 +216,7 @@ class PageViews:
             key_readers=coder.readers(layer, "key"),
             value_readers=coder.readers(layer, "value"),
             rotary=rotary,
+            shown=self._shown_tokens(finer, pages),
         )
         self._known[layer] = (key, paged)
         return paged
@@ -215,6 +224,13 @@ class PageViews:
     def forget(self) -> None:
         """Let go of pages that are gone."""
         self._known = {}
+
+    def _shown_tokens(self, finer: FinerPages, pages: PageStore) -> Tensor | None:
+        """Tokens of each page that are read from its codes; one tensor for all layers."""
+        key = (finer, pages.allocated_pages)
+        if self._shown is None or self._shown[0] is not finer or self._shown[1] != pages.allocated_pages:
+            self._shown = (*key, finer.shown_tokens(pages.allocated_pages))
+        return self._shown[2]
 
     def _first_read(self, padding: Tensor) -> Tensor:
         """First token of each sequence read here, int64 ``[B]``; one tensor for all layers."""

@@ -18,6 +18,7 @@ from ..sizes import coded_tokens
 from .coder import Host
 from .decoded import DecodedPast
 from .encode import encode_oldest, stored_plainly, without_lost
+from .finer import FinerPages
 from .layer import CodedLayer
 from .pages import PageStore, PageViews
 from .sequence import SequenceState, exact_mask, is_causal_mask, sink_places
@@ -72,6 +73,7 @@ class PassCache(Cache):
             coder = host.coder(self.bundle)
             self._state = SequenceState(batch, coder.device)
             self._pages = PageStore(coder.units, coder.layout.page_bytes, self.plan.page_tokens)
+            self._finer = FinerPages.none(batch, self.plan.page_tokens, coder.device)
         if len(self._state.padding) != batch:
             raise CacheStateError(
                 f"the cache holds {len(self._state.padding)} sequences, but this pass has {batch}; reset the cache first"
@@ -251,6 +253,7 @@ class PassCache(Cache):
         self._state: SequenceState | None = None
         self._next_state: SequenceState | None = None
         self._pages: PageStore | None = None
+        self._finer: FinerPages | None = None
         self._decoded = DecodedPast() if self._keeps_decoded else None
         self._views = PageViews(self.plan.sinks)
         self._mask: Tensor | None = None
@@ -310,25 +313,30 @@ class PassCache(Cache):
         assert self._host is not None
         assert self._pages is not None
         assert self._state is not None
-        start = self._pages.tokens
+        assert self._finer is not None
+        start, limit, costs = self._pages.tokens, self.plan.cache.page_cost_limit, None
         coder = self._host.coder(self.bundle)
         if leave:
-            encode_oldest(self._coded, self._pages, coder, self._state, self._host.rotary, leave)
+            given = (self._coded, self._pages, coder, self._state, self._host.rotary, leave)
+            costs = encode_oldest(*given, with_costs=limit is not None)
+        self._finer, writes = self._finer.after(costs, start, leave, limit)
         places = sink_places(self._state, start, leave, self.plan.sinks)
         for coded in self._coded.values():
-            coded.store(leave, places, coder.dtype)
+            coded.store(leave, places, coder.dtype, self._finer.tokens, writes)
 
     def _paged(self, layer: int, state: SequenceState) -> PagedPast:
         """All pages, as attention of a coded layer reads them."""
         assert self._host is not None
         assert self._pages is not None
-        return self._views.of(layer, self._pages, state, self._host.coder(self.bundle), self._host.rotary(layer))
+        assert self._finer is not None
+        coder, rotary = self._host.coder(self.bundle), self._host.rotary(layer)
+        return self._views.of(layer, self._pages, state, coder, rotary, self._finer)
 
     def _exact_mask(self) -> Tensor | None:
         """Mask over what attention sees exactly; the same for all layers of a pass, so built once."""
         assert self._next_state is not None
         assert self._pages is not None
         if not self._mask_known:
-            given = (self._seen, self._pages.tokens, self._pass_tokens, self.plan.sinks)
+            given = (self._seen, self._pages.tokens, self._pass_tokens, self.plan.sinks, self._finer)
             self._mask, self._mask_known = exact_mask(self._next_state, *given), True
         return self._mask

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheStateError, InputError
+from .finer import FinerPages
 
 _NEVER = torch.iinfo(torch.int64).max
 _MASK_ELEMENTS_AT_ONCE = 1 << 22
@@ -155,19 +156,22 @@ def _kept(old: Tensor, new: Tensor) -> Tensor:
     return old if torch.equal(old, new) else new
 
 
-def exact_mask(state: SequenceState, seen: int, paged: int, tokens: int, sinks: int) -> Tensor | None:
-    """Mask over sinks (once pages exist), window and the pass under way.
+def exact_mask(
+    state: SequenceState, seen: int, paged: int, tokens: int, sinks: int, finer: FinerPages | None = None
+) -> Tensor | None:
+    """Mask over sinks and finer pages (once pages exist), window and the pass under way.
 
     Args:
         state: of the pass under way.
         seen: tokens of earlier passes; paged: those of them that lie in pages; tokens: those of this pass.
         sinks: first tokens of each sequence that stay exact.
+        finer: the pages whose tokens do.
 
     Returns:
         bool ``[B or 1, 1, T, S]``, True where a query may attend, or None where every query may attend to everything.
     """
-    settled = state.padding_most + sinks
-    if tokens == 1 and (paged >= settled or (paged == 0 and state.padding_most == 0)):
+    settled, finer = state.padding_most + sinks, finer if finer is not None and finer.pages else None
+    if finer is None and tokens == 1 and (paged >= settled or (paged == 0 and state.padding_most == 0)):
         return None
     device, total = state.padding.device, seen + tokens
     index = torch.arange(paged, total, device=device)
@@ -175,8 +179,10 @@ def exact_mask(state: SequenceState, seen: int, paged: int, tokens: int, sinks: 
     visible = (index[None, :] <= query[:, None]) & (index >= state.padding[:, None])[:, None, :]
     if paged:
         sink = state.padding[:, None] + torch.arange(sinks, device=device)
-        reached = (sink < paged)[:, None, :].expand(-1, tokens, -1)
-        visible = torch.cat([reached, visible.expand(len(sink), -1, -1)], dim=-1)
+        before = sink < paged
+        if finer is not None:
+            before = torch.cat([before, finer.visible(state.padding + sinks, paged)], dim=-1)
+        visible = torch.cat([before[:, None].expand(-1, tokens, -1), visible.expand(len(sink), -1, -1)], dim=-1)
     return visible[:, None]
 
 

@@ -12,6 +12,7 @@ from ..bundle import Bundle
 from ..errors import CacheStateError
 from .cache import KVCarCache
 from .coder import PageCoder, UnitContents
+from .finer import FinerPages
 from .pages import PageStore
 from .sequence import SequenceState
 
@@ -27,9 +28,10 @@ class CacheContents:
         paged: those of them that lie in pages; the ``tokens - paged`` after them are in the window.
         padding, offset: int64 ``[B]``, see ``SequenceState``.
         units: stored values of the ``paged`` tokens, for every unit of a page in order.
-        exact: by coded layer, keys (after RoPE) and values ``[B, H, sinks + window, D]`` in the exact dtype.
+        exact: by coded layer, keys (after RoPE) and values ``[B, H, sinks + finer + window, D]`` in the exact dtype.
         plain: by other layer, keys and values ``[B, H, kept, D]`` in the model's dtype; a sliding layer keeps its window
             less one.
+        finer: the pages whose tokens are among the exact ones.
     """
 
     tokens: int
@@ -39,6 +41,7 @@ class CacheContents:
     units: tuple[UnitContents, ...]
     exact: dict[int, KeysValues]
     plain: dict[int, KeysValues]
+    finer: FinerPages
 
 
 @torch.no_grad()
@@ -63,6 +66,7 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
         )
     plain = {index: _plain_kept(layer) for index, layer in enumerate(cache.layers) if isinstance(layer, DynamicLayer)}
     assert source._pages is not None
+    assert source._finer is not None
     return CacheContents(
         tokens=cache._seen,
         paged=source._pages.tokens,
@@ -71,6 +75,7 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
         units=source._pages.contents(),
         exact={index: layer.kept() for index, layer in source._coded.items()},
         plain=plain,
+        finer=source._finer,
     )
 
 
@@ -83,8 +88,9 @@ def cache_of(contents: CacheContents, bundle: Bundle, coder: PageCoder, window: 
     cache._seen = contents.tokens
     cache._pages = PageStore(coder.units, coder.layout.page_bytes, cache.plan.page_tokens)
     cache._pages.fill(contents.units, device)
+    cache._finer = contents.finer.mapped(lambda table: table.to(device))
     for index, (keys, values) in contents.exact.items():
-        cache._coded[index].restore(contents.paged, keys.to(device), values.to(device))
+        cache._coded[index].restore(contents.paged, keys.to(device), values.to(device), contents.finer.tokens)
     for index, (keys, values) in contents.plain.items():
         layer = cache.layers[index]
         assert isinstance(layer, DynamicLayer)

@@ -60,6 +60,16 @@ class Codec(ABC):
         """The affine decoder in 8 bits as it lies in memory, of all slots of the block, where it is one."""
         return None
 
+    @property
+    def knows_cost(self) -> bool:
+        """Whether ``error_cost`` is known."""
+        return False
+
+    def error_cost(self, error: Tensor) -> Tensor | None:
+        """What errors ``[..., W]`` of vectors cost, in nats ``[...]``; None where the codec does not know."""
+        del error
+        return None
+
     def affine_encoder(self) -> tuple[Tensor, Tensor] | None:
         """Matrix ``[W, R]`` and centre ``[W]`` when latents are ``(x - centre) @ matrix``, for kernels that fuse it."""
         return None

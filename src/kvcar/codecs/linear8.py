@@ -108,6 +108,15 @@ class Linear8Codec(Codec):
         """The decoder as it lies in memory."""
         return RoundedDecoder(self.exact, self.decoder, self.decoder_scale, self.mean)
 
+    @property
+    def knows_cost(self) -> bool:
+        """See ``Codec``."""
+        return True
+
+    def error_cost(self, error: Tensor) -> Tensor:
+        """See ``Codec``: ``error' M error / 2``, the divergence to second order."""
+        return (error * self._weighed(error)).sum(-1) / 2
+
     def tensors(self) -> dict[str, Tensor]:
         """See ``Codec``."""
         return {name: getattr(self, name) for name in self.stored if name != "gain" or self.gain is not None}

@@ -68,6 +68,13 @@ class Part(PartSpec):
         return PartSpec(name=self.name, coding=self.coding, dtype=self.dtype, shape=self.shape)
 
 
+class FinerPage(StrictModel):
+    """A page whose tokens are stored exactly too; ``shown``: so many of them, of each sequence, are still read from its codes."""
+
+    page: Count
+    shown: tuple[Count, ...] = Field(strict=False, min_length=1, fail_fast=True)
+
+
 class ContextHeader(StrictModel):
     """What a stored context is, and of which model and bundle.
 
@@ -77,6 +84,7 @@ class ContextHeader(StrictModel):
         window: recent tokens that the saved cache kept exact.
         tokens: tokens of each sequence, padding included; paged: those of them that are coded.
         padding, offset: of every sequence of the batch, see ``docs/format.md``.
+        finer: pages that are kept exactly, rising.
     """
 
     format_version: Literal[2] = FORMAT_VERSION
@@ -88,6 +96,7 @@ class ContextHeader(StrictModel):
     paged: Count
     padding: tuple[Count, ...] = Field(strict=False, min_length=1, fail_fast=True)
     offset: tuple[Offset, ...] = Field(strict=False, min_length=1, fail_fast=True)
+    finer: tuple[FinerPage, ...] = Field(default=(), strict=False, fail_fast=True)
     parts: tuple[Part, ...] = Field(strict=False, fail_fast=True)
 
     @property
@@ -103,6 +112,9 @@ class ContextHeader(StrictModel):
             raise ValueError(f"more coded tokens or more padding than the {self.tokens} tokens")
         if any(offset > padding for offset, padding in zip(self.offset, self.padding, strict=True)):
             raise ValueError("an offset beyond the padding, which puts tokens at negative positions")
+        pages = [finer.page for finer in self.finer]
+        if pages != sorted(set(pages)) or any(len(finer.shown) != len(self.padding) for finer in self.finer):
+            raise ValueError(f"finer pages that do not rise, or are not of {len(self.padding)} sequences")
         names = [part.name for part in self.parts]
         if len({*names, CHECKSUM, "__metadata__"}) != len(names) + 2:
             raise ValueError("two parts of the same name, or one of a name that has another use")

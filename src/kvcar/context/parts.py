@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
 
 from ..cache.coder import PageCoder, UnitContents
+from ..cache.finer import FinerPages
 from ..cache.snapshot import CacheContents
 from ..codecs.checks import LARGEST
 from ..errors import ContextError
 from ..layout import PageUnit
 from ..plan import RAW_BITS, Plan
 from .entropy import decode_codes, encode_codes, store_library
-from .file import ContextHeader, DtypeName, Part, PartSpec
+from .file import ContextHeader, DtypeName, FinerPage, Part, PartSpec
 
 CODES, EXACT, TOKEN_IDS = "codes", "exact", "token_ids"
 _DTYPES: dict[torch.dtype, DtypeName] = {
@@ -32,13 +34,15 @@ def code_bits(plan: Plan) -> list[int]:
     return [group.bits for group in groups for _ in range(group.count)]
 
 
-def specs_of(coder: PageCoder, model_dtype: torch.dtype, batch: int, tokens: int, paged: int) -> dict[str, PartSpec]:
+def specs_of(coder: PageCoder, model_dtype: torch.dtype, header: ContextHeader) -> dict[str, PartSpec]:
     """List, by name, the parts that a cache of that many tokens consists of; token ids come on top."""
+    batch, tokens, paged = len(header.padding), header.tokens, header.paged
+    kept_exactly = coder.plan.sinks + len(header.finer) * coder.plan.page_tokens + tokens - paged
     plan, geometry = coder.plan, coder.plan.geometry
     heads, dim, layers = geometry.kv_heads, geometry.head_dim, len(plan.coded_layers)
     shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
         CODES: (torch.uint8, (batch, paged, len(code_bits(plan)))),
-        EXACT: (coder.dtype, (layers, 2, batch, heads, plan.sinks + tokens - paged, dim)),
+        EXACT: (coder.dtype, (layers, 2, batch, heads, kept_exactly, dim)),
     }
     for index, unit in enumerate(coder.units):
         shapes[f"raw.{index}"] = (_raw_dtype(unit.unit, coder.dtype), (batch, paged, _raw_width(unit.unit)))
@@ -82,7 +86,23 @@ def contents_of_parts(header: ContextHeader, tensors: Mapping[str, Tensor], code
         units=tuple(units),
         exact={layer: (sides[0], sides[1]) for layer, sides in exact},
         plain={int(layer): (sides[0], sides[1]) for layer, sides in plain.items()},
+        finer=_finer_pages(header, plan.page_tokens),
     )
+
+
+def finer_header(finer: FinerPages) -> tuple[FinerPage, ...]:
+    """Say in the header which pages are finer."""
+    return tuple(
+        FinerPage(page=page, shown=tuple(shown))
+        for page, shown in zip(finer.pages, finer.shown.T.tolist(), strict=True)
+    )
+
+
+def _finer_pages(header: ContextHeader, page_tokens: int) -> FinerPages:
+    """Undo ``finer_header``."""
+    none = FinerPages.none(len(header.padding), page_tokens, torch.device("cpu"))
+    shown = [none.shown, *(torch.tensor(finer.shown, dtype=torch.int64)[:, None] for finer in header.finer)]
+    return replace(none, pages=tuple(finer.page for finer in header.finer), shown=torch.cat(shown, dim=1))
 
 
 def encode_part(name: str, tensor: Tensor, bits: Sequence[int]) -> tuple[Part, bytes]:

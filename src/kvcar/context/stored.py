@@ -21,7 +21,17 @@ from ..models.structure import find_decoder
 from ..version import __version__
 from .entropy import store_library
 from .file import ContextHeader, Part, PartSpec, read_file, write_file
-from .parts import TOKEN_IDS, code_bits, contents_of_parts, decode_part, encode_part, is_sound, specs_of, tensors_of
+from .parts import (
+    TOKEN_IDS,
+    code_bits,
+    contents_of_parts,
+    decode_part,
+    encode_part,
+    finer_header,
+    is_sound,
+    specs_of,
+    tensors_of,
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ def load_context(
     bundle, coder = _made_ready(path, header, model, bundle)
     _check_bounds(path, header, coder)
     parts = {part.name: part for part in header.parts if part.name != TOKEN_IDS}
-    wanted = specs_of(coder, model.dtype, len(header.padding), header.tokens, header.paged)
+    wanted = specs_of(coder, model.dtype, header)
     _check_parts(path, {name: part.spec for name, part in parts.items()}, wanted)
     bits = code_bits(coder.plan)
     tensors = {name: _decoded(path, part, data[name], bits) for name, part in parts.items()}
@@ -142,6 +152,7 @@ def _header_of(cache: KVCarCache, contents: CacheContents, parts: Sequence[Part]
             paged=contents.paged,
             padding=tuple(contents.padding.tolist()),
             offset=tuple(contents.offset.tolist()),
+            finer=finer_header(contents.finer),
             parts=tuple(parts),
         )
     except ValidationError as error:
@@ -189,6 +200,10 @@ def _check_bounds(path: Path, header: ContextHeader, coder: PageCoder) -> None:
         wrong = f"has a window of {header.window} tokens, which is no multiple of the page size of {plan.page_tokens}"
     elif header.paged and not plan.coded_layers:
         wrong = f"holds {header.paged} coded tokens, but its bundle codes none"
+    elif any(
+        finer.page * plan.page_tokens >= header.paged or max(finer.shown) > plan.page_tokens for finer in header.finer
+    ):
+        wrong = f"has finer pages beyond its {header.paged} coded tokens, or of more than {plan.page_tokens} tokens"
     if wrong is not None:
         raise ContextError(f"{path} {wrong}; save the context again")
 

@@ -123,6 +123,8 @@ class Fidelity:
         codec_bytes: bytes of the codecs beside the cache as they lie in memory, all copies that kernels made counted, once for
             all sequences; 0 for caches without.
         tokens: tokens scored; context: tokens of a window; windows: how many.
+        finer_page_share: share of the coded tokens, 0 to 1, read exactly as their pages would have cost too much as codes;
+            their bytes are counted.
     """
 
     perplexity: Estimate
@@ -138,6 +140,7 @@ class Fidelity:
     tokens: int
     context: int
     windows: int
+    finer_page_share: float = 0.0
 
     def __repr__(self) -> str:
         """One line: quality, size, and over how much text."""
@@ -263,7 +266,7 @@ def measure_fidelity(
         )
     scores = {name: TokenScores() for name in caches}
     stored = dict.fromkeys(caches, 0.0)
-    full_bytes, codec_bytes = 0.0, dict.fromkeys(caches, 0)
+    full_bytes, codec_bytes, finer = 0.0, dict.fromkeys(caches, 0), dict.fromkeys(caches, 0.0)
     for window in windows:
         full = DynamicCache(config=model.config)
         stepped = {name: make() for name, make in caches.items()}
@@ -278,8 +281,13 @@ def measure_fidelity(
         full_bytes += bfloat16_bytes(full) / len(windows)
         for name, cache in stepped.items():
             stored[name] += stored_bytes(cache) / len(windows)
-            codec_bytes[name] = cache.codec_bytes_in_use() if isinstance(cache, KVCarCache) else 0
-    return {name: _summarise(scores[name], windows, stored[name], full_bytes, codec_bytes[name]) for name in caches}
+            if isinstance(cache, KVCarCache):
+                codec_bytes[name] = cache.codec_bytes_in_use()
+                finer[name] += cache.finer_page_share() / len(windows)
+    return {
+        name: _summarise(scores[name], windows, stored[name], full_bytes, codec_bytes[name], finer[name])
+        for name in caches
+    }
 
 
 def _chunks(window: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -294,7 +302,7 @@ def step_logits(model: PreTrainedModel, ids: Tensor, cache: Cache) -> Tensor:
 
 
 def _summarise(
-    scores: TokenScores, windows: Tensor, stored_bytes: float, full_bytes: float, codec_bytes: int
+    scores: TokenScores, windows: Tensor, stored_bytes: float, full_bytes: float, codec_bytes: int, finer: float
 ) -> Fidelity:
     nll, nll_full = torch.cat(scores.nll), torch.cat(scores.nll_full)
     divergence, same_top = torch.cat(scores.divergence), torch.cat(scores.same_top)
@@ -313,6 +321,7 @@ def _summarise(
         tokens=len(nll),
         context=context,
         windows=count,
+        finer_page_share=finer,
     )
 
 
@@ -325,6 +334,7 @@ def fidelity_figures(f: Fidelity) -> dict[str, Any]:
         "stored_bytes": f.stored_bytes,
         "full_bytes": f.full_bytes,
         "codec_bytes": f.codec_bytes,
+        "finer_page_share": f.finer_page_share,
         "stored_bytes_per_token": f.stored_bytes_per_token,
         "full_bytes_per_token": f.full_bytes_per_token,
         "times_smaller": f.times_smaller,

@@ -141,6 +141,7 @@ class _RoomyLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values ``[B, H, T, D]`` and return all of them."""
+        del args, kwargs
         if self._room is None:
             self.lazy_initialization(key_states, value_states)
             keys, values = (x.new_empty(*x.shape[:2], self._tokens, x.shape[3]) for x in (key_states, value_states))

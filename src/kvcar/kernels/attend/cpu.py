@@ -93,7 +93,7 @@ class _Job(ctypes.Structure):
 
     _fields_ = [
         *((name, _I32) for name in ("batch", "heads", "rows", "head_dim", "page_tokens", "pairs", "splits", "threads")),
-        ("tokens", _I64), ("positions", _I64), ("first", _POINTER), ("offset", _POINTER),
+        ("tokens", _I64), ("positions", _I64), ("first", _POINTER), ("offset", _POINTER), ("shown", _POINTER), ("shown_stride", _I64),
         ("fine_cos", _POINTER), ("fine_sin", _POINTER), ("coarse_cos", _POINTER), ("coarse_sin", _POINTER),
         ("scaling", _F32), ("softcap", _F32),
         *((name, _I32) for name in ("segments", "key_readers", "value_readers", "arenas")),
@@ -219,15 +219,17 @@ class NativeJob:
         job = self._struct
         first, offset = paged.first.contiguous(), paged.offset.contiguous()
         job.tokens, job.first, job.offset = paged.tokens, first.data_ptr(), offset.data_ptr()
+        shown = None if paged.shown is None else paged.shown.contiguous()
+        job.shown, job.shown_stride = (None, 0) if shown is None else (shown.data_ptr(), shown.shape[1])
         arenas = self._arenas_of(paged.tiles)
         job.arenas, job.arena = len(arenas), ctypes.addressof(arenas)
         if paged.rotary is None:
-            return first, offset, arenas
+            return first, offset, shown, arenas
         fine, coarse = paged.rotary.tables(paged.positions)
         job.positions = len(fine[0]) * len(coarse[0])
         job.fine_cos, job.fine_sin = fine[0].data_ptr(), fine[1].data_ptr()
         job.coarse_cos, job.coarse_sin = coarse[0].data_ptr(), coarse[1].data_ptr()
-        return first, offset, arenas, fine, coarse
+        return first, offset, shown, arenas, fine, coarse
 
     def _arenas_of(self, tiles: Sequence[Tensor]) -> ctypes.Array[_Arena]:
         """Return where the tiles lie; the same from step to step until one is added or replaced."""

@@ -171,6 +171,7 @@ class PagedPast:
         offset: position of token ``i`` is ``i - offset``, int64 ``[B]``.
         key_readers, value_readers: together they give every KV head once.
         rotary: the layer's rotation, or None for models without.
+        shown: int64 ``[B, pages or more]``: so many tokens at a page's beginning are attended here; None for all of them.
     """
 
     tiles: Sequence[Tensor]
@@ -181,6 +182,7 @@ class PagedPast:
     key_readers: tuple[Reader, ...]
     value_readers: tuple[Reader, ...]
     rotary: RotaryTable | None
+    shown: Tensor | None = None
 
     @property
     def page_tokens(self) -> int:
@@ -203,9 +205,13 @@ class PagedPast:
 
     def visible(self, start: int, count: int) -> Tensor | None:
         """Return which tokens from ``start`` on may be attended, bool ``[B, count]``; None for all of them."""
-        if start >= self.largest_first:
-            return None
-        return self.token_index(start, count) >= self.first[:, None]
+        index = self.token_index(start, count)
+        after = None if start >= self.largest_first else index >= self.first[:, None]
+        if self.shown is None:
+            return after
+        page, place = index[0] // self.page_tokens, index[0] % self.page_tokens
+        shown = place < self.shown[:, page]
+        return shown if after is None else after & shown
 
 
 def pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:

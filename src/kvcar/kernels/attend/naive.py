@@ -61,5 +61,7 @@ def _decode_all(paged: PagedPast) -> tuple[Tensor, Tensor, Tensor]:
         return reader.restored(pages, tokens=there)
 
     keys = turned_keys(paged, all_heads(paged.key_readers, restored), 0)
-    visible = paged.token_index(0, paged.tokens) >= paged.first[:, None]
+    visible = paged.visible(0, paged.tokens)
+    if visible is None:
+        visible = torch.ones(keys.shape[0], paged.tokens, dtype=torch.bool, device=keys.device)
     return keys, all_heads(paged.value_readers, restored), visible

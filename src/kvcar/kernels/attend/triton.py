@@ -45,6 +45,8 @@ def unsupported(query: Tensor, paged: PagedPast | None) -> str | None:
         return None
     if query.dtype != torch.float32 and not multiplies_subnormals(query.device):
         return "the device takes subnormal float16 numbers, which codes are, for zero"
+    if paged is not None and paged.shown is not None:
+        return "some pages are finer"
     if _REASON not in paged.kept:
         paged.kept[_REASON] = _unsupported_past(paged)
     return paged.kept[_REASON]  # pyright: ignore[reportReturnType]

@@ -74,6 +74,8 @@ typedef struct {
     int32_t batch, heads, rows, head_dim, page_tokens, pairs, splits, threads;
     int64_t tokens, positions; /* in pages; that the tables of angles reach */
     const int64_t *first, *offset; /* [batch]: first token attended; position of token 0 is -offset */
+    const int64_t *shown;          /* [batch][pages] by a stride: tokens of a page attended, from its first on; null: all */
+    int64_t shown_stride;
     const float *fine_cos, *fine_sin, *coarse_cos, *coarse_sin; /* [TILE or more][pairs] each */
     float scaling, softcap;                                     /* on scores; 0 for no cap */
     int32_t segments, key_readers, value_readers, arenas;
@@ -389,13 +391,15 @@ static void attend_page(const Job *job, int b, int split, int64_t page, int more
     const int all = job->heads * job->rows, in_8_bits = HAS_SUMS8 && job->sums_in_8_bits;
     const long statistics = ((long)b * (job->splits + 1) + split) * all;
     float *maximum = job->maximum + statistics, *mass = job->mass + statistics;
+    const int64_t shown = job->shown ? job->shown[b * job->shown_stride + page] : job->page_tokens;
     for (int place = 0; place < job->page_tokens; place += TILE) {
         /* Of tokens that are there and attended, by place in this tile. */
         const int64_t start = page * job->page_tokens + place;
-        int64_t low = job->first[b] - start, high = job->tokens - start, room = job->page_tokens - place;
+        int64_t low = job->first[b] - start, high = job->tokens - start, room = job->page_tokens - place, left = shown - place;
         low = low < 0 ? 0 : low;
         high = high < TILE ? high : TILE;
         high = high < room ? high : room;
+        high = high < left ? high : left;
         if (low >= high)
             continue;
         const uint8_t *next = room > TILE ? 0 : following; /* from the page's last tile on */

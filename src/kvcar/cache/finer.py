@@ -1,0 +1,142 @@
+"""Pages that would cost too much as codes: which they are, and which of their tokens are read exactly instead.
+
+What a page costs is known when it is encoded: the errors of its tokens under the metric that its codecs were fitted to, in nats
+a token. A page beyond the limit keeps its tokens exactly, beside the sinks, and attention passes over its codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FinerWrite:
+    """Tokens that are kept exactly besides being coded.
+
+    Attributes:
+        place: of the first of them, among all finer tokens.
+        first: the first of them, among those that leave the window.
+        count: how many.
+    """
+
+    place: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class FinerPages:
+    """The finer pages of a batch. A page that is finer in one sequence takes the same room in all of them.
+
+    Attributes:
+        page_tokens: tokens of a page.
+        pages: indices of the finer pages, rising.
+        shown: int64 ``[B, len(pages)]``: so many tokens at a page's beginning are read from its codes, the others exactly.
+        open_cost: float32 ``[B]``, nats: what the tokens cost that are in a page not yet filled.
+    """
+
+    page_tokens: int
+    pages: tuple[int, ...]
+    shown: Tensor
+    open_cost: Tensor
+
+    @classmethod
+    def none(cls, batch: int, page_tokens: int, device: torch.device) -> FinerPages:
+        """No finer page in ``batch`` sequences."""
+        shown = torch.zeros(batch, 0, dtype=torch.int64, device=device)
+        return cls(page_tokens, (), shown, torch.zeros(batch, device=device))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are kept exactly, or have room to be, of each sequence."""
+        return len(self.pages) * self.page_tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables."""
+        return self.shown.nbytes + self.open_cost.nbytes
+
+    @property
+    def exact_tokens(self) -> Tensor:
+        """Tokens of each sequence that are read exactly, int64 ``[B]``, those of the last page counted as if it were full."""
+        return (self.page_tokens - self.shown).sum(-1)
+
+    def after(
+        self, costs: Tensor | None, start: int, leave: int, limit: float | None
+    ) -> tuple[FinerPages, list[FinerWrite]]:
+        """The finer pages after ``leave`` more tokens from token ``start`` on became codes, and what to keep of them.
+
+        Args:
+            costs: of those tokens, nats, float32 ``[B, leave]``; None where they are not known.
+            start: tokens that were coded before.
+            leave: how many were coded now.
+            limit: nats a token, on average over a page, beyond which a page is finer; None for no limit.
+        """
+        if leave == 0 or ((costs is None or limit is None) and not self.pages):
+            return self, []
+        first, last = start // self.page_tokens, (start + leave - 1) // self.page_tokens
+        bad, open_cost = self._judged(costs, start, leave, limit)
+        pages, shown, writes = list(self.pages), [self.shown], []
+        costly = bad.any(0).tolist()
+        for page in range(first, last + 1):
+            low, high = max(start, page * self.page_tokens), min(start + leave, (page + 1) * self.page_tokens)
+            place = low - page * self.page_tokens
+            kept = torch.where(bad[:, page - first], place, self.page_tokens)
+            if pages and pages[-1] == page:
+                shown[-1] = torch.cat([shown[-1][:, :-1], torch.minimum(shown[-1][:, -1], kept)[:, None]], dim=1)
+            elif costly[page - first]:
+                pages.append(page)
+                shown = [torch.cat([*shown, kept[:, None]], dim=1)]
+            else:
+                continue
+            writes.append(FinerWrite((len(pages) - 1) * self.page_tokens + place, low - start, high - low))
+        return FinerPages(self.page_tokens, tuple(pages), torch.cat(shown, dim=1), open_cost), writes
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> FinerPages:
+        """The finer pages of other sequences: ``change`` of every table, which works on the batch axis (0)."""
+        return replace(self, shown=change(self.shown), open_cost=change(self.open_cost))
+
+    def cropped(self, tokens: int) -> FinerPages:
+        """The finer pages where only the first ``tokens`` tokens are left in the pages."""
+        kept = sum(page * self.page_tokens < tokens for page in self.pages)
+        return FinerPages(
+            self.page_tokens, self.pages[:kept], self.shown[:, :kept].contiguous(), torch.zeros_like(self.open_cost)
+        )
+
+    def shown_tokens(self, pages: int) -> Tensor | None:
+        """Tokens at the beginning of every page that are read from its codes, int64 ``[B, pages]``; None for all."""
+        if not self.pages:
+            return None
+        shown = torch.full((len(self.shown), pages), self.page_tokens, dtype=torch.int64, device=self.shown.device)
+        shown[:, list(self.pages)] = self.shown
+        return shown
+
+    def visible(self, first: Tensor, paged: int) -> Tensor:
+        """Which of the tokens that are kept exactly are read, bool ``[B, tokens]``.
+
+        Args:
+            first: first token of each sequence that is no padding and no sink, int64 ``[B]``.
+            paged: tokens in the pages.
+        """
+        place = torch.arange(self.page_tokens, device=self.shown.device)
+        token = (
+            torch.tensor(self.pages, dtype=torch.int64, device=self.shown.device)[:, None] * self.page_tokens + place
+        )
+        there = (token < paged) & (token >= first[:, None, None])
+        return (there & (place >= self.shown[..., None])).flatten(1)
+
+    def _judged(self, costs: Tensor | None, start: int, leave: int, limit: float | None) -> tuple[Tensor, Tensor]:
+        """Which pages cost too much, bool ``[B, pages]``, and what a page not yet filled costs so far, float32 ``[B]``."""
+        before, batch = start % self.page_tokens, len(self.shown)
+        after = -(start + leave) % self.page_tokens
+        pages = (before + leave + after) // self.page_tokens
+        if costs is None or limit is None:
+            return torch.zeros(batch, pages, dtype=torch.bool, device=self.shown.device), self.open_cost
+        totals = torch.nn.functional.pad(costs, (before, after)).unflatten(1, (pages, -1)).sum(-1)
+        if before:
+            totals[:, 0] += self.open_cost
+        return totals > limit * self.page_tokens, totals[:, -1] if after else torch.zeros_like(self.open_cost)

@@ -1,0 +1,198 @@
+"""Pages that would cost too much are kept exactly, whatever is done to the cache."""
+
+import copy
+
+import pytest
+import torch
+from bundles import fitted
+from tiny import tiny_model, token_ids
+from transformers import DynamicCache
+
+import kvcar
+from kvcar.cache.finer import FinerPages, FinerWrite
+
+TINY, PAGE = 1e-12, 32
+KERNELS = ["cpu", "torch", "naive"]
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny_model("llama")
+
+
+def coarse(model, limit, **options):
+    return fitted(model, codec="linear8", metric="effect", times_smaller=4, max_page_cost=limit, **options)
+
+
+def typical_limit(model, ids, **options):
+    """A limit that about half of the pages are beyond."""
+    with kvcar.attach(model, coarse(model, None, **options)) as attached, torch.no_grad():
+        costs, cache = [], attached.new_cache()
+        after = FinerPages.after
+
+        def noted(self, found, start, leave, limit):
+            costs.append(found)
+            return after(self, found, start, leave, limit)
+
+        cache.plan = cache.plan.model_copy(update={"cache": cache.plan.cache.with_window(None)})
+        object.__setattr__(cache.plan.cache, "max_page_cost", 1e9)
+        FinerPages.after = noted
+        try:
+            model(ids, past_key_values=cache)
+        finally:
+            FinerPages.after = after
+    totals = torch.cat([c for c in costs if c is not None], 1)
+    return float(totals[:, : totals.shape[1] // PAGE * PAGE].unflatten(1, (-1, PAGE)).mean(-1).median())
+
+
+def logits(model, ids, cache, sizes=(70, 1, 60, 1, 1, 50, 1), **given):
+    parts = ids[:, : sum(sizes)].split(sizes, dim=1)
+    with torch.no_grad():
+        return torch.cat([model(part, past_key_values=cache, **given).logits for part in parts], dim=1)
+
+
+def error(got, expected):
+    return float((got - expected).square().mean().sqrt() / expected.std())
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("window", [32, 0])
+def test_with_all_pages_finer_the_model_says_what_it_does_without(kernels, family, window, monkeypatch):
+    monkeypatch.setenv("KVCAR_KERNELS", kernels)
+    model, ids = tiny_model(family), token_ids(184, batch=2)
+    expected = logits(model, ids, DynamicCache(config=model.config))
+    found = {}
+    for limit in (TINY, None):
+        with kvcar.attach(model, coarse(model, limit, window=window)) as attached:
+            cache = attached.new_cache()
+            found[limit] = error(logits(model, ids, cache), expected)
+            assert cache.finer_page_share() == (1.0 if limit else 0.0)
+            assert (cache.stored_bytes_by_part()["finer"] > 0) == (limit is not None)
+    assert found[TINY] < 2e-3 < found[None]
+
+
+def test_kernels_agree_where_some_pages_of_some_sequences_are_finer(llama, monkeypatch):
+    ids = token_ids(184, batch=3)
+    limit = typical_limit(llama, ids)
+    found = {}
+    for kernels in KERNELS:
+        monkeypatch.setenv("KVCAR_KERNELS", kernels)
+        with kvcar.attach(llama, coarse(llama, limit)) as attached:
+            cache = attached.new_cache()
+            found[kernels] = logits(llama, ids, cache)
+            assert 0.1 < cache.finer_page_share() < 0.9
+    assert error(found["torch"], found["naive"]) < 1e-3
+    assert error(found["cpu"], found["naive"]) < 0.02
+
+
+def test_decoded_pages_give_the_same(llama):
+    ids = token_ids(184, batch=2)
+    limit = typical_limit(llama, ids)
+    bundle = coarse(llama, limit)
+    with kvcar.attach(llama, bundle):
+        a, b = (logits(llama, ids, kvcar.KVCarCache(bundle, keep_decoded=kept)) for kept in (True, False))
+    assert error(a, b) < 0.02
+
+
+def test_padding_sinks_and_finer_pages(llama):
+    """Rows padded by different amounts say what each says alone."""
+    ids, lengths = token_ids(184, batch=2), (184, 150)
+    bundle = coarse(llama, typical_limit(llama, ids))
+    mask = torch.ones_like(ids)
+    mask[1, : 184 - 150] = 0
+    with kvcar.attach(llama, bundle) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        position = torch.arange(184)[None] - torch.tensor([[0], [34]])
+        given = {"attention_mask": mask[:, :150], "position_ids": position[:, :150].clamp_min(0)}
+        llama(ids[:, :150], past_key_values=cache, **given)
+        got = llama(ids[:, 150:], attention_mask=mask, position_ids=position[:, 150:], past_key_values=cache).logits
+        assert cache.finer_page_share() > 0
+        for row, length in enumerate(lengths):
+            own = attached.new_cache()
+            llama(ids[row : row + 1, 184 - length : 150], past_key_values=own)
+            alone = llama(ids[row : row + 1, 150:], past_key_values=own).logits
+            # Pages begin elsewhere in a padded row, so others of them may be finer.
+            assert error(got[row], alone[0]) < 0.5
+
+
+def test_what_is_done_to_a_cache_is_done_to_its_finer_pages(llama):
+    ids = token_ids(184, batch=3)
+    bundle, step = coarse(llama, typical_limit(llama, ids)), token_ids(1, batch=3, seed=5)
+    with kvcar.attach(llama, bundle) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        logits(llama, ids, cache)
+        expected = llama(step, past_key_values=copy.deepcopy(cache)).logits
+        picked, repeated, selected = cache.fork(), cache.fork(), cache.fork()
+        picked.reorder_cache(torch.tensor([2, 0, 1]))
+        repeated.batch_repeat_interleave(2)
+        selected.batch_select_indices(torch.tensor([1]))
+        order = [2, 0, 1]
+        torch.testing.assert_close(llama(step[order], past_key_values=picked).logits, expected[order])
+        twice = step.repeat_interleave(2, 0)
+        torch.testing.assert_close(llama(twice, past_key_values=repeated).logits, expected.repeat_interleave(2, 0))
+        torch.testing.assert_close(llama(step[1:2], past_key_values=selected).logits, expected[1:2])
+        torch.testing.assert_close(llama(step, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("window", [32, 0])
+@pytest.mark.parametrize("kept", [64, 75, 100, 150])
+def test_cropped_it_goes_on_as_if_it_had_never_been_longer(llama, kept, window):
+    ids, other = token_ids(184, batch=2), token_ids(184, batch=2, seed=8)
+    bundle = coarse(llama, TINY, window=window)
+    expected = logits(
+        llama, torch.cat([ids[:, :kept], other], 1)[:, : kept + 110], DynamicCache(config=llama.config), (kept, 109, 1)
+    )
+    with kvcar.attach(llama, bundle) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        logits(llama, ids, cache)
+        fork = cache.fork()
+        cache.crop(kept - cache.tokens)
+        got = torch.cat([llama(part, past_key_values=cache).logits for part in other[:, :110].split((109, 1), 1)], 1)
+        assert error(got, expected[:, kept:]) < 3e-3
+        again, whole = token_ids(1, batch=2, seed=5), DynamicCache(config=llama.config)
+        llama(ids, past_key_values=whole)
+        assert error(llama(again, past_key_values=fork).logits, llama(again, past_key_values=whole).logits) < 3e-3
+
+
+def test_which_pages_are_finer():
+    costs = torch.zeros(2, 100)
+    costs[0, 40] = 100.0
+    none = FinerPages.none(2, PAGE, torch.device("cpu"))
+    finer, writes = none.after(costs, 0, 100, 1.0)
+    assert finer.pages == (1,)
+    assert finer.shown.tolist() == [[0], [PAGE]]
+    assert writes == [FinerWrite(0, PAGE, PAGE)]
+    assert finer.visible(torch.tensor([0, 0]), 100).sum(-1).tolist() == [PAGE, 0]
+    assert finer.visible(torch.tensor([34, 0]), 100).sum(-1).tolist() == [30, 0]
+    assert finer.after(costs, 0, 100, None)[0].pages == (1,)
+    assert none.after(None, 0, 100, 1.0) == (none, [])
+
+
+def test_what_a_page_costs_adds_up_token_by_token():
+    """As without a window: the page is finer from the token on that brings it over the limit."""
+    finer = FinerPages.none(1, PAGE, torch.device("cpu"))
+    for token in range(2 * PAGE):
+        finer, writes = finer.after(torch.full((1, 1), 0.1 if token < PAGE else 3.0), token, 1, 1.0)
+        assert bool(writes) == (token >= PAGE + 10)
+    assert finer.pages == (1,)
+    assert finer.shown.tolist() == [[10]]
+    assert finer.cropped(PAGE + 5).pages == (1,)
+    assert finer.cropped(PAGE).pages == ()
+
+
+def test_a_fit_sets_the_limit_so_that_no_page_of_its_kind_is_finer(llama):
+    bundle = fitted(llama, codec="linear8", metric="effect", times_smaller=4)
+    limit = bundle.plan.cache.max_page_cost
+    assert isinstance(limit, float)
+    with kvcar.attach(llama, bundle) as attached:
+        cache = attached.new_cache()
+        logits(llama, token_ids(184, batch=2), cache)
+    assert cache.finer_page_share() == 0
+    assert fitted(llama, bits=4).plan.cache.max_page_cost == "auto"  # this codec does not know
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf"), "0.05", True])
+def test_a_limit_that_is_none_is_refused(wrong):
+    with pytest.raises(kvcar.KVCarError, match="max_page_cost must be a number of nats above 0"):
+        kvcar.CacheConfig(max_page_cost=wrong)
