@@ -14,7 +14,7 @@ from tiny import tiny_model
 
 from kvcar.cache.coder import PageCoder
 from kvcar.errors import KernelError
-from kvcar.kernels.attend import Buffered, ExactPast, RoundedDecoder, attend, cpu, naive
+from kvcar.kernels.attend import Buffered, ExactPast, RoundedDecoder, attend, cpu, naive, tiled
 from kvcar.kernels.attend.cpu_decoders import decoder_in_8_bits, latent_bits, widening_stops
 from kvcar.kernels.native import build, find_compiler
 from kvcar.kernels.rotary import RotaryTable
@@ -176,6 +176,22 @@ def test_sinks_and_window_are_read_where_they_lie():
     expected = naive.attend(query, exact, paged, 0.25)
     torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(attend(query, exact, paged, 0.25), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", [cpu.attend, tiled.attend], ids=["cpu", "torch"])
+def test_pages_are_read_up_to_where_they_are_shown(kernel):
+    coder = PageCoder(STRUCTURES["heads apart"](), torch.device("cpu"), torch.float32)
+    paged = paged_past(coder, 0, 230, 2, rotary("half"), [0, 5])
+    new, query = torch.randn(2, 2, 2, 1, HEAD_DIM), torch.randn(2, 4, 1, HEAD_DIM)
+    exact = ExactPast(new[0], new[1], None)
+    outputs = []
+    for shown in (None, [[32, 0, 7, 32, 32, 32, 32, 0], [0, 0, 32, 31, 1, 32, 32, 32]], [[0] * 8] * 2):
+        past = replace(paged, shown=None if shown is None else torch.tensor(shown))
+        expected = naive.attend(query, exact, past, 0.25)
+        torch.testing.assert_close(kernel(query, exact, past, 0.25), expected, atol=2e-5, rtol=2e-5)
+        outputs.append(expected)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-2
+    torch.testing.assert_close(outputs[2], naive.attend(query, exact, None, 0.25))
 
 
 def test_what_one_step_set_does_not_linger_in_the_next():

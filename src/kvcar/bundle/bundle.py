@@ -66,11 +66,27 @@ class CodedBlock:
             return x
         return self.codec.decode(self.quantizer.latents(self.quantizer.codes(self.codec.encode(x))))
 
-    def cost(self, x: Tensor, stored: Tensor) -> Tensor | None:
-        """What it costs to read ``stored`` values ``[..., S]`` for vectors float32 ``[..., W]``, nats; None where it is not known."""
+    def cost(self, x: Tensor, stored: Tensor, together: int = 1) -> Tensor | None:
+        """What it costs to read stored values for vectors, nats ``[..., N]``; None where it is not known.
+
+        The metric takes errors of different tokens for independent, so that attention averages them. One that many tokens have in
+        common, as in text that repeats itself, is not averaged: it costs as often as it would have been.
+
+        Args:
+            x: float32 ``[..., N, W]``.
+            stored: ``[..., N, S]``.
+            together: neighbouring tokens, of which ``N`` is a multiple, whose common error counts so.
+        """
         if self.codec is None or self.quantizer is None:
             return None
-        return self.codec.error_cost(x - self.codec.decode(self.quantizer.latents(stored)))
+        error = x - self.codec.decode(self.quantizer.latents(stored))
+        cost = self.codec.error_cost(error)
+        if together == 1 or cost is None:
+            return cost
+        common = self.codec.error_cost(error.unflatten(-2, (-1, together)).mean(-2))
+        assert common is not None
+        # Of independent errors both terms are the same on average.
+        return (cost + together * common.repeat_interleave(together, -1)) / 2
 
     def on(self, device: torch.device, block: Block, head_dim: int) -> CodedBlock:
         """The same with its tensors on a device; ``block`` is the plan's."""

@@ -65,9 +65,9 @@ class UnitCoder:
         """Whether the codec knows what its errors cost."""
         return self.coded.codec is not None and self.coded.codec.knows_cost
 
-    def cost(self, fetch: Fetch, stored: Tensor) -> Tensor | None:
-        """What it costs to read ``stored`` values of these tokens, nats ``[B, N]``; None where the codec does not know."""
-        return None if self.coded.codec is None else self.coded.cost(self._vectors(fetch).float(), stored)
+    def cost(self, fetch: Fetch, stored: Tensor, together: int) -> Tensor | None:
+        """What it costs to read ``stored`` values of these tokens, nats ``[B, N]``; see ``CodedBlock.cost``."""
+        return self.coded.cost(self._vectors(fetch).float(), stored, together)
 
     def unpacked(self, packed: Tensor) -> Tensor:
         """Stored values ``[B, N, R]`` of ``packed``."""

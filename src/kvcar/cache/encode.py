@@ -61,7 +61,8 @@ def _costs(coder: PageCoder, fetch: Fetch, coded: Sequence[Tensor], whole: bool)
     known = []
     for unit, own in zip(coder.units, coded, strict=True):
         if unit.knows_cost:
-            cost = unit.cost(fetch, unit.unpacked(own) if whole else own)
+            stored, together = (unit.unpacked(own), coder.plan.page_tokens) if whole else (own, 1)
+            cost = unit.cost(fetch, stored, together)
             known += [] if cost is None else [cost]
     return [torch.stack(known).sum(0)] if known else []
 

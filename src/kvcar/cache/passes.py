@@ -52,6 +52,8 @@ class PassCache(Cache):
         self._host: Host | None = None
         self._keeps_decoded = keep_decoded
         self.backend: Backend | None = None
+        self.page_costs: list[Tensor] | None = None
+        """Where to note, for measuring, what each page costs that is coded from now on, nats a token ``[B, 1]``."""
         self._clear()
 
     # What attach calls around and inside a forward pass
@@ -319,6 +321,9 @@ class PassCache(Cache):
         if leave:
             given = (self._coded, self._pages, coder, self._state, self._host.rotary, leave)
             costs = encode_oldest(*given, with_costs=limit is not None)
+        if costs is not None and self.page_costs is not None and start % self.plan.page_tokens == 0:
+            whole = leave // self.plan.page_tokens
+            self.page_costs += costs[:, : whole * self.plan.page_tokens].unflatten(1, (whole, -1)).mean(-1).split(1, 1)
         self._finer, writes = self._finer.after(costs, start, leave, limit)
         places = sink_places(self._state, start, leave, self.plan.sinks)
         for coded in self._coded.values():

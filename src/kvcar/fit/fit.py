@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,9 @@ from ..version import __version__
 from .checks import HELD_OUT_WINDOWS, check_ids, check_request, check_size, check_windows
 from .codecs import Solved
 from .options import DEFAULT_CACHE, FitOptions, Structure
+from .page_costs import with_page_cost_limit
 from .partition import given_partition, searched_bands
-from .search import Found, best_plan, empty_plan, fits_float16, given_plan, page_cost_limit, searched_plans
+from .search import Found, best_plan, empty_plan, fits_float16, given_plan, searched_plans
 from .statistics import SAMPLE_TOKENS, Effect, Statistics, bands_of, collect_statistics, sample_stride
 from .windows import given_windows, text_windows
 
@@ -211,10 +211,8 @@ class _Maker:
         plan = solved.plan
         if not options.lossless and (self._statistics is None or fits_float16(plan, self._statistics)):
             plan = plan.model_copy(update={"exact_dtype": "float16"})
-        if plan.cache.max_page_cost == "auto" and self._statistics is not None:
-            limit = page_cost_limit(solved, self._statistics)
-            plan = plan.model_copy(update={"cache": replace(plan.cache, max_page_cost=limit)} if limit else {})
         bundle = Bundle(plan, solved.blocks, self._fingerprint, self._identity, provenance)
+        bundle = with_page_cost_limit(self._model, bundle, self._held_out[:HELD_OUT_WINDOWS], self._on_progress)
         figures = size_figures(bundle, BFLOAT16_BYTES)
         if found.two_pass_kl is not None:
             figures |= {"two_pass_kl": found.two_pass_kl, "curve": [list(point) for point in found.curve]}

@@ -27,8 +27,6 @@ _SMALLEST_SIZE, _LARGEST_SIZE = 1.2, 40.0
 
 # Root mean square of an element beyond which what is exact keeps the model's own dtype.
 LARGEST_IN_FLOAT16 = 32.0
-# How much more than the fitted text a page may cost.
-TIMES_A_TYPICAL_PAGE = 2.5
 
 
 @dataclass(frozen=True)
@@ -67,22 +65,6 @@ def fits_float16(plan: Plan, statistics: Statistics) -> bool:
     slots = [block.slots for block in plan.blocks]
     power = (statistics.mean(each).square() + statistics.variance(each) for each in slots)
     return all(float(each.max()) <= LARGEST_IN_FLOAT16**2 for each in power)
-
-
-def page_cost_limit(solved: Solved, statistics: Statistics) -> float | None:
-    """What a page may cost before it is kept exactly, nats a token; None where no codec knows what its errors cost.
-
-    A few times what the fitted text costs: more than its pages ever do, and far less than those of texts that codes fail on.
-    """
-    total = 0.0
-    for block, coded in zip(solved.plan.blocks, solved.blocks, strict=True):
-        if coded.codec is None or coded.quantizer is None or not coded.codec.knows_cost:
-            continue
-        x = statistics.sample(block.slots)
-        cost = coded.cost(x, coded.quantizer.codes(coded.codec.encode(x)))
-        assert cost is not None
-        total += float(cost.mean())
-    return TIMES_A_TYPICAL_PAGE * total or None
 
 
 def given_plan(statistics: Statistics, options: FitOptions, model_bytes: int, on_progress: OnProgress) -> Found:
