@@ -107,7 +107,9 @@ def _tried(model: PreTrainedModel, own: Tensor, captured: list[int]) -> dict[str
         if done:
             captured.append(done)
 
-    options = [FitOptions(structure=Structure(codec="linear8", bits=8, metric="effect"), cache=CACHE, effect_tokens=256)]
+    options = [
+        FitOptions(structure=Structure(codec="linear8", bits=8, metric="effect"), cache=CACHE, effect_tokens=256)
+    ]
     source = TextSource("random", "random", "0" * 64)
     bundle = next(fit_bundles(model, windows, options, source, "tiny", on_progress))
     with kvcar.attach(model, bundle) as attached:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def states_of(layer: Any) -> list[Tensor]:
     """The tensors of such a state."""
     kept = (*layer.conv_states.values(), *layer.recurrent_states.values())
     return [tensor for tensor in kept if tensor is not None]
+
+
+_log = logging.getLogger("kvcar")
 
 
 class PassCache(Cache):
@@ -324,7 +328,14 @@ class PassCache(Cache):
         if costs is not None and self.page_costs is not None and start % self.plan.page_tokens == 0:
             whole = leave // self.plan.page_tokens
             self.page_costs += costs[:, : whole * self.plan.page_tokens].unflatten(1, (whole, -1)).mean(-1).split(1, 1)
-        self._finer, writes = self._finer.after(costs, start, leave, limit)
+        before = self._finer
+        self._finer, writes = before.after(costs, start, leave, limit)
+        if self._finer.pages and not before.pages:
+            _log.info(
+                "a page of this text would cost more than %.4f nats a token as codes and is kept exactly, as are others like it; "
+                "see finer_page_share()",
+                limit,
+            )
         places = sink_places(self._state, start, leave, self.plan.sinks)
         for coded in self._coded.values():
             coded.store(leave, places, coder.dtype, self._finer.tokens, writes)

@@ -10,7 +10,11 @@ from .arguments import BundleSource, Context, Device, Dtype, Json, Model, Text, 
 from .console import check_writable, errors, out, progress_bars
 
 if TYPE_CHECKING:
+    from ..bundle import Bundle
     from ..evaluate.fidelity import Fidelity
+
+# Divergence on a text over the one that the fit measured, up to which the text counts as one of its kind.
+_FITS_WELL = 1.5
 
 _EXAMPLES = """Measure a bundle against MODEL's own full cache, stepped through both.
 
@@ -67,6 +71,7 @@ def evaluate(
         out.print(f"at {result.context:,} tokens this cache is {size}", highlight=False)
     out.print(codecs_in_words(plan, fitted.codec_bytes), highlight=False)
     _print_worst(result)
+    _print_verdict(fitted, result)
     if json is not None:
         config = {
             "model": model, "bundle": Path(bundle).name, "text": source.name, "text_sha256": source.sha256,
@@ -75,6 +80,31 @@ def evaluate(
         }  # fmt: skip
         figures = fidelity_figures(result) | {"pays_from_tokens": pays_from_tokens(plan, fitted.codec_bytes)}
         Record("fidelity", figures, config).write(json)
+
+
+def _print_verdict(bundle: Bundle, result: Fidelity) -> None:
+    """Say in plain words whether the bundle keeps on this text what the fit promised."""
+    if result.finer_page_share:
+        out.print(
+            f"{100 * result.finer_page_share:.1f} % of the coded tokens are kept exactly, as their pages would have cost more than "
+            f"{bundle.plan.cache.page_cost_limit:.4f} nats a token; their bytes are counted",
+            highlight=False,
+        )
+    promised = (bundle.figures.get("held_out") or {}).get("kl_divergence")
+    if not promised:
+        return
+    found = result.kl_divergence.value
+    if found <= _FITS_WELL * promised:
+        out.print(
+            f"fits this text well: {found:.5f} nats per token, where the fit measured {promised:.5f}", highlight=False
+        )
+        return
+    out.print(
+        f"[yellow]costs more on this text than the fit measured on its own:[/] {found:.5f} nats per token instead of "
+        f"{promised:.5f}, {found / promised:.1f} times as much. Fit again with --text on text of this kind, or to a larger cache "
+        "(a smaller --times-smaller)",
+        highlight=False,
+    )
 
 
 def _print_worst(result: Fidelity) -> None:

@@ -80,6 +80,8 @@ def _print_head(bundle: Bundle) -> None:
         f"pages of {plan.page_tokens} tokens; {codecs_in_words(plan, bundle.codec_bytes)}",
         highlight=False,
     )
+    if (limit := plan.cache.page_cost_limit) is not None:
+        out.print(f"pages that would cost more than {limit:.4f} nats a token are kept exactly", highlight=False)
     if plan.geometry.sliding_layers:
         out.print(f"sliding-window layers, kept exact: {len(plan.geometry.sliding_layers)} of {plan.geometry.layers}")
 
