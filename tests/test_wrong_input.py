@@ -75,6 +75,8 @@ def test_reuses_that_the_model_cannot_have(model, pairs):
 
 
 CALLS = {
+    "progress": lambda m, b: kvcar.fit(m, token_ids=WINDOWS, on_progress=5),
+    "progress of an evaluation": lambda m, b: kvcar.evaluate(m, b, token_ids=WINDOWS, on_progress=5),
     "a text": lambda m, b: kvcar.fit(m, Characters(), 5),
     "texts": lambda m, b: kvcar.fit(m, Characters(), [5]),
     "tokens": lambda m, b: kvcar.fit(m, Characters(), "abc" * 3000, tokens="4"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,14 @@ class KernelError(KVCarError):
     """A kernel backend that is asked for and cannot be had here, or that cannot be compiled."""
 
 
-_KINDS = {int: "a whole number", float: "a number", str: "a string", Path: "a path"}
+_KINDS = {int: "a whole number", float: "a number", str: "a string", Path: "a path", Callable: "a function"}
 
 
-def require(*kinds: type, optional: bool = False, **given: Any) -> None:
+def require(*kinds: Any, optional: bool = False, **given: Any) -> None:
     """Refuse values that are of none of the kinds, by the names they are given as.
 
     Args:
-        kinds: for float any real number will do, for int no truth value.
+        kinds: types; for float any real number will do, for int no truth value.
         optional: whether None will do.
         given: values by the names that their caller knows them by.
 
@@ -72,7 +73,7 @@ def require(*kinds: type, optional: bool = False, **given: Any) -> None:
         raise InputError(f"{name} must be {wanted}, got {value!r}")
 
 
-def _is_a(kind: type, value: object) -> bool:
+def _is_a(kind: Any, value: object) -> bool:
     if kind is float:
         return isinstance(value, Real) and not isinstance(value, bool)
     return type(value) is int if kind is int else isinstance(value, kind)

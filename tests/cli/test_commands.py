@@ -57,6 +57,16 @@ def test_eval_writes_every_figure_and_its_provenance(bundle, model_folder, text_
     assert {"torch", "transformers", "kvcar", "date", "command"} <= set(data["provenance"])
 
 
+@pytest.mark.parametrize(("promised", "said"), [(1e9, "fits this text well"), (1e-9, "costs more on this text")])
+def test_eval_says_whether_the_text_fits(promised, said, bundle, model_folder, text_file, tmp_path):
+    made = Bundle.from_pretrained(bundle)
+    made.with_figures({"held_out": made.figures["held_out"] | {"kl_divergence": promised}}).save_pretrained(
+        tmp_path / "b"
+    )
+    printed = run("eval", model_folder, "--bundle", tmp_path / "b", "--text", text_file, "--context", 300)
+    assert said in " ".join(printed.split())
+
+
 def test_a_smaller_window_stores_less(bundle, model_folder, text_file, tmp_path):
     sizes = []
     for window in (0, 128):

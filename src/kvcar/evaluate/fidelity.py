@@ -208,6 +208,7 @@ def evaluate(
     """
     check_is_model(model, "evaluate")
     require(int, windows=windows)
+    require(Callable, on_progress=on_progress)
     require(int, optional=True, context=context)
     loaded = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
     KVCarCache(loaded, window)  # a window that cannot be is refused before the work

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def fit(
     """
     check_is_model(model, "fit")
     require(CacheConfig, cache=cache)
+    require(Callable, on_progress=on_progress)
     require(str, optional=True, name=name)
     options = FitOptions(
         times_smaller, max_kl, profile, structure, cache.with_window(window), effect_tokens, seed, memory_tokens
@@ -166,6 +167,7 @@ def fit_bundles(
     """
     check_is_model(model, "fit_bundles")
     require(Tensor, windows=windows)
+    require(Callable, on_progress=on_progress)
     require(list, tuple, options=options)
     for each in options:
         require(FitOptions, options=each)
