@@ -81,10 +81,27 @@ def tokens(count: int, batch: int, chance: random.Random) -> Tensor:
 
 
 def resident_bytes() -> int:
-    """Memory of this process after everything that can be has been given back."""
+    """Memory of this process after everything that can be has been given back; pieces that the allocator keeps are in it."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+_MALLINFO = (
+    "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+)  # fmt: skip
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO]
+
+
+def allocated_bytes() -> int:
+    """What of this process's memory is in use, by the allocator's own account (glibc's, from 2.33 on)."""
+    give = ctypes.CDLL(None).mallinfo2
+    give.restype = _MallInfo
+    found = give()
+    return found.uordblks + found.hblkhd
 
 
 @app.command()
@@ -218,15 +235,15 @@ class Soak:
                 name = f"{family}, {'lossless' if lossless else '8 bits'}"
                 self.hosts.append(Host(name, model, bundle, _LOSSLESS if lossless else _CODED))
 
-    def run(self, until: Callable[[], bool], every: int) -> list[int]:
-        """Do operations until it is time; give resident bytes with no cache at all after every so many."""
-        resident = []
+    def run(self, until: Callable[[], bool], every: int) -> list[tuple[int, int]]:
+        """Do operations until it is time; give resident and allocated bytes with no cache at all after every so many."""
+        memory = []
         while not until():
             self.operation()
             if sum(self.done.values()) % every == 0:
                 self.slots.clear()
-                resident.append(resident_bytes())
-        return resident
+                memory.append((resident_bytes(), allocated_bytes()))
+        return memory
 
     def operation(self) -> None:
         """Do one at random."""
@@ -429,21 +446,33 @@ def operations(minutes: float = 30.0, seed: int = 0, every: int = 500, output: O
     soak, began = Soak(seed), time.monotonic()
     config = {"minutes": minutes, "seed": seed, "every": every, "hosts": [host.name for host in soak.hosts]}
     try:
-        resident = soak.run(lambda: time.monotonic() - began > 60 * minutes, every)
+        memory = soak.run(lambda: time.monotonic() - began > 60 * minutes, every)
     finally:
         count = sum(soak.done.values())
         print(f"{count} operations: {dict(sorted(soak.done.items()))}", file=sys.stderr)
-    settled = resident[len(resident) // 4 :] or [0]
+    resident, allocated = map(list, zip(*memory, strict=True)) if memory else ([], [])
     figures = {
         "operations": count,
         "by_operation": dict(sorted(soak.done.items())),
         "largest_difference": {host.name: host.worst for host in soak.hosts},
         "resident_bytes": resident,
-        "growth_bytes_per_1000_operations": 1000 * (settled[-1] - settled[0]) / max(1, every * (len(settled) - 1)),
+        "allocated_bytes": allocated,
+        "resident_growth_bytes_per_1000_operations": growth(resident, every),
+        "allocated_growth_bytes_per_1000_operations": growth(allocated, every),
     }
     Record("soak-operations", figures, config).write(output / "soak-operations.json")
-    growth = figures["growth_bytes_per_1000_operations"]
-    print(f"memory grew by {growth:,.0f} bytes per 1,000 operations; differences: {figures['largest_difference']}")
+    grown = growth(resident, every), growth(allocated, every)
+    print(
+        f"memory grew by {grown[0]:,.0f} bytes per 1,000 operations, {grown[1]:,.0f} of them in use; differences: ",
+        end="",
+    )
+    print(figures["largest_difference"])
+
+
+def growth(seen: list[int], every: int) -> float:
+    """Bytes more per 1,000 operations, from a quarter of the run on."""
+    settled = seen[len(seen) // 4 :] or [0]
+    return 1000 * (settled[-1] - settled[0]) / max(1, every * (len(settled) - 1))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GPT2Config, LlamaConfig, PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
 from kvcar import CacheConfig, KVCarCache, attach, lossless
 from kvcar.cache.attach import Attachment, attachment_of
+from kvcar.cache.attention import STAND_IN_PREFIX
 from kvcar.cache.snapshot import contents_of
 from kvcar.errors import KVCarError
 from kvcar.models.demo import FOLDER_NAME, cache_root
@@ -57,7 +58,13 @@ def _attach(model: Any) -> Attachment:
     if model.config.model_type == "llama":
         # A test sets it so that caches of sliding windows can be asked for; the model itself knows of none.
         vars(model.config).pop("sliding_window", None)
-    found = attachment_of(model)
+    found, attention = attachment_of(model), str(model.config.get_text_config()._attn_implementation)
+    if found is not None and not attention.startswith(STAND_IN_PREFIX):
+        # A test switched it, which needs to be attached anew.
+        _attached.remove(found)
+        found.detach()
+        model.set_attn_implementation(attention)
+        found = None
     if found is None:
         found = attach(model, lossless(model, cache=_CACHE))
         _attached.append(found)
@@ -70,6 +77,11 @@ def _generate(real: Callable[..., Any]) -> Callable[..., Any]:
             del kwargs["cache_implementation"]  # what every generate takes by default: kvcar's, once attached
         if getattr(self, "_is_stateful", False) or self.config.is_encoder_decoder:
             return real(self, *args, **kwargs)
+        own = self.generation_config.cache_implementation
+        if own is not None and attachment_of(self) is None:
+            kwargs.setdefault(
+                "cache_implementation", own
+            )  # a test asks for it by way of the model, which attaching outweighs
         _attach(self)
         return real(self, *args, **kwargs)
 
@@ -78,7 +90,8 @@ def _generate(real: Callable[..., Any]) -> Callable[..., Any]:
 
 def _call(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As the model would make a cache for itself, give it one."""
-    wants = kwargs.get("use_cache") and kwargs.get("past_key_values") is None
+    use_cache = kwargs.get("use_cache", getattr(model.config.get_text_config(), "use_cache", False))
+    wants = use_cache and kwargs.get("past_key_values") is None
     if wants and hasattr(model, "generate") and not model.training and not kwargs.get("output_attentions"):
         kwargs["past_key_values"] = _attach(model).new_cache()
     return torch.nn.Module.__call__(model, *args, **kwargs)
@@ -93,14 +106,32 @@ def _counted(real: Callable[..., Any]) -> Callable[..., Any]:
     return begin_pass
 
 
-def _of_the_demo_model(real: Callable[..., Any]) -> Callable[..., Any]:
-    """The model of transformers' integration tests is kvcar's demo model, up to its quantisation."""
+def _of_the_demo_model(real: Callable[..., Any], is_model: bool) -> Callable[..., Any]:
+    """Checkpoints without the network: the model of transformers' integration tests is kvcar's demo model, up to its
+    quantisation; all others are tiny random ones, with its tokenizer.
+    """
 
     def from_pretrained(name: Any, *args: Any, **kwargs: Any) -> Any:
         folder = cache_root() / FOLDER_NAME
-        return real(str(folder) if name == _DEMO and folder.is_dir() else name, *args, **kwargs)
+        if Path(str(name)).exists() or not folder.is_dir():
+            return real(name, *args, **kwargs)
+        if is_model and name != _DEMO:
+            return _tiny(str(name), **{k: kwargs[k] for k in ("dtype", "attn_implementation") if k in kwargs})
+        return real(str(folder), *args, **kwargs)
 
     return from_pretrained
+
+
+def _tiny(name: str, **options: Any) -> Any:
+    """A random model of GPT-2's kind, where the name says so, or Llama's."""
+    shape: dict[str, Any] = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+    gpt2 = GPT2Config(**shape, n_embd=32, n_layer=3, n_head=4, n_positions=512)
+    llama = LlamaConfig(
+        **shape, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(gpt2 if "gpt2" in name.lower() else llama, **options).eval()
 
 
 def _check_format(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,8 +161,8 @@ def _check_equal(real: Callable[..., Any]) -> Callable[..., Any]:
 def pytest_configure() -> None:
     """Put kvcar in place."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained, AutoTokenizer.from_pretrained
-    AutoModelForCausalLM.from_pretrained = _of_the_demo_model(model)  # pyright: ignore[reportAttributeAccessIssue]
-    AutoTokenizer.from_pretrained = _of_the_demo_model(tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
+    AutoModelForCausalLM.from_pretrained = _of_the_demo_model(model, True)  # pyright: ignore[reportAttributeAccessIssue]
+    AutoTokenizer.from_pretrained = _of_the_demo_model(tokenizer, False)  # pyright: ignore[reportAttributeAccessIssue]
     signal.signal(signal.SIGALRM, _too_slow)
     if _plain:
         return
@@ -148,13 +179,18 @@ def pytest_collection_modifyitems(items: list[Any]) -> None:
     mixins = {mixin for mixin in mixins if mixin.__name__ == "GenerationTesterMixin"}
     items[:] = [item for item in items if "tests/models" not in item.nodeid or _owner(item) in mixins]
     for item in items if not _plain else ():
-        item.cls.has_attentions = False  # weights of attention are never formed
         for name in {c.__module__ for c in item.cls.__mro__ if c.__module__.startswith("tests.")}:
             if vars(sys.modules[name]).get("DynamicCache") is DynamicCache:
                 vars(sys.modules[name])["DynamicCache"] = _Default
     for mixin in mixins if not _plain else ():
         for name, make in _CHECKS.items():
             setattr(mixin, name, make(getattr(mixin, name)))
+
+
+def pytest_runtest_setup(item: Any) -> None:
+    """Ask for no weights of attention, which are never formed; tests that only look whether there is attention may know."""
+    if not _plain:
+        item.cls.has_attentions = item.name in _LOOK_FOR_ATTENTION
 
 
 def _owner(item: Any) -> Any:
@@ -183,6 +219,10 @@ def _with_mask_padded_left(real: Callable[..., Any]) -> Callable[..., Any]:
     return prepare
 
 
+_LOOK_FOR_ATTENTION = {
+    "test_left_padding_compatibility", "test_custom_4d_attention_mask", "test_eager_padding_matches_padding_free_with_position_ids",
+    "test_sdpa_padding_matches_padding_free_with_position_ids",
+}  # fmt: skip
 _INPUTS = "prepare_config_and_inputs_for_common"
 _CHECKS = {"_check_past_key_values_for_generate": _check_format, "_check_caches_are_equal": _check_equal}
 
@@ -221,4 +261,4 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[Any]:
     lines = [line for line in text.replace("Skipped: ", "").splitlines() if line.strip()]
     refused = isinstance(error, KVCarError)
     reason = f"{type(error).__name__}: " * (report.outcome == "failed") + (lines[0] if lines else "")
-    found.update(outcome="refused" if refused else report.outcome, reason=reason[:300])
+    found.update(outcome="refused" if refused else report.outcome, reason=reason[:300], text=text[:5000])

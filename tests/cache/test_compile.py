@@ -8,7 +8,7 @@ import torch
 from bundles import by_hand, fitted
 from tiny import tiny_model, token_ids
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import kvcar
 from kvcar.cache.attach import attachment_of
@@ -130,6 +130,22 @@ def test_a_full_cache_beside_it():
         logits_of_steps(compiled, KVCarCache(bundle), prompt, following)
         got = logits_of_steps(compiled, DynamicCache(config=model.config), prompt, following)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pass_over_a_cache_of_transformers_is_one_graph():
+    model = tiny_model("llama", num_hidden_layers=2)
+    ids = token_ids(40)
+    with torch.no_grad(), kvcar.attach(model, kvcar.lossless(model)) as attached:
+        compiled = torch.compile(model.forward, backend="eager", fullgraph=True)
+        caches = [StaticCache(config=model.config, max_cache_len=64) for _ in range(2)]
+        got, expected = (
+            run(input_ids=ids, past_key_values=c).logits for run, c in zip((compiled, model), caches, strict=True)
+        )
+        torch.testing.assert_close(got, expected)
+        # and what follows is compressed again
+        own = attached.new_cache()
+        torch.testing.assert_close(model(input_ids=ids, past_key_values=own).logits, expected, atol=1e-4, rtol=1e-4)
+        assert own.tokens == 40
 
 
 def test_attached_again():

@@ -196,17 +196,24 @@ class Attachment:
 
     # Hooks
 
-    @uncompiled
     def _before_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module around the decoder may make the decoder's mask: what it was given itself says more."""
         del module
-        mask = kwargs.get("attention_mask")
-        cache = _given_cache(args, kwargs)
-        if cache is not None and isinstance(mask, Tensor) and mask.ndim == 2:
-            self._current.mask = mask
+        if _given_cache(args, kwargs) is not None:
+            self._note_mask(kwargs.get("attention_mask"))
 
     @uncompiled
+    def _note_mask(self, mask: object) -> None:
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            self._current.mask = mask
+
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # A compiled pass over another cache has nothing of kvcar's in it, and may be one graph.
+        if not torch.compiler.is_compiling() or _given_cache(args, kwargs) is not None:
+            self._begin(module, args, kwargs)
+
+    @uncompiled
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = _given_cache(args, kwargs)
         self._current.cache = None
         if cache is None:
@@ -240,9 +247,13 @@ class Attachment:
                 "not be read; detach it, switch, and attach it again"
             )
 
-    @uncompiled
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-        del module, args, kwargs
+        del module
+        if not torch.compiler.is_compiling() or _given_cache(args, kwargs) is not None:
+            self._end(output)
+
+    @uncompiled
+    def _end(self, output: object) -> None:
         cache, self._current.cache = self._current.cache, None
         # Of a pass that failed there is no output.
         if cache is not None and output is not None:
