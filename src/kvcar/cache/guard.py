@@ -26,7 +26,7 @@ from .cache import KVCarCache
 
 _log = logging.getLogger("kvcar")
 
-_CHUNKS_TOKENS = (40, 30, 1, 1)
+_CHUNKS_TOKENS = (34, 4, 1, 1)
 _PADDING_TOKENS = 7
 _PAGE_TOKENS = 32
 # Root mean square of what may differ, as a share of the logits': sums in another order, in the dtype that the model computes in.
@@ -130,12 +130,12 @@ def _logits(model: PreTrainedModel, new_cache: Callable[[], Cache]) -> Tensor:
 
 
 def _lossless(bundle: Bundle) -> Bundle:
-    """The bundle with every coded layer stored unchanged, in pages that fill within the window of the trial."""
+    """The bundle with every coded layer stored unchanged, in pages that take every token as soon as its pass is over."""
     geometry, layers = bundle.plan.geometry, bundle.plan.coded_layers
     slots: Sequence[tuple[Slot, ...]] = [
         tuple(Slot(layer, head, kind) for kind in KINDS for head in range(geometry.kv_heads)) for layer in layers
     ]
-    config = CacheConfig(window=_PAGE_TOKENS, sinks=min(bundle.plan.sinks, _PAGE_TOKENS), page_tokens=_PAGE_TOKENS)
+    config = CacheConfig(window=0, sinks=min(bundle.plan.sinks, _PAGE_TOKENS), page_tokens=_PAGE_TOKENS)
     blocks = tuple(Block(codec="identity", slots=own) for own in slots)
     plan = Plan(geometry=geometry, blocks=blocks, cache=config, exact_dtype="model")
     return replace(bundle, plan=plan, blocks=(CodedBlock(None, None),) * len(blocks))
