@@ -33,6 +33,12 @@ _WITHOUT_A_MODEL = {
     "CacheCroppingTests": "puts tensors into transformers' own caches by hand",
     "UtilsFunctionsTest": "computes with logits alone",
     "TestAssistedCandidateGeneratorDifferentTokenizers": "compares token ids of two tokenizers",
+    "TestAssistedCandidateGeneratorUpdateStrategy": "counts candidates from scores alone",
+    "CacheExportIntegrationTest": "exports a model with a cache that is made while it is traced",
+    "TokenHealingTestCase": "leaves nothing to generate",
+    "test_generate_from_inputs_embeds": "is the name of a test with parameters, and empty",
+    "test_hub_gen_strategies": "is the name of a test with parameters, and empty",
+    "test_prompt_lookup_decoding_no_eos_token": "looks for candidates in token ids alone",
     "test_inherits_generation_mixin": "looks at the classes of models",
     "test_prepare_inputs_for_generation_kwargs_forwards": "prepares inputs for a pass that is not run",
     "test_prompt_lookup_decoding_matches_greedy_search": "never runs, with kvcar or without: its decorator lacks its parentheses",
@@ -70,7 +76,8 @@ def judged(test: str, found: dict[str, Any], without: dict[str, Any] | None) -> 
     if found["outcome"] == "skipped":
         return "not applicable", f"skipped by itself: {found['reason']}"
     if without is not None and without["outcome"] != "passed":
-        if found["passes"] and found["text"] == without["text"]:
+        other_words = found["reason"].startswith("AssertionError") and "!=" in found["reason"]
+        if found["passes"] and other_words and found["text"] == without["text"]:
             return (
                 "passed",
                 "expects the words of the checkpoint that it names; the model here says others, without kvcar the same",
