@@ -53,7 +53,7 @@ def family(name: str) -> dict[str, Any]:
         model = tiny_family(name)
         own = run(model, lambda: DynamicCache(config=model.config))
     except Exception as error:
-        return {"result": "does not run by itself", "message": in_a_line(error)}
+        return _judged_without(name, error)
     captured: list[int] = []
     try:
         return {"model": type(model).__name__, **_tried(model, own, captured)}
@@ -66,6 +66,17 @@ def family(name: str) -> dict[str, Any]:
         return {
             "model": type(model).__name__, "result": "another's exception", "message": f"{in_a_line(error)} ({place})",
         }  # fmt: skip
+
+
+def _judged_without(name: str, error: Exception) -> dict[str, Any]:
+    """Of a model that does not run over its own cache: kvcar's reason against it, if it has one."""
+    try:
+        kvcar.lossless(tiny_family(name))
+    except KVCarError as refusal:
+        return {"result": "refused", "message": in_a_line(refusal)}
+    except Exception:
+        pass
+    return {"result": "does not run by itself", "message": in_a_line(error)}
 
 
 def run(model: PreTrainedModel, new_cache: Callable[[], Cache]) -> Tensor:

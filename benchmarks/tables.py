@@ -9,6 +9,7 @@ from pathlib import Path
 
 from compare_tables import compare_pages
 from decode_tables import decode_pages
+from families_tables import families_page
 from figures_block import frontier_block
 from frontier_tables import frontier_page
 from gpu_instructions_tables import gpu_instructions_page
@@ -57,6 +58,7 @@ PAGES = {
     "frontier.md": frontier_page,
     "gpu-instructions.md": gpu_instructions_page,
     "tests.md": tests_page,
+    "families.md": families_page,
 }
 
 

@@ -65,6 +65,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "cohere2": {"layer_types": _FULL_AND_SLIDING},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "codegen": {"rotary_dim": 8},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0}},
     "dots3_note_text": {"num_key_value_heads": 4},
     "emu3": {"vocabulary_map": {"<image>": 1}},
     "exaone4": {"layer_types": _FULL_AND_SLIDING},
@@ -73,7 +74,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": _FULL_AND_SLIDING, "query_pre_attn_scalar": 16},
     "gemma3n_text": {"layer_types": [*_FULL_AND_SLIDING, "sliding_attention", "full_attention"], "num_hidden_layers": 6,
                      "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 6},
-    "gemma4_text": {"layer_types": [*_FULL_AND_SLIDING, "sliding_attention", "full_attention"], "num_hidden_layers": 6,
+    "gemma4_text": {"global_head_dim": 32, "num_global_key_value_heads": 1, "layer_types": [*_FULL_AND_SLIDING, "sliding_attention", "full_attention"], "num_hidden_layers": 6,
                     "num_kv_shared_layers": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 32},
     "gpt_oss": {"layer_types": _FULL_AND_SLIDING},
@@ -140,11 +141,11 @@ def _tiny(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrained
         given["num_key_value_heads"] = given["num_attention_heads"]
     if getattr(kind, "sliding_window", None) is None:
         given.pop("sliding_window", None)
-    given |= _OWN.get(kind.model_type, {})
     parts = getattr(kind, "sub_configs", {})
     for part, sub in parts.items():
         if isinstance(sub, type) and issubclass(sub, PreTrainedConfig) and hasattr(sub, "sub_configs"):
             given[part] = _tiny(sub, overrides if part == "text_config" else {}).to_dict()
+    given |= _OWN.get(kind.model_type, {})
     if "text_config" not in parts:
         given |= overrides
     return kind(**given)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, SupportsIndex
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from ..bundle import Bundle
 from ..errors import CacheStateError, InputError
@@ -19,6 +19,7 @@ from ..geometry import BFLOAT16_BYTES
 from ..layout import page_layout
 from ..registry import Registry
 from .encode import stored_plainly, without_lost
+from .layer import CodedLayer, CodedStateLayer
 from .passes import PassCache, is_state, states_of
 
 CONTEXT_STORE: Registry[Callable[..., Any]] = Registry("way to store contexts (import kvcar.context.stored)")
@@ -59,7 +60,9 @@ class KVCarCache(PassCache):
         fork._state, fork._seen, fork._host = self._state, self._seen, self._host
         for index, layer in enumerate(self.layers):
             if is_state(layer):
-                fork.layers[index] = deepcopy(layer)
+                fork.layers[index] = forked = deepcopy(layer)
+                if isinstance(forked, CodedLayer):
+                    fork._coded[index] = forked
             elif index not in self._coded:
                 # Its tensors are replaced, never written to.
                 fork.layers[index] = copy(layer)
@@ -95,6 +98,7 @@ class KVCarCache(PassCache):
         self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
         for layer in self._other_layers():
             layer.reorder_cache(beam_idx)
+        self._map_states(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence ``repeats`` times."""
@@ -105,6 +109,7 @@ class KVCarCache(PassCache):
                 layer.reorder_cache(places)
             else:
                 layer.batch_repeat_interleave(repeats)
+        self._map_states(places)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep sequences ``indices``."""
@@ -115,6 +120,7 @@ class KVCarCache(PassCache):
                 layer.reorder_cache(places)
             else:
                 layer.batch_select_indices(indices)
+        self._map_states(places)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the most recent ``-tokens_to_remove`` tokens (a negative number, as transformers has it).
@@ -265,7 +271,7 @@ class KVCarCache(PassCache):
         host = self._host if self.paged_tokens else None
         rotaries = set() if host is None else {host.rotary(layer) for layer in self._coded}
         plain = [tensor for layer in self._plain_layers() for tensor in (layer.keys, layer.values)]
-        plain += [tensor for layer in self._other_layers() if is_state(layer) for tensor in states_of(layer)]
+        plain += [tensor for layer in self.layers if is_state(layer) for tensor in states_of(layer)]
         return {
             "pages": 0 if self._pages is None else self._pages.nbytes,
             "exact": sum(layer.nbytes for layer in self._coded.values()) - finer,
@@ -311,6 +317,12 @@ class KVCarCache(PassCache):
                     f"cannot remove {-tokens_to_remove} of {self._seen} tokens, as layers of a sliding window have forgotten "
                     "what came before it; reset the cache, or call cache.activate_past_recording() before what is to be removed"
                 ) from error
+
+    def _map_states(self, places: Tensor) -> None:
+        """Pick sequences of the states that coded layers keep beside keys and values."""
+        for layer in self._coded.values():
+            if isinstance(layer, CodedStateLayer):
+                LinearAttentionLayer.reorder_cache(layer, places)
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._refuse_if_broken()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionLayer
 
 from ..errors import AttachError, CacheStateError
 from ..kernels.attend import Buffered, ExactPast
@@ -240,3 +240,30 @@ class CodedLayer(CacheLayerMixin):
             picked = tokens.gather(2, index).to(buffer.dtype)
             sinks = buffer[:, :, : self.sinks]
             buffer[:, :, : self.sinks] = torch.where(found, picked, sinks)
+
+
+class CodedStateLayer(LinearAttentionLayer, CodedLayer):
+    """A coded layer that keeps a state of the model's own kind beside keys and values.
+
+    Args:
+        sinks: first tokens kept for ever.
+        states: options of the model's own layer.
+    """
+
+    is_compileable = False
+    is_croppable = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]  # of a state, never
+
+    def __init__(self, sinks: int, **states: int) -> None:
+        CodedLayer.__init__(self, sinks)
+        LinearAttentionLayer.__init__(self, **states)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        LinearAttentionLayer.reset(self)
+        CodedLayer.reset(self)
+
+
+def state_options(layer: object) -> dict[str, int]:
+    """What a layer of the model's own that keeps a state was made with; versions of transformers before 5.23 know one state."""
+    number = getattr(layer, "number_of_states", None)
+    return {} if number is None else {"number_of_states": number}

@@ -20,9 +20,11 @@ from .coder import Host
 from .decoded import DecodedPast
 from .encode import encode_oldest, stored_plainly, without_lost
 from .finer import FinerPages
-from .layer import CodedLayer
+from .layer import CodedLayer, CodedStateLayer, state_options
 from .pages import PageStore, PageViews
 from .sequence import SequenceState, exact_mask, is_causal_mask, sink_places
+
+_log = logging.getLogger("kvcar")
 
 
 def is_state(layer: Any) -> bool:
@@ -32,11 +34,13 @@ def is_state(layer: Any) -> bool:
 
 def states_of(layer: Any) -> list[Tensor]:
     """The tensors of such a state."""
-    kept = (*layer.conv_states.values(), *layer.recurrent_states.values())
+    kept = [*_each(layer.conv_states), *_each(layer.recurrent_states)]
     return [tensor for tensor in kept if tensor is not None]
 
 
-_log = logging.getLogger("kvcar")
+def _each(states: Any) -> list[Tensor | None]:
+    """Several states, or the one that versions of transformers before 5.23 have."""
+    return list(states.values()) if isinstance(states, dict) else [states]
 
 
 class PassCache(Cache):
@@ -235,10 +239,13 @@ class PassCache(Cache):
 
     def _take_own_layers(self, host: Host) -> None:
         """Layers that stay the model's own are those of its own cache; until a model is known others keep their places."""
-        if self.plan.geometry.own_layers:
-            layers = host.own_layers()
-            for layer in self.plan.geometry.own_layers:
-                self.layers[layer] = layers[layer]
+        layers = host.own_layers()
+        for layer in self.plan.geometry.own_layers:
+            self.layers[layer] = layers[layer]
+        for layer in self._coded:
+            if is_state(layers[layer]):
+                own = CodedStateLayer(self.plan.sinks, **state_options(layers[layer]))
+                self.layers[layer] = self._coded[layer] = own
 
     def _coded_layer(self, layer: int) -> CodedLayer:
         coded = self.layers[layer]

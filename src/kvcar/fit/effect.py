@@ -54,7 +54,9 @@ class EffectProbe(AttentionHook):
             on_gradients: given the gradients at each layer's keys (before RoPE) and values, per token.
         """
         self._gradients = on_gradients
-        handle = self.model.get_input_embeddings().register_forward_hook(lambda *a: a[-1].detach().requires_grad_())
+        handle = self.model.get_input_embeddings().register_forward_hook(
+            lambda *a: a[-1].detach().requires_grad_().clone()
+        )
         try:
             with frozen(self.model), self:
                 for window in windows:

@@ -179,9 +179,17 @@ def fit_bundles(
         check_size(geometry, each, BFLOAT16_BYTES)
         check_ids(windows)
         check_windows(len(windows), windows.shape[1], geometry, each)
+    if lossy:
+        _try_out(model)
     statistics = _statistics(model, geometry, fitted, lossy, on_progress)
     maker = _Maker(model, geometry, fitted, held_out, source, name, statistics, on_progress)
     return (maker.bundle(each) for each in options)
+
+
+def _try_out(model: PreTrainedModel) -> None:
+    """Attach the model once, over lossless pages: what cannot be right is refused before anything is captured."""
+    with attach(model, lossless(model)):
+        pass
 
 
 class _Maker:

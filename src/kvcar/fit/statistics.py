@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -19,6 +20,8 @@ from .capture import capture
 from .effect import EffectProbe, damped, effect_metrics
 from .options import Metric
 from .processes import from_first, joined_rows, own_share, total
+
+log = logging.getLogger("kvcar.fit")
 
 SAMPLE_TOKENS = 2048
 METRIC_ELEMENTS = 512
@@ -281,8 +284,20 @@ def collect_statistics(
     probe = EffectProbe(model, geometry, sinks, effect.cache.step_tokens, effect.window_read, effect.seed)
     metrics = effect_metrics(probe, effect.windows, on_progress)
     # Rounded from the start, so that directions and bits are found for the metric that codecs are made of.
-    damp = {side: damped(metrics[side], moments.covariance([side])) for side in sides}
+    damp = {side: damped(metrics[side], moments.covariance([side])) for side in sides if side in metrics}
+    damp |= _unmeasured(moments, damp, sides)
     return Statistics(geometry, moments, {side: rounded(metric, geometry.head_dim) for side, metric in damp.items()})
+
+
+def _unmeasured(moments: SideMoments, measured: dict[Side, Tensor], sides: Sequence[Side]) -> dict[Side, Tensor]:
+    """Metrics of sides that no gradient reaches, as a model may cut it: plain normalised error, at the others' mean cost."""
+    missing = [side for side in sides if side not in measured]
+    if not missing:
+        return {}
+    costs = [float((metric * moments.covariance([side])).sum()) / len(metric) for side, metric in measured.items()]
+    cost = sum(costs) / len(costs) if costs else 1.0
+    log.info("no gradient reaches the keys or values of layers %s", sorted({layer for layer, _ in missing}))
+    return {side: torch.diag(cost / moments.covariance([side]).diagonal().clamp_min(1e-12)) for side in missing}
 
 
 def sample_stride(windows: Tensor, sinks: int, tokens: int = SAMPLE_TOKENS) -> int:

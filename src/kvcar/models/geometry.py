@@ -32,7 +32,7 @@ def read_geometry(config: PreTrainedConfig) -> KVGeometry:
     text = config.get_text_config(decoder=True)
     if getattr(text, "kv_lora_rank", None) is not None:
         raise UnsupportedModelError(
-            f"{kind} has keys and values of different sizes, made from latents (MLA); {_ONE_SIZE}"
+            f"the cache of {kind} holds latents in place of keys and values (MLA); it is small already"
         )
     layers = own_cache_layers(config)
     kinds: list[LayerKind] = [kind_of(layer) for layer in layers]
@@ -49,10 +49,10 @@ def geometry_of(model: PreTrainedModel) -> KVGeometry:
     """
     parts = find_decoder(model)
     text = model.config.get_text_config(decoder=True)
-    return _geometry(type(model).__name__, text, parts.kinds, parts.windows, parts.shapes, parts.reasons)
-
-
-_ONE_SIZE = "kvcar codes keys and values of one size"
+    reasons = parts.reasons
+    if getattr(text, "kv_lora_rank", None) is not None:
+        reasons = dict.fromkeys(reasons, "its cache holds latents in place of keys and values (MLA), small already")
+    return _geometry(type(model).__name__, text, parts.kinds, parts.windows, parts.shapes, reasons)
 
 
 def _geometry(

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import KVCarError, UnsupportedModelError
@@ -161,7 +161,9 @@ def own_cache_layers(config: PreTrainedConfig) -> list[Any]:
 
 def kind_of(layer: object) -> LayerKind:
     """Say what a layer of a cache of transformers keeps."""
-    if type(layer) is DynamicLayer:
+    # A layer that keeps a state beside keys and values of the whole text, as Falcon-H1's do, goes by these.
+    beside = getattr(cache_utils, "LinearAttentionAndFullAttentionLayer", DynamicLayer)
+    if type(layer) in (DynamicLayer, beside):
         return "full"
     return "sliding" if type(layer) is DynamicSlidingWindowLayer else "own"
 

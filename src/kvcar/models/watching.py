@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from ..geometry import KVGeometry
 from .structure import own_cache_layers
@@ -27,7 +28,10 @@ class WatchingCache(Cache):
     def __init__(self, config: PreTrainedConfig, geometry: KVGeometry, on_keys_values: OnKeysValues) -> None:
         layers = own_cache_layers(config)
         for layer in geometry.codable_layers:
-            layers[layer] = _WatchingLayer(layer, on_keys_values)
+            if hasattr(layers[layer], "recurrent_states"):
+                layers[layer] = _WatchingStateLayer(layer, on_keys_values, layers[layer])
+            else:
+                layers[layer] = _WatchingLayer(layer, on_keys_values)
         super().__init__(layers=layers)
 
 
@@ -35,7 +39,7 @@ class _WatchingLayer(DynamicLayer):
     """Shows what passes and keeps nothing."""
 
     def __init__(self, layer: int, on_keys_values: OnKeysValues) -> None:
-        super().__init__()
+        DynamicLayer.__init__(self)
         self._layer, self._on_keys_values = layer, on_keys_values
 
     def update(
@@ -44,3 +48,14 @@ class _WatchingLayer(DynamicLayer):
         del args, kwargs
         self._on_keys_values(self._layer, key_states, value_states)
         return key_states, value_states
+
+
+class _WatchingStateLayer(LinearAttentionLayer, _WatchingLayer):
+    """The same for a layer that keeps a state beside them, as ``own`` does."""
+
+    is_compileable = False
+
+    def __init__(self, layer: int, on_keys_values: OnKeysValues, own: Any) -> None:
+        number = getattr(own, "number_of_states", None)
+        _WatchingLayer.__init__(self, layer, on_keys_values)
+        LinearAttentionLayer.__init__(self, **({} if number is None else {"number_of_states": number}))
