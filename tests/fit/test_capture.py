@@ -71,8 +71,11 @@ def test_nan_in_the_weights_stops_the_fit():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.weight[3, 5] = torch.nan
-    with pytest.raises(FitError, match="layer 1 computes NaN"):
+    with pytest.raises(UnsupportedModelError, match="computes NaN"):
         fit_bundle(model, token_ids(256, batch=2), bits=3)
+    geometry = read_geometry(model.config)
+    with pytest.raises(FitError, match="layer 1 computes NaN"):
+        next(capture(model, geometry, token_ids(20, batch=3), regular_blocks(geometry, 1, None), 4, lambda i, x: None))
 
 
 def test_too_little_text_is_refused():

@@ -50,7 +50,7 @@ def reference_logits(model: PreTrainedModel, bundle: Bundle) -> Tensor | None:
     if sum(_CHUNKS_TOKENS) > bundle.plan.geometry.max_positions:
         return None  # too short a model for pages to matter
     try:
-        return _logits(model, lambda: DynamicCache(config=model.config))
+        expected = _logits(model, lambda: DynamicCache(config=model.config))
     except KVCarError:
         raise
     except Exception as error:
@@ -58,6 +58,11 @@ def reference_logits(model: PreTrainedModel, bundle: Bundle) -> Tensor | None:
             f"{type(model).__name__} cannot be run in chunks over its own cache ({type(error).__name__}: "
             f"{_first_line(error)}), so what a compressed cache would do to it cannot be checked"
         ) from error
+    if not torch.isfinite(expected).all():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes NaN or infinity over its own cache; check the model's weights and dtype"
+        )
+    return expected
 
 
 @torch.no_grad()

@@ -284,20 +284,15 @@ def collect_statistics(
     probe = EffectProbe(model, geometry, sinks, effect.cache.step_tokens, effect.window_read, effect.seed)
     metrics = effect_metrics(probe, effect.windows, on_progress)
     # Rounded from the start, so that directions and bits are found for the metric that codecs are made of.
-    damp = {side: damped(metrics[side], moments.covariance([side])) for side in sides if side in metrics}
-    damp |= _unmeasured(moments, damp, sides)
+    if missing := sorted({layer for layer, kind in sides if (layer, kind) not in metrics}):
+        log.warning(
+            "no gradient reaches keys or values of layers %s: plain errors are measured instead of their effect",
+            missing,
+        )
+        damp = {side: torch.diag(1 / moments.covariance([side]).diagonal().clamp_min(1e-12)) for side in sides}
+    else:
+        damp = {side: damped(metrics[side], moments.covariance([side])) for side in sides}
     return Statistics(geometry, moments, {side: rounded(metric, geometry.head_dim) for side, metric in damp.items()})
-
-
-def _unmeasured(moments: SideMoments, measured: dict[Side, Tensor], sides: Sequence[Side]) -> dict[Side, Tensor]:
-    """Metrics of sides that no gradient reaches, as a model may cut it: plain normalised error, at the others' mean cost."""
-    missing = [side for side in sides if side not in measured]
-    if not missing:
-        return {}
-    costs = [float((metric * moments.covariance([side])).sum()) / len(metric) for side, metric in measured.items()]
-    cost = sum(costs) / len(costs) if costs else 1.0
-    log.info("no gradient reaches the keys or values of layers %s", sorted({layer for layer, _ in missing}))
-    return {side: torch.diag(cost / moments.covariance([side]).diagonal().clamp_min(1e-12)) for side in missing}
 
 
 def sample_stride(windows: Tensor, sinks: int, tokens: int = SAMPLE_TOKENS) -> int:
