@@ -154,7 +154,9 @@ def _scale() -> list[str]:
     records = load("scale-*.json", "scale")
     if not records:
         return []
-    rows = [
+    codecs = [["profile", "times smaller", "latents of 2,048 elements, by layer", "codecs a layer (MB)"]]
+    codecs[0] += ["a layer's weights in bfloat16 (MB)", "share", f"codecs of {_FULL_LAYERS} layers (MB)"]
+    memory = [
         [
             "profile",
             "layers",
@@ -162,22 +164,38 @@ def _scale() -> list[str]:
             "peak growth in the fit (MB)",
             "statistics (MB)",
             "statistics at 32 layers (MB)",
-            "seconds",
         ]
     ]
     for r in records:
-        rows.append(
-            [r["config"]["profile"], str(r["config"]["layers"])]
-            + [
-                f"{r[k] / 1e6:,.0f}"
-                for k in ("model_bytes", "peak_growth_bytes", "statistics_bytes", "statistics_bytes_at_32_layers")
-            ]
-            + [f"{r['seconds']:.0f}"]
-        )
-    note = (
-        "Random weights of an 8B model's width (8 KV heads of 128, hidden size 4,096) at reduced depth. Statistics take "
-        "`(2 * layers * band + layers * (2 * shared - 1) + 2 * layers) * (KV heads * head dim)^2 * 8` bytes (less corners), `band` being the "
-        "layers of the longest block of keys or of values that the profile allows and `shared` those of the longest block of both; besides "
-        "them a window's activations and the bases of the blocks that are solved."
-    )
-    return ["## Fits at scale", markdown(rows), note]
+        layers, per_layer = r["config"]["layers"], r["codec_bytes"] / r["config"]["layers"] / 1e6
+        latents = ", ".join(f"{block['latents']:,}" for block in r["blocks"])
+        codecs.append([
+            r["config"]["profile"], f"{r['times_smaller']:.2f}", latents, f"{per_layer:.2f}", f"{r['layer_weight_bytes'] / 1e6:.0f}",
+            f"**{100 * r['codecs_per_layer_weights']:.2f} %**", f"{_FULL_LAYERS * per_layer:.0f}",
+        ])  # fmt: skip
+        sizes = ("model_bytes", "peak_growth_bytes", "statistics_bytes", "statistics_bytes_at_32_layers")
+        memory.append([r["config"]["profile"], str(layers), *(f"{r[size] / 1e6:,.0f}" for size in sizes)])
+    places = [["place in the falling spectrum", *(f"{place:.3g}" for place in records[0]["places"])]]
+    places.append(["demo model", *(f"{height:.2f}" for height in records[0]["log10_variances_demo"])])
+    places += [[r["config"]["profile"], *(f"{height:.2f}" for height in r["log10_variances"])] for r in records]
+    return [
+        "## At the width of an 8B model",
+        _SCALE,
+        markdown(codecs),
+        _SPECTRA,
+        markdown(places),
+        _MEMORY,
+        markdown(memory),
+    ]
+
+
+_FULL_LAYERS = 32
+_SCALE = """Random weights of an 8B model's width (8 KV heads of 128, hidden size 4,096) at reduced depth, fitted on random tokens. Codecs are
+counted from tensors, as they lie in memory on a CPU. On GPUs the decoders of keys exist a second time, in the order of the kernel's columns,
+a byte a weight."""
+_SPECTRA = """How many latents get bits depends on how fast variances fall. The projections to keys and values were given singular values so
+that they fall as the demo model's (directions stay random, what errors cost is the random model's own). Seen by the search, log10 of
+variances over their mean, medians of layers:"""
+_MEMORY = """Statistics take `(2 * layers * band + layers * (2 * shared - 1) + 2 * layers) * (KV heads * head dim)^2 * 8` bytes (less corners),
+`band` being the layers of the longest block of keys or of values that the profile allows and `shared` those of the longest block of both;
+besides them a window's activations and the bases of the blocks that are solved."""

@@ -8,8 +8,9 @@ from kvcar.geometry import KVGeometry
 
 # Shares of bits of the demo model's fit, for heads of 128.
 _FAST = ({8: 9, 7: 12, 6: 20, 5: 29, 4: 2}, {8: 7, 7: 18, 6: 26, 5: 25, 4: 24, 3: 2})
-# A layer's keys and values in one block, 2,048 elements: benchmarks/results/scale-8b-width-balanced.json.
-_BALANCED = ({8: 6, 7: 26, 6: 82, 5: 153, 4: 240, 3: 300, 2: 260, 1: 120},)
+# A layer's keys and values in one block of 2,048 elements at 8 times smaller, shared by the spectrum of the demo model's layers
+# (``scale.SPECTRUM``).
+_BALANCED = ({8: 4, 7: 17, 6: 25, 5: 76, 4: 176, 3: 359, 2: 390, 1: 198},)
 _WIDTHS = {"fast": 128, "balanced": 2048}
 
 

@@ -20,12 +20,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvcar.codecs.linear8 import GROUP_LATENTS
+from kvcar.kernels.attend import RoundedDecoder
+from kvcar.kernels.plane_table import highest_codes, segment_fields
+from kvcar.layout import SegmentLayout
 from kvcar.plan import BitGroup
+
+_TOP = 255
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROCESSORS = 132
 _TYPES = {
-    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float16: "*fp16",
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64", torch.float32: "*fp32", torch.float16: "*fp16",
     torch.bfloat16: "*bf16", torch.bool: "*i1", int: "i32", float: "fp32",
 }  # fmt: skip
 
@@ -109,6 +115,7 @@ def decode_step(
     values: Sequence[BitGroup],
     *,
     rotary: bool = True,
+    rounded: bool = False,
     head_dim: int = 128,
     kv_heads: int = 8,
     query_heads: int = 32,
@@ -139,9 +146,10 @@ def decode_step(
         for first in range(0, kv_heads, heads_per_block):
             segment = coded_segment(groups, 64, aligned(end))
             end, width = segment.end, heads_per_block * head_dim
-            affine = torch.randn(segment.latents, width), torch.zeros(width)
             heads = tuple(range(first, first + heads_per_block))
-            readers.append(Reader(segment, heads, None, lambda u: u, affine, False, dtype))
+            decoder = _random_decoder(segment, heads_per_block, head_dim) if rounded else None
+            affine = None if rounded else (torch.randn(segment.latents, width), torch.zeros(width))
+            readers.append(Reader(segment, heads, None, lambda u: u, affine, False, dtype, decoder))
     half = len(readers) // 2
     pages = torch.zeros(1, -(-tokens // 64), aligned(end), dtype=torch.uint8)
     zero = torch.zeros(1, dtype=torch.int64)
@@ -151,6 +159,16 @@ def decode_step(
     exact = ExactPast(window, window, torch.ones(1, 1, 1, 132, dtype=torch.bool))
     backend.attend(torch.zeros(1, query_heads, 1, head_dim, dtype=dtype), exact, paged, 0.1, None)
     return launches
+
+
+def _random_decoder(segment: SegmentLayout, heads: int, head_dim: int) -> RoundedDecoder:
+    """A decoder in 8 bits, but for latents of 8 bits."""
+    exact = int((highest_codes(segment_fields(segment)) == _TOP).sum())
+    groups = -(-(segment.latents - exact) // GROUP_LATENTS)
+    decoder = torch.randint(-127, 128, (heads, groups, head_dim, GROUP_LATENTS), dtype=torch.int8)
+    width = heads * head_dim
+    whole = torch.randn(exact, width, dtype=torch.float16)
+    return RoundedDecoder(whole, decoder, torch.full((width,), 0.01), torch.zeros(width))
 
 
 def encode_step(width: int, groups: Sequence[BitGroup]) -> list[Launch]:

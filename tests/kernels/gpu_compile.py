@@ -26,6 +26,8 @@ def main() -> None:
     every = groups(8, 7, 6, 5, 4, 3, latents=72)
     launches += decode_step(torch.bfloat16, 1, every, every, **shape)
     launches += decode_step(torch.float32, 1, every, every, **shape)
+    launches += decode_step(torch.bfloat16, 1, every, every, rounded=True, **shape)
+    launches += decode_step(torch.bfloat16, 2, groups(8, 5, latents=192), some, rounded=True, **shape)
     launches += encode_step(512, groups(16, 8, 6, 5, 2, latents=400))
     for launch in launches:
         print(launch.name, launch.shared, *launch.registers_and_stack(), flush=True)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from speed.synthetic import Codes, RandomPast, Shape, coded_plan, layer_geometry, random_bundle
 from structures import STRUCTURES, paged_past, rotary
 from triton_device import DEVICE, poison_empty
 
 from kvcar.cache.coder import PageCoder
 from kvcar.errors import KernelError
-from kvcar.kernels.attend import ExactPast, PagedPast, Reader, naive, triton_paged
+from kvcar.kernels.attend import ExactPast, PagedPast, Reader, naive, triton_paged, triton_tables
 from kvcar.kernels.attend import triton as backend
 from kvcar.kernels.pack import pack
 from kvcar.kernels.rotary import RotaryTable
@@ -157,6 +158,35 @@ def test_a_block_of_two_thousand_latents():
     groups = [BitGroup(bits=8, count=100), BitGroup(bits=6, count=1000), BitGroup(bits=1, count=948)]
     paged = made_past(70, 1, 32, table(32), groups, [(0,)])
     check(random(2, 2, 1, 32), exact_past(2, 1, 1, 32), paged)
+
+
+@pytest.mark.parametrize(
+    ("block_heads", "latents", "dtype"),
+    [
+        (1, ({8: 5, 7: 9, 5: 21}, {6: 18, 3: 11}), torch.bfloat16),  # a matrix that stays
+        (2, ({8: 6, 6: 41, 4: 60, 1: 50},), torch.bfloat16),  # a joint block
+        (2, ({8: 70, 6: 10},), torch.float32),  # more than a block of latents whose decoder is not in 8 bits
+    ],
+)
+def test_decoders_in_8_bits_at_full_width(block_heads, latents, dtype):
+    """Values' decoders are read where they lie, and keys' are one byte a weight in the kernel's order."""
+    plan = coded_plan(layer_geometry(Shape(4, 2, 128), 1000), Codes.of("linear8", block_heads, *latents))
+    past = RandomPast(random_bundle(plan), 180, 1, dtype, torch.device(DEVICE))
+    query, (exact, paged) = past.query(), past.past()
+    before = past.coder.codec_bytes()
+    check(query, exact, paged)
+    (keys,) = (bank for bank in triton_paged.banks(paged.key_readers, query.device, 64))
+    (values,) = (bank for bank in triton_paged.banks(paged.value_readers, query.device, 128))
+    assert keys.rounded
+    assert values.rounded
+    decoder = next(made for made in values.made.values() if isinstance(made, triton_tables.ValueDecoder))
+    readers = [reader.rounded.decoder.data_ptr() for reader in paged.value_readers]
+    assert {int(place) for place in decoder.places[:, 0]} >= set(readers)
+    assert decoder.matrix.numel() == 0
+    matrix = next(made for made in keys.made.values() if isinstance(made, triton_tables.KeyDecoder)).matrix
+    assert matrix.dtype == torch.int8
+    made = past.coder.codec_bytes() - before
+    assert matrix.nbytes < made
 
 
 def test_spans_and_splits_are_merged(monkeypatch):

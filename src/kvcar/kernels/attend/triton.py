@@ -23,7 +23,7 @@ from ..triton_unpack import cannot_run_on, multiplies_subnormals
 from .inputs import ATTENTION, ExactPast, PagedPast, Reader
 from .triton_merge_kernels import exact_piece, merge_pieces
 from .triton_paged import ELEMENT_TYPES, WARPS, Call, Scorer, SplitSums, ValueSums, precision_of
-from .triton_tables import Bank, are_aligned, padded_columns, page_addresses
+from .triton_tables import Bank, are_aligned, padded_columns, page_addresses, value_decoder
 
 _SCORES_AT_ONCE = 2**26
 _REASON = "why triton does not support it"
@@ -170,37 +170,29 @@ def merge(out: Tensor, exact: Piece, parts: list[SplitSums]) -> None:
         return
     batch, layer_heads, rows, head_dim = out.shape
     for bank, items, block_q, sums, stats in parts:
-        heads, matrix, bias = bank.keep(
-            ("merge", rows, block_q), lambda b=bank, q=block_q: _merge_tables(b, rows, q, head_dim)
-        )
+        heads = bank.keep(("merge", rows, block_q), lambda b=bank, q=block_q: _merge_items(b, rows, q))
+        decoder = bank.keep("value decoder", lambda b=bank: value_decoder(b, head_dim))
         splits, block = sums.shape[1], sums.shape[4]
         padded = min(_ROWS, 1 << (rows - 1).bit_length())
         columns = min(padded_columns(head_dim), block, max(8, _PRODUCTS // (padded * block)))
         merge_pieces[(len(heads), -(-rows // padded) * -(-head_dim // columns), batch)](
-            out, sums, stats, *exact, heads, matrix, bias, splits, len(items), rows, layer_heads, stats[0].numel(),
-            CODED=bank.coded, HEAD_DIM=head_dim, ITEM_ROWS=block_q, BLOCK_R=block,
+            out, sums, stats, *exact, heads, decoder.matrix, decoder.bias, decoder.places, decoder.latent_of,
+            splits, len(items), rows, layer_heads, stats[0].numel(), CODED=bank.coded, ROUNDED=bank.rounded,
+            EXACT=ELEMENT_TYPES[decoder.exact_dtype], HEAD_DIM=head_dim, ITEM_ROWS=block_q, BLOCK_R=block,
             SPLITS=max(1, _PRODUCTS // (padded * block)), ROWS=padded, COLUMNS=columns,
             num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
 
-def _merge_tables(bank: Bank, rows: int, block_q: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Make heads, matrices and biases as ``merge_pieces`` takes them."""
-    entries, matrices, biases, item, row = [], [], [], 0, 0
+def _merge_items(bank: Bank, rows: int, block_q: int) -> Tensor:
+    """Make ``heads`` as ``merge_pieces`` takes them."""
+    entries, item, first = [], 0, 0
     padded = bank.table.blocks * bank.table.block
     for index, group in enumerate(bank.groups):
         count, blocks = len(group.heads), bank.blocks(index)
         for place, head in enumerate(group.heads):
-            entries.append((head, item, blocks, place, row))
-            if group.affine is not None:
-                own = slice(place * head_dim, (place + 1) * head_dim)
-                matrix, bias = group.affine[0][:, own].float(), group.affine[1][own].float()
-                matrices.append(torch.nn.functional.pad(matrix, (0, 0, 0, padded - len(matrix))))
-                biases.append(bias)
-                row += padded
+            # Every head has columns of its own in a matrix of floats; latents of slots are the same for all of a group.
+            entries.append((head, item, blocks, place, first if bank.rounded else first + place * padded))
+        first += padded if bank.rounded else count * padded
         item += -(-count * rows // block_q) * blocks
-    heads = torch.tensor(entries, dtype=torch.int32, device=bank.device)
-    if not bank.coded:
-        nothing = torch.empty(0, dtype=torch.float32, device=bank.device)
-        return heads, nothing, nothing
-    return heads, torch.cat(matrices), torch.stack(biases)
+    return torch.tensor(entries, dtype=torch.int32, device=bank.device)

@@ -102,6 +102,15 @@ def _angle(fine, coarse, coarse_rows, position, pair, PAIRS: tl.constexpr, FINE:
 
 
 @triton.jit
+def _decoder_rows(part, exact_part, below, OPERAND: tl.constexpr, HAS_EXACT: tl.constexpr):
+    """Load a block's rows of a decoder's matrix ``[BLOCK_R, COLUMNS]``, those in 8 bits and those that are not."""
+    rows = tl.load(part + below).to(OPERAND)
+    if HAS_EXACT:
+        rows += tl.load(exact_part + below)
+    return rows
+
+
+@triton.jit
 def decode_scores(
     scores,
     pages,
@@ -111,6 +120,8 @@ def decode_scores(
     heads,
     matrix,
     bias,
+    exact,
+    unit,
     query,
     turns,
     fine,
@@ -136,6 +147,8 @@ def decode_scores(
     REST: tl.constexpr,
     FINE: tl.constexpr,
     TILES: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    EXACT_BLOCKS: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCKS: tl.constexpr,
     ROW_BLOCKS: tl.constexpr,
@@ -156,8 +169,11 @@ def decode_scores(
         scores: float32 ``[B, layer_heads * query_rows, stop - start]``, written.
         items: int32 ``[I, 4]``: first block of the table, first of ``heads``, their number, first block of rows of
             ``matrix``.
-        matrix: OPERAND ``[rows, 2 * BLOCK_PAIRS + BLOCK_REST]``.
+        matrix: OPERAND ``[rows, 2 * BLOCK_PAIRS + BLOCK_REST]``; int8 where ROUNDED.
         bias: float32 ``[I, 2 * BLOCK_PAIRS + BLOCK_REST]``.
+        exact: OPERAND ``[I * EXACT_BLOCKS * BLOCK_R, 2 * BLOCK_PAIRS + BLOCK_REST]``, rows of latents that have none in 8
+            bits, which ``matrix`` has zeros for; read where ROUNDED.
+        unit: float32 ``[I, 2 * BLOCK_PAIRS + BLOCK_REST]`` that both are in; read where ROUNDED.
         query: float32 ``[B, layer_heads, query_rows, 2 * PAIRS + REST]``, scaled, columns as above.
         turns: float32 ``[2, FINE, PAIRS]``, ``fine`` times ``code_scale``.
         fine, coarse: float32 ``[2, FINE or coarse_rows, PAIRS]`` cosines and sines.
@@ -180,6 +196,13 @@ def decode_scores(
     part = matrix + (matrix_block * BLOCK_R + tl.arange(0, BLOCK_R))[:, None] * COLUMNS
     part_rest = part + 2 * BLOCK_PAIRS + rest_column[None, :]
     part += column[None, :]
+    exact_part, exact_rest = exact, exact
+    if ROUNDED:
+        exact_part = exact + (tl.program_id(1) * EXACT_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R))[:, None] * COLUMNS
+        exact_rest = exact_part + 2 * BLOCK_PAIRS + rest_column[None, :]
+        exact_part += column[None, :]
+        pair_unit = tl.load(unit + tl.program_id(1) * COLUMNS + column)
+        rest_unit = tl.load(unit + tl.program_id(1) * COLUMNS + 2 * BLOCK_PAIRS + rest_column) if REST else 0.0
     pair_column = tl.arange(0, BLOCK_PAIRS)
     pair = pair_column % PAIRS
     kept, kept_rest, kept_places = (), (), ()
@@ -188,17 +211,23 @@ def decode_scores(
         for block in tl.static_range(BLOCKS):
             places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
             kept_places = kept_places + (places,)  # noqa: RUF005 - as Triton adds tuples
-            kept = kept + (tl.load(part + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
+            below = block * BLOCK_R * COLUMNS
+            kept = kept + (_decoder_rows(part, exact_part, below, OPERAND, block < EXACT_BLOCKS),)  # noqa: RUF005
             if REST:
-                kept_rest = kept_rest + (tl.load(part_rest + block * BLOCK_R * COLUMNS),)  # noqa: RUF005
+                rows = _decoder_rows(part_rest, exact_rest, below, OPERAND, block < EXACT_BLOCKS)
+                kept_rest = kept_rest + (rows,)  # noqa: RUF005
 
     for tile in range(TILES):
         begin = start + (tl.program_id(0) * TILES + tile) * BLOCK_N
         token = begin + tl.arange(0, BLOCK_N)
         seen = (token >= first_token) & (token < stop)
-        keys = tl.zeros([BLOCK_N, 2 * BLOCK_PAIRS], tl.float32) + pair_bias[None, :]
+        keys = tl.zeros([BLOCK_N, 2 * BLOCK_PAIRS], tl.float32)
+        if not ROUNDED:
+            keys += pair_bias[None, :]
         if REST:
-            rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32) + rest_bias[None, :]
+            rest = tl.zeros([BLOCK_N, BLOCK_REST], tl.float32)
+            if not ROUNDED:
+                rest += rest_bias[None, :]
         if KEEP:
             for block in tl.static_range(BLOCKS):
                 u = _unpack(
@@ -209,16 +238,32 @@ def decode_scores(
                 if REST:
                     rest = tl.dot(u, kept_rest[block], rest, input_precision=PRECISION)
         else:
-            for block in range(BLOCKS):
+            for block in tl.static_range(EXACT_BLOCKS):
                 places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
                 u = _unpack(
                     pages, page_count, batch, begin, stop, seen, places, table, present, block_start + block, latents,
                     WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
                 )  # fmt: skip
                 below = block * BLOCK_R * COLUMNS
-                keys = tl.dot(u, tl.load(part + below), keys, input_precision=PRECISION)
+                keys = tl.dot(u, _decoder_rows(part, exact_part, below, OPERAND, True), keys, input_precision=PRECISION)
                 if REST:
-                    rest = tl.dot(u, tl.load(part_rest + below), rest, input_precision=PRECISION)
+                    rows = _decoder_rows(part_rest, exact_rest, below, OPERAND, True)
+                    rest = tl.dot(u, rows, rest, input_precision=PRECISION)
+            for block in range(EXACT_BLOCKS, BLOCKS):
+                places = _places(table, block_start + block, latents, WORDS, WIDTHS, PAGE_TOKENS, BLOCK_N, BLOCK_R)
+                u = _unpack(
+                    pages, page_count, batch, begin, stop, seen, places, table, present, block_start + block, latents,
+                    WORDS, WIDTHS, tl.float16, OPERAND, PAGE_TOKENS, BLOCK_N, BLOCK_R,
+                )  # fmt: skip
+                below = block * BLOCK_R * COLUMNS
+                keys = tl.dot(u, _decoder_rows(part, part, below, OPERAND, False), keys, input_precision=PRECISION)
+                if REST:
+                    rows = _decoder_rows(part_rest, part_rest, below, OPERAND, False)
+                    rest = tl.dot(u, rows, rest, input_precision=PRECISION)
+        if ROUNDED:
+            keys = keys * pair_unit[None, :] + pair_bias[None, :]
+            if REST:
+                rest = rest * rest_unit[None, :] + rest_bias[None, :]
 
         # Keys turn by their place in the tile alone, and queries back by the position of its first token.
         at = turns + tl.arange(0, BLOCK_N)[:, None] * PAIRS + pair[None, :]

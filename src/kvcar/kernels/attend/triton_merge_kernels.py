@@ -116,6 +116,19 @@ def _split_sums(
 
 
 @triton.jit
+def _rounded_rows(decoder, latent, step, column, column_ok, EXACT: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Read rows float32 ``[R, COLUMNS]`` of a head's decoder where it lies in 8 bits, zeros for no latent."""
+    codes = tl.load(decoder).to(tl.pointer_type(tl.int8))
+    exact = tl.load(decoder + 1).to(tl.pointer_type(EXACT))
+    rounded = latent - tl.load(decoder + 3)
+    at = (rounded // 4 * (4 * HEAD_DIM) + rounded % 4)[:, None] + column[None, :] * 4
+    in8 = tl.load(codes + at, mask=(rounded >= 0)[:, None] & column_ok[None, :], other=0).to(tl.float32)
+    at = latent[:, None] * tl.load(decoder + 4) + column[None, :]
+    whole = ((latent >= 0) & (rounded < 0))[:, None] & column_ok[None, :]
+    return in8 * step[None, :] + tl.load(exact + at, mask=whole, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def merge_pieces(
     out,
     sums,
@@ -126,12 +139,16 @@ def merge_pieces(
     heads,
     matrix,
     bias,
+    decoders,
+    latent_of,
     splits,
     items,
     query_rows,
     layer_heads,
     mass_offset,
     CODED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    EXACT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     ITEM_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -147,10 +164,14 @@ def merge_pieces(
             maxima and, ``mass_offset`` further on, masses: both of ``latent_sums``.
         exact_maximum, exact_mass, exact_total: of ``exact_piece``.
         heads: int32 ``[N, 5]``: head of the layer, first item of its group, blocks of latents of the group, its place
-            in the group, first row of ``matrix``.
+            in the group, first row of ``matrix``, or of ``latent_of``.
         matrix: float32 ``[rows, HEAD_DIM]``: each head's columns of its group's decoder. Without CODED latents are
-            elements of the head.
+            elements of the head. Not read where ROUNDED.
         bias: float32 ``[N, HEAD_DIM]``.
+        decoders: int64 ``[N, 5]``, where ROUNDED, of each head: addresses of its decoder int8 ``[groups, HEAD_DIM, 4]``, of the
+            rows of dtype EXACT of the latents before those, and of the steps float32 ``[HEAD_DIM]`` of the former; how many rows
+            of EXACT there are, and elements from one to the next.
+        latent_of: int32 ``[rows]``, where ROUNDED: the latent of each slot, -1 for none.
     """
     entry = heads + tl.program_id(0) * 5
     head, first_item, blocks = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
@@ -186,14 +207,21 @@ def merge_pieces(
     if CODED:
         total = mass[:, None] * tl.load(bias + tl.program_id(0) * HEAD_DIM + column, mask=column_ok, other=0.0)[None, :]
         latent = tl.arange(0, BLOCK_R)
+        if ROUNDED:
+            own_decoder = decoders + tl.program_id(0) * 5
+            step = tl.load(tl.load(own_decoder + 2).to(tl.pointer_type(tl.float32)) + column, mask=column_ok, other=0.0)
         block = 0
         while block < blocks:
             u = _split_sums(
                 sums, stats, split_place + block * ITEM_ROWS, split_stride, splits, row_ok, anchor, latent, latent >= 0,
                 SPLITS, ROWS, BLOCK_R, BLOCK_R,
             )  # fmt: skip
-            at = (tl.load(entry + 4) + block * BLOCK_R + latent)[:, None] * HEAD_DIM + column[None, :]
-            part = tl.load(matrix + at, mask=column_ok[None, :], other=0.0)
+            slot = tl.load(entry + 4) + block * BLOCK_R + latent
+            if ROUNDED:
+                part = _rounded_rows(own_decoder, tl.load(latent_of + slot), step, column, column_ok, EXACT, HEAD_DIM)
+            else:
+                at = slot[:, None] * HEAD_DIM + column[None, :]
+                part = tl.load(matrix + at, mask=column_ok[None, :], other=0.0)
             # Few rows: products of floats, where matrix units would want 16 of them and round.
             total += tl.sum(u[:, :, None] * part[None, :, :], 1)
             block += 1

@@ -103,11 +103,12 @@ class Scorer:
         tiles = tiles_of_a_program(programs(call.q.device), *programs_here)
         decode_scores[(-(-(stop - start) // (block * tiles)), len(decoder.items), batch)](
             scores, call.addresses, planes, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
-            self._turned, turns, fine, coarse, call.paged.first, call.paged.offset, start, stop,
+            decoder.exact, decoder.unit, self._turned, turns, fine, coarse, call.paged.first, call.paged.offset, start, stop,
             call.addresses.shape[1], table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
             HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
             OPERAND=tl.float16 if half else tl.float32, SCORED=tl.float16 if half and bank.keys_fit_float16 else tl.float32,
             PRECISION=call.precision, PAIRS=rotary.width // 2, REST=head_dim - rotary.width, FINE=FINE_POSITIONS, TILES=tiles,
+            ROUNDED=bank.rounded, EXACT_BLOCKS=decoder.exact_blocks,
             KEEP=half and table.blocks <= _KEPT_BLOCKS, BLOCKS=table.blocks, ROW_BLOCKS=-(-block_rows // block_q),
             BLOCK_N=block, BLOCK_R=table.block, BLOCK_Q=block_q, BLOCK_PAIRS=decoder.block_pairs,
             BLOCK_REST=decoder.block_rest,
@@ -254,8 +255,9 @@ def _fold(call: Call, bank: Bank) -> tuple[Tensor, Tensor, Tensor, int]:
     parts = []
     for group in bank.groups:
         own = call.q.index_select(1, bank.index(group))
-        if group.affine is not None:
-            matrix, bias = (x.unflatten(-1, (len(group.heads), -1)) for x in group.affine)
+        if bank.coded:
+            affine = bank.keep(("folded", group), group.matrix_and_bias)
+            matrix, bias = (x.unflatten(-1, (len(group.heads), -1)) for x in affine)
             constant.index_copy_(1, bank.index(group), (own @ bias[..., None])[..., 0])
             own = own @ matrix.permute(1, 2, 0)
         width = bank.table.blocks * bank.table.block

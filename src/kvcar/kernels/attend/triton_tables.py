@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property, lru_cache
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from ..plane_table import (
     word_slots,
 )
 from ..rotary import RotaryTable
-from .inputs import Reader
+from .inputs import Reader, RoundedDecoder
 
 # Latents of a block. A page of 64 tokens and 64 latents is a word and eight tokens for each of 128 threads; every block
 # of values reads the scores anew, so they come in larger ones, where they are unpacked by words and leave the
@@ -55,18 +55,49 @@ class Group:
 
     Attributes:
         heads: heads of the layer.
-        fields: of their latents, as in ``PlaneTable``.
-        affine: matrix ``[R, len(heads) * D]`` and bias of the decoder; None when the latents are the one head itself.
+        fields: of their latents in slots, as in ``PlaneTable``.
+        affine: matrix ``[slots, len(heads) * D]`` and bias of a decoder in floats.
+        rounded: the decoder in 8 bits, where it lies; without either the latents are the one head itself.
+        slots: of the latents of a decoder in 8 bits, int64 ``[R]``.
     """
 
     heads: tuple[int, ...]
     fields: Tensor
     affine: tuple[Tensor, Tensor] | None
+    rounded: RoundedDecoder | None = None
+    slots: Tensor | None = None
 
     @property
     def latents(self) -> int:
-        """Latents read."""
+        """Slots read."""
         return self.fields.shape[-1]
+
+    def matrix_and_bias(self) -> tuple[Tensor, Tensor]:
+        """Matrix float32 ``[slots, len(heads) * D]`` and bias of the decoder; of one in 8 bits made anew."""
+        if self.affine is not None:
+            return self.affine
+        assert self.rounded is not None
+        assert self.slots is not None
+        matrix, bias = self.rounded.affine(len(self.slots))
+        return in_slots(matrix, self.slots, self.latents), bias
+
+    def rows_in_8_bits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Decoder in units of each column: int8 and, of the latents that are not in 8 bits, float32 ``[slots, W]``; units ``[W]``."""
+        assert self.rounded is not None
+        assert self.slots is not None
+        own, exact = self.rounded.decoder.permute(1, 3, 0, 2).flatten(2).flatten(0, 1), self.rounded.exact.float()
+        own = own[: len(self.slots) - len(exact)]
+        unit = self.rounded.scale if len(own) else exact.abs().amax(0).clamp_min(_SMALLEST_UNIT)
+        rows = torch.cat([own.new_zeros(exact.shape), own]), torch.cat([exact / unit, exact.new_zeros(own.shape)])
+        in8, wide = (in_slots(part, self.slots, self.latents) for part in rows)
+        return in8, wide, unit
+
+    @property
+    def exact_slots(self) -> int:
+        """First slots among which all latents are whose decoder is not in 8 bits."""
+        if self.rounded is None or self.slots is None or not len(self.rounded.exact):
+            return 0
+        return int(self.slots[: len(self.rounded.exact)].max()) + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +105,7 @@ class Bank:
     """Groups that one launch computes.
 
     Attributes:
-        groups: coded ones, or lossless ones.
+        groups: coded ones with decoders in floats, or in 8 bits, or lossless ones.
         element: dtype of elements stored as they are.
         longest_block: most latents of a block, where none is stored as it is.
         device: where the tables lie.
@@ -90,7 +121,12 @@ class Bank:
     @property
     def coded(self) -> bool:
         """Whether the groups have decoders."""
-        return self.groups[0].affine is not None
+        return self.groups[0].affine is not None or self.rounded
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the groups have decoders in 8 bits."""
+        return self.groups[0].rounded is not None
 
     @cached_property
     def table(self) -> PlaneTable:
@@ -122,7 +158,9 @@ class Bank:
 
     @cached_property
     def fits_float16(self) -> bool:
-        """Whether the decoders' matrices are as exact as needed in float16 (codes always are)."""
+        """Whether the decoders' matrices are as exact as needed in float16 (codes always are, and so are matrices in 8 bits)."""
+        if self.rounded:
+            return all(float(group.rows_in_8_bits()[1].abs().max()) < _FLOAT16_LARGEST for group in self.groups)
         largest = [float(group.affine[0].abs().max()) for group in self.groups if group.affine is not None]
         return all(_FLOAT16_SMALLEST < value < _FLOAT16_LARGEST for value in largest)
 
@@ -133,8 +171,8 @@ class Bank:
             float((highest_codes(group.fields).to(self.device) @ matrix.abs() + bias.abs()).max())
             < _FLOAT16_LARGEST_KEY
             for group in self.groups
-            if group.affine is not None
-            for matrix, bias in [group.affine]
+            if self.coded
+            for matrix, bias in [group.matrix_and_bias()]
         )
 
     @property
@@ -157,13 +195,23 @@ class Bank:
             self.made[key] = make()
         return self.made[key]  # pyright: ignore[reportReturnType]
 
+    def tensors(self) -> list[Tensor]:
+        """All that was made for it, and copies of decoders in floats."""
+        own = [
+            self.made,
+            [group.affine for group in self.groups],
+            {k: v for k, v in vars(self).items() if k in _CACHED},
+        ]
+        return list(_tensors_in(own))
+
 
 @dataclass(frozen=True, eq=False)
 class KeyDecoder:
     """Decoders of a bank's keys, their columns in the order of the decoding kernel.
 
     Attributes:
-        items, matrix, bias: as ``decode_scores`` takes them.
+        items, matrix, bias, exact, unit: as ``decode_scores`` takes them.
+        exact_blocks: first blocks of latents of an item that have rows in ``exact``.
         heads_together: heads of the item that has most.
         block_pairs, block_rest: columns, padded, of the pairs' elements and of the rest.
     """
@@ -171,6 +219,9 @@ class KeyDecoder:
     items: Tensor
     matrix: Tensor
     bias: Tensor
+    exact: Tensor
+    unit: Tensor
+    exact_blocks: int
     heads_together: int
     block_pairs: int
     block_rest: int
@@ -178,32 +229,67 @@ class KeyDecoder:
 
 _ANGLES: weakref.WeakKeyDictionary[RotaryTable, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 _TURNS: weakref.WeakKeyDictionary[RotaryTable, dict[float, Tensor]] = weakref.WeakKeyDictionary()
-_BANKS: weakref.WeakKeyDictionary[Reader, dict[tuple[int | weakref.ref[Reader], ...], tuple[Bank, ...]]] = (
-    weakref.WeakKeyDictionary()
-)
+_KEPT = "triton banks"
+_CACHED = ("table", "words", "heads")
+_SMALLEST_UNIT = 1e-20
+
+
+@dataclass(frozen=True)
+class _Banks:
+    """Banks that a reader begins, by the readers beside it; see ``KeepsTensors``."""
+
+    by_readers: dict[tuple[int | weakref.ref[Reader], ...], tuple[Bank, ...]] = field(default_factory=dict)
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of all banks."""
+        return [tensor for own in self.by_readers.values() for bank in own for tensor in bank.tensors()]
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Tensors in containers and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(each)
+    elif is_dataclass(value):
+        yield from _tensors_in(vars(value))
+    elif isinstance(value, PlaneTable):
+        yield from (value.fields, value.present)
 
 
 def banks(readers: tuple[Reader, ...], device: torch.device, longest_block: int) -> tuple[Bank, ...]:
-    """Sort ``readers`` into banks that together give all heads: one of the coded groups, one of the lossless ones."""
-    kept = _BANKS.setdefault(readers[0], {})
+    """Sort ``readers`` into banks that together give all heads: of decoders in floats, of those in 8 bits, of lossless heads."""
+    kept = readers[0].kept.setdefault(_KEPT, _Banks())
+    assert isinstance(kept, _Banks)
     key = longest_block, *(weakref.ref(reader) for reader in readers)
-    if key not in kept:
-        coded = tuple(_coded_group(reader) for reader in readers if not reader.segment.lossless)
-        lossless = tuple(g for reader in readers if reader.segment.lossless for g in _lossless_groups(reader))
+    if key not in kept.by_readers:
+        coded = [_coded_group(reader) for reader in readers if not reader.segment.lossless]
+        lossless = [g for reader in readers if reader.segment.lossless for g in _lossless_groups(reader)]
         exact = next((reader.exact_dtype for reader in readers if reader.segment.lossless), torch.float16)
-        pairs = [(coded, torch.float16), (lossless, exact)]
-        kept[key] = tuple(Bank(groups, element, longest_block, device) for groups, element in pairs if groups)
-    return kept[key]
+        floats, in8 = ([g for g in coded if (g.rounded is not None) == whether] for whether in (False, True))
+        pairs = [(floats, torch.float16), (in8, torch.float16), (lossless, exact)]
+        kept.by_readers[key] = tuple(
+            Bank(tuple(groups), element, longest_block, device) for groups, element in pairs if groups
+        )
+    return kept.by_readers[key]
+
+
+def in_slots(rows: Tensor, slots: Tensor, count: int) -> Tensor:
+    """Put rows ``[R, W]`` in their slots, ``[count, W]``; zeros in between."""
+    out = rows.new_zeros(count, rows.shape[1])
+    out[slots.to(rows.device)] = rows
+    return out
 
 
 def _coded_group(reader: Reader) -> Group:
     """Latents in slots; those that are none have no bits and rows of 0 in the decoder's matrix."""
-    affine = reader.matrix_and_bias()
     slots = word_slots(reader.segment)
     fields = spread(segment_fields(reader.segment), slots)
-    matrix = affine[0].new_zeros(fields.shape[-1], affine[0].shape[1])
-    matrix[slots.to(matrix.device)] = affine[0]
-    return Group(reader.heads, fields, (matrix, affine[1]))
+    if reader.rounded is not None:
+        return Group(reader.heads, fields, None, reader.rounded, slots)
+    matrix, bias = reader.matrix_and_bias()
+    return Group(reader.heads, fields, (in_slots(matrix, slots, fields.shape[-1]), bias))
 
 
 def _lossless_groups(reader: Reader) -> list[Group]:
@@ -228,21 +314,29 @@ def _make_key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: tor
     together = max(1, min(largest, _HEADS_TOGETHER, _COLUMNS // head_dim))
     pairs, rest = rotary.width // 2, head_dim - rotary.width
     block_pairs, block_rest = padded_columns(together * pairs), padded_columns(together * rest) if rest else 0
-    blocks = bank.table.blocks
-    items, matrices, biases, rows = [], [], [], 0
+    blocks, block = bank.table.blocks, bank.table.block
+    exact_blocks = max(-(-group.exact_slots // block) for group in bank.groups)
+    items, parts = [], []
     for index, group in enumerate(bank.groups):
-        assert group.affine is not None
-        start = bank.head_starts[index]
+        matrix, bias = group.matrix_and_bias()
+        whole = (matrix.to(dtype), bias[None])
+        if bank.rounded:
+            in8, exact, unit = group.rows_in_8_bits()
+            whole = (in8, bias[None], exact[: exact_blocks * block].to(dtype), unit[None])
         for first in range(0, len(group.heads), together):
             count = min(together, len(group.heads) - first)
             wanted = slice(first * head_dim, (first + count) * head_dim)
-            items.append((index * blocks, start + first, count, rows))
-            matrix = _columns(group.affine[0][:, wanted], count, rotary, block_pairs, block_rest)
-            matrices.append(torch.nn.functional.pad(matrix, (0, 0, 0, blocks * bank.table.block - len(matrix))))
-            biases.append(_columns(group.affine[1][None, wanted], count, rotary, block_pairs, block_rest))
-            rows += blocks
+            rows = len(items) * blocks
+            items.append((index * blocks, bank.head_starts[index] + first, count, rows))
+            parts.append([_columns(part[:, wanted], count, rotary, block_pairs, block_rest) for part in whole])
+    heights = (blocks * block, 1, exact_blocks * block, 1)
+    filled = [
+        torch.cat([torch.nn.functional.pad(part, (0, 0, 0, height - len(part))) for part in own])
+        for own, height in zip(zip(*parts, strict=True), heights, strict=False)
+    ]
+    matrix, bias, exact, unit = filled if bank.rounded else (*filled, *filled)
     table = torch.tensor(items, dtype=torch.int32, device=bank.device)
-    return KeyDecoder(table, torch.cat(matrices).to(dtype), torch.cat(biases), together, block_pairs, block_rest)
+    return KeyDecoder(table, matrix, bias, exact, unit, exact_blocks, together, block_pairs, block_rest)
 
 
 def _columns(matrix: Tensor, heads: int, rotary: RotaryTable, block_pairs: int, block_rest: int) -> Tensor:
@@ -255,6 +349,61 @@ def _columns(matrix: Tensor, heads: int, rotary: RotaryTable, block_pairs: int, 
     first, second, rest = (torch.nn.functional.pad(x, (0, n - x.shape[1])) for x, n in zip(parts, sizes, strict=True))
     pairs = torch.stack([first.unflatten(1, (-1, 8)), second.unflatten(1, (-1, 8))], dim=2).flatten(1)
     return torch.cat([pairs, rest], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class ValueDecoder:
+    """Decoders of a bank's values as ``merge_pieces`` takes them: ``matrix`` in floats, or ``places`` and ``latent_of`` in 8 bits.
+
+    Attributes:
+        held: what ``places`` are addresses in.
+        exact_dtype: of rows that are not in 8 bits.
+    """
+
+    matrix: Tensor
+    bias: Tensor
+    places: Tensor
+    latent_of: Tensor
+    held: tuple[Tensor, ...] = ()
+    exact_dtype: torch.dtype = torch.float16
+
+
+def value_decoder(bank: Bank, head_dim: int) -> ValueDecoder:
+    """Decoders of a bank's values; those in 8 bits stay where they are."""
+    nothing = torch.empty(0, dtype=torch.int64, device=bank.device)
+    if not bank.coded:
+        return ValueDecoder(nothing.float(), nothing.float(), nothing, nothing)
+    padded = bank.table.blocks * bank.table.block
+    if bank.rounded:
+        return _value_decoder_in_8_bits(bank, head_dim, padded)
+    matrices, biases = [], []
+    for group in bank.groups:
+        matrix, bias = (part.float() for part in group.matrix_and_bias())
+        matrices += list(torch.nn.functional.pad(matrix, (0, 0, 0, padded - len(matrix))).split(head_dim, dim=1))
+        biases += list(bias.split(head_dim))
+    return ValueDecoder(torch.cat(matrices), torch.stack(biases), nothing, nothing)
+
+
+def _value_decoder_in_8_bits(bank: Bank, head_dim: int, padded: int) -> ValueDecoder:
+    places, held, latent_of, biases = [], [], [], []
+    for group in bank.groups:
+        assert group.rounded is not None
+        assert group.slots is not None
+        own = torch.full((padded,), -1, dtype=torch.int32)
+        own[group.slots] = torch.arange(len(group.slots), dtype=torch.int32)
+        latent_of.append(own)
+        decoder, scale = group.rounded.decoder.contiguous(), group.rounded.scale.float().contiguous()
+        exact = group.rounded.exact if group.rounded.exact.stride(1) == 1 else group.rounded.exact.contiguous()
+        held += [decoder, scale, exact]
+        biases += list(group.rounded.bias.float().split(head_dim))
+        for head in range(len(group.heads)):
+            columns = slice(head * head_dim, (head + 1) * head_dim)
+            addresses = (part.data_ptr() for part in (decoder[head], exact[:, columns], scale[columns]))
+            places.append((*addresses, len(exact), exact.stride(0)))
+    table = torch.tensor(places, dtype=torch.int64, device=bank.device)
+    nothing, dtype = torch.empty(0, device=bank.device), held[-1].dtype
+    latents = torch.cat(latent_of).to(bank.device)
+    return ValueDecoder(nothing, torch.stack(biases), table, latents, tuple(held), dtype)
 
 
 def split_pairs(x: Tensor, rotary: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
