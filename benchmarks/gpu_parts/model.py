@@ -13,7 +13,7 @@ from speed.summary import decode_figures, prefill_figures
 from speed.synthetic import coded_plan, random_bundle
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from kvcar.bundle import Bundle
 from kvcar.cache.attach import attach
@@ -72,7 +72,7 @@ def random_model(device: torch.device, sizes: Sizes) -> PreTrainedModel:
         max_position_embeddings=131_072, tie_word_embeddings=True, bos_token_id=1, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     with torch.device(device):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def random_bundles(model: PreTrainedModel, profiles: Sequence[str]) -> dict[str, Bundle]:

@@ -51,6 +51,7 @@ def figures(device: torch.device, sizes: Sizes) -> Iterator[Figures]:
         [*command, *sizes["tests"]], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     assert running.stdout is not None
+    found: Figures = {}
     for found in read(running.stdout):
         yield found
     yield found | {"exit": running.wait()}

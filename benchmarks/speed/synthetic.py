@@ -18,7 +18,7 @@ from kvcar.codecs.quantizer import StaticQuantizer, latent_bits
 from kvcar.errors import InputError
 from kvcar.fit.basis import FEWEST_EXACT_BITS, FEWEST_STRONG_BITS
 from kvcar.fit.statistics import heads_of_metric
-from kvcar.geometry import KINDS, KVGeometry, Slot
+from kvcar.geometry import KINDS, Kind, KVGeometry, Slot
 from kvcar.kernels.attend import ExactPast, PagedPast
 from kvcar.kernels.rotary import RotaryTable
 from kvcar.models.fingerprint import Fingerprint
@@ -97,7 +97,7 @@ def coded_plan(geometry: KVGeometry, codes: Codes) -> Plan:
     Raises:
         InputError: heads that do not divide into such blocks, or more latents than a block is wide.
     """
-    kinds = [KINDS] if len(codes.groups) == 1 else [(kind,) for kind in KINDS]
+    kinds: list[tuple[Kind, ...]] = [KINDS] if len(codes.groups) == 1 else [(kind,) for kind in KINDS]
     blocks = []
     for own, groups in zip(kinds, codes.groups, strict=True):
         latents, width = sum(group.count for group in groups), len(own) * codes.block_heads * geometry.head_dim
