@@ -1,4 +1,4 @@
-"""``docs/results/tests.md`` from the records of ``transformers_tests.py`` and ``fuzz.py``. Called by ``tables.py``."""
+"""``docs/results/tests.md`` from the records of ``transformers_tests.py``, ``fuzz.py`` and ``soak.py``. Called by ``tables.py``."""
 
 from __future__ import annotations
 
@@ -23,12 +23,19 @@ Bundles and stored contexts of every structure, changed at random with all check
 by one of kvcar's own errors, or load and go on with finite logits, within {seconds} s of the processor and {memory} MiB."""
 
 
+_SOAK = """## Used for long
+
+`benchmarks/soak.py`: requests in the README's form, several threads that generate on one attached model, and random operations on
+caches, each beside one of transformers that has seen the same. Tiny random models."""
+
+
 def tests_page() -> str:
     """The page, whatever records there are of it."""
     sections = [
         _HEAD,
         *map(_tests, load("transformers-tests*.json", "transformers-tests")),
         *_fuzz(load("fuzz*.json", "fuzz")),
+        *_soak(),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -71,3 +78,35 @@ def _fuzz(records: list[dict[str, Any]]) -> list[str]:
             )  # fmt: skip
     intro = _FUZZ.format(seconds=limits["limit_seconds"], memory=limits["limit_memory_bytes"] >> 20)
     return [intro, markdown(rows)]
+
+
+def _soak() -> list[str]:
+    """What records there are of the three."""
+    lines = [
+        *(f"- {_requests(r)} Record: `{r['record']}`." for r in load("soak-requests*.json", "soak-requests")),
+        *(f"- {_threads(r)} Record: `{r['record']}`." for r in load("soak-threads*.json", "soak-threads")),
+        *(f"- {_operations(r)} Record: `{r['record']}`." for r in load("soak-operations*.json", "soak-operations")),
+    ]
+    return [_SOAK, "\n".join(lines)] if lines else []
+
+
+def _requests(r: dict[str, Any]) -> str:
+    return f"{r['requests']:,} requests after {r['config']['warm_up']} others: memory grew by {r['growth_bytes'] / 1e6:.2f} MB."
+
+
+def _threads(r: dict[str, Any]) -> str:
+    right = r["right"]
+    return (
+        f"{r['runs']} texts in {r['config']['workers']} threads, {r['rounds']} times over: {sum(right):,} of "
+        f"{r['runs'] * r['rounds']:,} are those that one thread alone gives."
+    )
+
+
+def _operations(r: dict[str, Any]) -> str:
+    worst = "; ".join(f"{name} {difference:.1g}" for name, difference in r["largest_difference"].items())
+    grown = [r[f"{kind}_growth_bytes_per_1000_operations"] / 1e6 for kind in ("resident", "allocated")]
+    return (
+        f"{r['operations']:,} operations in {r['config']['minutes']:.0f} minutes (seed {r['config']['seed']}): memory in use grew by "
+        f"{grown[1]:.2f} MB per 1,000 of them (with what the allocator keeps, {grown[0]:.2f} MB); largest differences of logits, as a "
+        f"share of their size: {worst}."
+    )
