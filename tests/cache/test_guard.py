@@ -379,6 +379,17 @@ def test_negative_positions_of_text_are_refused_and_of_padding_taken():
         model(ids, past_key_values=attached.new_cache(), **given)
 
 
+def test_positions_that_are_not_whole_numbers_are_refused():
+    model = tiny_model("llama")
+    positions = torch.arange(70)[None] + 0.5
+    with (
+        kvcar.attach(model, kvcar.lossless(model)) as attached,
+        torch.no_grad(),
+        pytest.raises(InputError, match="whole numbers"),
+    ):
+        model(token_ids(70), position_ids=positions, past_key_values=attached.new_cache())
+
+
 def test_cropping_beyond_a_sliding_window_is_refused_before_anything_changes():
     model = tiny_model("gemma3")
     bundle, ids = fitted(model, bits=6), token_ids(151)

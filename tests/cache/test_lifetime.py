@@ -1,5 +1,6 @@
 """What caches and attachments share, and when they go."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -12,6 +13,7 @@ from tiny import tiny_model, token_ids
 import kvcar
 from kvcar.cache.attach import attachment_of
 from kvcar.cache.cache import KVCarCache
+from kvcar.errors import CacheStateError, InputError
 from kvcar.geometry import Slot
 
 
@@ -109,3 +111,107 @@ def test_attaching_says_in_one_line_what_was_attached(caplog):
         "exact layers: 0, 2, 3",
     ):
         assert part in lines[0]
+
+
+def test_one_cache_is_not_for_two_threads_at_once():
+    model = tiny_model("llama")
+    bundle = fitted(model, times_smaller=3)
+    inside, go_on_now, found = threading.Event(), threading.Event(), []
+
+    def wait(*_):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            go_on_now.wait(10)
+
+    with kvcar.attach(model, bundle):
+        cache, twin = filled(model, bundle, 150), filled(model, bundle, 150)
+        expected = go_on(model, twin, 5, 1)
+        handle = model.model.layers[1].register_forward_pre_hook(wait)
+        thread = threading.Thread(target=lambda: found.append(go_on(model, cache, 5, 1)))
+        thread.start()
+        assert inside.wait(10)
+        with pytest.raises(CacheStateError, match="another thread is in a pass over this cache"):
+            go_on(model, cache, 5, 1)
+        go_on_now.set()
+        thread.join()
+        handle.remove()
+        assert torch.equal(found[0], expected)
+        assert cache.tokens == 155
+        assert torch.equal(go_on(model, cache, 1, 2), go_on(model, twin, 1, 2))
+
+
+def test_a_pass_that_breaks_off_in_a_thread_lets_others_go_on():
+    model = tiny_model("llama")
+    bundle = fitted(model, times_smaller=3)
+    failed = []
+
+    def run(cache):
+        try:
+            go_on(model, cache, 5, 1)
+        except ZeroDivisionError as error:
+            failed.append(error)
+
+    with kvcar.attach(model, bundle):
+        cache, twin = filled(model, bundle, 150), filled(model, bundle, 150)
+        handle = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        thread = threading.Thread(target=run, args=(cache,))
+        thread.start()
+        thread.join()
+        handle.remove()
+        assert failed
+        assert torch.equal(go_on(model, cache, 5, 1), go_on(model, twin, 5, 1))
+
+
+def test_a_shallow_copy_is_a_fork_too():
+    model = tiny_model("llama")
+    bundle = fitted(model, times_smaller=3)
+    with kvcar.attach(model, bundle):
+        cache, twin = filled(model, bundle, 150), filled(model, bundle, 150)
+        go_on(model, copy.copy(cache), 90, 3)
+        assert torch.equal(go_on(model, cache, 1, 1), go_on(model, twin, 1, 1))
+
+
+CHANGES = {
+    "a beam that is not there": lambda cache: cache.reorder_cache(torch.tensor([0, 2])),
+    "no sequence": lambda cache: cache.batch_select_indices(torch.tensor([], dtype=torch.int64)),
+    "no sequence of a mask": lambda cache: cache.batch_select_indices(torch.tensor([False, False])),
+    "a mask of another batch": lambda cache: cache.batch_select_indices(torch.tensor([True])),
+    "a number that is not whole": lambda cache: cache.batch_select_indices(torch.tensor([0.5])),
+    "no times": lambda cache: cache.batch_repeat_interleave(0),
+    "half a time": lambda cache: cache.batch_repeat_interleave(1.5),
+    "a crop of nothing": lambda cache: cache.crop(None),
+    "a crop of half a token": lambda cache: cache.crop(-1.5),
+    "a crop of NaN": lambda cache: cache.crop(float("nan")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_changes_that_cannot_be_are_refused_and_change_nothing(family, change):
+    model = tiny_model(family)
+    bundle = fitted(model, bits=6)
+    with kvcar.attach(model, bundle):
+        cache, twin = filled(model, bundle, 150, 2), filled(model, bundle, 150, 2)
+        with pytest.raises(InputError):
+            change(cache)
+        assert torch.equal(go_on(model, cache, 1, 1), go_on(model, twin, 1, 1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_sequences_are_selected_by_lists_masks_and_from_the_end(family):
+    model = tiny_model(family)
+    bundle = fitted(model, bits=6)
+    ways = [
+        torch.tensor([1]),
+        [1],
+        torch.tensor([False, True]),
+        torch.tensor([-1]),
+        torch.tensor([1], dtype=torch.int32),
+    ]
+    with kvcar.attach(model, bundle):
+        found = []
+        for way in ways:
+            cache = filled(model, bundle, 150, 2)
+            cache.batch_select_indices(way)
+            found.append(go_on(model, cache, 1, 1))
+    assert all(torch.equal(each, found[0]) for each in found)

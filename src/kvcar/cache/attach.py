@@ -236,7 +236,11 @@ class Attachment:
         _refuse_capture(inputs)
         with stored_plainly(self._parts.device):
             cache.begin_pass(self, inputs.shape[0], inputs.shape[1], mask, text_positions(kwargs.get("position_ids")))
-        self._current.cache = cache
+        try:
+            self._current.cache = cache
+        except AttachError:
+            cache.leave_pass()
+            raise
 
     def _refuse_switched(self) -> None:
         """Another implementation would not read the compressed past."""
@@ -255,9 +259,13 @@ class Attachment:
     @uncompiled
     def _end(self, output: object) -> None:
         cache, self._current.cache = self._current.cache, None
-        # Of a pass that failed there is no output.
-        if cache is not None and output is not None:
-            cache.end_pass()
+        if cache is None:
+            return
+        try:
+            if output is not None:  # of a pass that failed there is none
+                cache.end_pass()
+        finally:
+            cache.leave_pass()
 
 
 def attach(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from copy import copy, deepcopy
 from pathlib import Path
@@ -79,6 +80,10 @@ class KVCarCache(PassCache):
         del memo
         return self.fork()
 
+    def __copy__(self) -> KVCarCache:
+        """Fork, too: two caches that share what they write to would spoil each other."""
+        return self.fork()
+
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refuse to be pickled: a cache belongs to an attached model, and pickles are never read."""
         raise TypeError(
@@ -94,14 +99,18 @@ class KVCarCache(PassCache):
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Pick sequences ``beam_idx`` int64 ``[B]`` for beam search."""
-        self._map_batch(lambda x: x.index_select(0, beam_idx.to(x.device)))
-        for layer in self._other_layers():
-            layer.reorder_cache(beam_idx)
-        self._map_states(beam_idx)
+        """Pick sequences ``beam_idx`` int64 ``[B]`` for beam search; raises InputError where there are no such sequences."""
+        places = self._places(beam_idx)
+        self._map_batch(lambda x: x.index_select(0, places.to(x.device)))
+        for layer in self._other_layers() if len(places) else ():
+            layer.reorder_cache(places)  # pyright: ignore[reportArgumentType]  # annotated as a legacy LongTensor
+        if len(places):
+            self._map_states(places)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence ``repeats`` times."""
+        """Repeat every sequence ``repeats`` times; raises InputError below 1."""
+        if type(repeats) is not int or repeats < 1:
+            raise InputError(f"sequences are repeated a whole number of times, at least 1, got {repeats!r}")
         places = torch.arange(self.batch_size if self._state is not None else 0).repeat_interleave(repeats)
         self._map_batch(lambda x: x.repeat_interleave(repeats, dim=0))
         for layer in self._other_layers():
@@ -112,15 +121,16 @@ class KVCarCache(PassCache):
         self._map_states(places)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep sequences ``indices``."""
-        places = torch.arange(self.batch_size if self._state is not None else 0)[indices.cpu()]
-        self._map_batch(lambda x: x[indices])
-        for layer in self._other_layers():
+        """Keep sequences ``indices``, whole numbers or a bool for each; raises InputError where there are no such sequences."""
+        places = self._places(indices)
+        self._map_batch(lambda x: x[places.to(x.device)])
+        for layer in self._other_layers() if len(places) else ():
             if is_state(layer):
                 layer.reorder_cache(places)
             else:
-                layer.batch_select_indices(indices)
-        self._map_states(places)
+                layer.batch_select_indices(places)
+        if len(places):
+            self._map_states(places)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the most recent ``-tokens_to_remove`` tokens (a negative number, as transformers has it).
@@ -131,7 +141,10 @@ class KVCarCache(PassCache):
         """
         self._refuse_if_broken()
         self._drop_unfinished_pass()
-        tokens_to_remove = int(tokens_to_remove)  # a tensor, where transformers computed it
+        try:
+            tokens_to_remove = operator.index(tokens_to_remove)  # a tensor, where transformers computed it
+        except TypeError:
+            raise InputError(f"crop takes a whole number of tokens to remove, got {tokens_to_remove!r}") from None
         removed = -tokens_to_remove
         if removed < 0 and _CROPS_TO_LENGTH:
             removed = max(0, self._seen - tokens_to_remove)
@@ -323,6 +336,18 @@ class KVCarCache(PassCache):
         for layer in self._coded.values():
             if isinstance(layer, CodedStateLayer):
                 LinearAttentionLayer.reorder_cache(layer, places)
+
+    def _places(self, given: Any) -> Tensor:
+        """Which sequences are meant, int64 ``[n]``; none of a cache without any, raises InputError where they are not there."""
+        if self._state is None:
+            return torch.empty(0, dtype=torch.int64)
+        batch, places = self.batch_size, torch.as_tensor(given)
+        if places.dtype == torch.bool and tuple(places.shape) == (batch,):
+            places = places.nonzero().flatten()
+        whole = places.ndim == 1 and len(places) and not places.is_floating_point() and places.dtype != torch.bool
+        if not whole or int(places.min()) < -batch or int(places.max()) >= batch:
+            raise InputError(f"the cache holds sequences 0 to {batch - 1}, got {given!r}; name at least one of them")
+        return places.long() % batch
 
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._refuse_if_broken()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,13 @@ def _each(states: Any) -> list[Tensor | None]:
     """Several states, or the one that versions of transformers before 5.23 have."""
     return list(states.values()) if isinstance(states, dict) else [states]
 
+_holding = threading.Lock()
+
 
 class PassCache(Cache):
     """A compressed cache as ``attach``, attention and transformers use it in a forward pass; see ``KVCarCache``."""
+
+    _holder: int | None = None  # the thread that is in a pass
 
     def __init__(
         self,
@@ -70,10 +75,31 @@ class PassCache(Cache):
         """Get ready for a forward pass over ``tokens`` tokens of ``batch`` sequences.
 
         Raises:
-            CacheStateError: an earlier pass broke off while it stored, the batch changed, or the pass goes beyond
-                the model's positions.
+            CacheStateError: an earlier pass broke off while it stored, another thread is in one, the batch changed, or the
+                pass goes beyond the model's positions.
             InputError: the mask is not left padding.
         """
+        self._hold()
+        try:
+            self._begin_pass(host, batch, tokens, mask, positions)
+        except BaseException:
+            self.leave_pass()
+            raise
+
+    def leave_pass(self) -> None:
+        """Let other threads use the cache: the pass is over, whatever came of it."""
+        self._holder = None
+
+    def _hold(self) -> None:
+        me = threading.get_ident()
+        with _holding:
+            if self._holder not in (None, me) and self._holder in {thread.ident for thread in threading.enumerate()}:
+                raise CacheStateError(
+                    "another thread is in a pass over this cache; give each thread a cache of its own (cache.fork() shares pages)"
+                )
+            self._holder = me
+
+    def _begin_pass(self, host: Host, batch: int, tokens: int, mask: Tensor | None, positions: Tensor | None) -> None:
         self._refuse_if_broken()
         self._drop_unfinished_pass()
         host.check_bundle(self.bundle)
