@@ -43,6 +43,7 @@ def _each(states: Any) -> list[Tensor | None]:
     """Several states, or the one that versions of transformers before 5.23 have."""
     return list(states.values()) if isinstance(states, dict) else [states]
 
+
 _holding = threading.Lock()
 
 
