@@ -10,7 +10,7 @@ from tiny import tiny_model, token_ids
 
 import kvcar
 from kvcar.cache.cache import KVCarCache
-from kvcar.errors import AttachError, ContextError, ModelMismatchError, UnsupportedModelError
+from kvcar.errors import AttachError, ContextError, ModelMismatchError
 from kvcar.models.fingerprint import fingerprint, mismatch
 from kvcar.models.weights import weights_state
 
@@ -143,10 +143,9 @@ def test_of_a_peft_model_its_base_is_attached(tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     wrapped = get_peft_model(tiny_model("llama"), config).eval()
     base, ids = wrapped.get_base_model(), token_ids(100)
-    with pytest.raises(UnsupportedModelError, match="get_base_model"):
-        kvcar.attach(wrapped, kvcar.lossless(base))
     plain = wrapped.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
-    with kvcar.attach(base, kvcar.lossless(base)):
+    with kvcar.attach(wrapped, kvcar.lossless(wrapped)) as attached:
+        assert attached.model is base
         assert torch.equal(wrapped.generate(input_ids=ids, max_new_tokens=8, do_sample=False), plain)
         with wrapped.disable_adapter(), pytest.raises(ModelMismatchError):
             wrapped.generate(input_ids=ids, max_new_tokens=8)

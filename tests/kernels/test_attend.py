@@ -27,6 +27,10 @@ def test_tiled_is_the_specification(coder, layer, tokens, count, with_rotary):
     for softcap in (None, 5.0):
         expected = naive.attend(query, exact, paged, 0.25, softcap)
         torch.testing.assert_close(attend(query, exact, paged, 0.25, softcap), expected, atol=2e-5, rtol=2e-5)
+    sinks = torch.linspace(-2, 3, query.shape[1])
+    expected = naive.attend(query, exact, paged, 0.25, None, sinks)
+    assert not torch.allclose(expected, naive.attend(query, exact, paged, 0.25), atol=1e-5)
+    torch.testing.assert_close(attend(query, exact, paged, 0.25, None, sinks), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -33,8 +33,8 @@ from ..models.structure import (
     CACHE_NAMES,
     TRANSFORMERS_VERSION,
     cache_argument,
-    check_is_model,
     find_decoder,
+    model_of,
     own_cache_layers,
 )
 from ..models.weights import active_adapters, weights_state
@@ -293,7 +293,7 @@ def attach(
     """
     if type(prefill_chunk) is not int or prefill_chunk < 1:
         raise InputError(f"prefill_chunk must be at least 1 token, got {prefill_chunk!r}")
-    check_is_model(model, "attach")
+    model = model_of(model, "attach")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
     with _attaching:
         if attachment_of(model) is not None:
@@ -312,7 +312,7 @@ def attachment_of(model: PreTrainedModel) -> Attachment | None:
 
 def detach(model: PreTrainedModel) -> None:
     """Detach ``model``; raises AttachError if it is not attached."""
-    check_is_model(model, "detach")
+    model = model_of(model, "detach")
     attachment = attachment_of(model)
     if attachment is None:
         raise AttachError("this model is not attached, so there is nothing to detach")

@@ -21,7 +21,7 @@ from ..bundle import Bundle
 from ..cache.attach import attach, attachment_of
 from ..cache.cache import KVCarCache
 from ..errors import InputError, require
-from ..models.structure import cache_argument, check_is_model
+from ..models.structure import cache_argument, model_of
 from ..progress import OnProgress, counter, silent
 from ..text import Texts, checked_token_ids, evaluation_texts, token_windows
 from .memory import bfloat16_bytes, kept_bytes
@@ -206,7 +206,7 @@ def evaluate(
         InputError: neither or both of text and token ids, or a text that is too short.
         ModelMismatchError: the bundle was fitted for another model.
     """
-    check_is_model(model, "evaluate")
+    model = model_of(model, "evaluate")
     require(int, windows=windows)
     require(Callable, on_progress=on_progress)
     require(int, optional=True, context=context)
@@ -259,7 +259,7 @@ def measure_fidelity(
     Raises:
         InputError: windows of fewer than 2 tokens.
     """
-    check_is_model(model, "measure_fidelity")
+    model = model_of(model, "measure_fidelity")
     require(Tensor, windows=windows)
     if windows.ndim != 2 or windows.shape[0] == 0 or windows.shape[1] < 2:
         raise InputError(

@@ -20,7 +20,7 @@ from ..errors import AttachError, InputError, require
 from ..evaluate.fidelity import fidelity_figures, measure_fidelity
 from ..geometry import BFLOAT16_BYTES, KVGeometry
 from ..models.geometry import geometry_of
-from ..models.structure import check_is_model
+from ..models.structure import model_of
 from ..plan import CacheConfig, Plan
 from ..progress import OnProgress, counter, silent
 from ..sizes import REFERENCE_TOKENS, codec_figures, size_in_words, stored_bytes
@@ -97,7 +97,7 @@ def fit(
         InputError: options that exclude each other or do not fit the model.
         AttachError: the model is attached.
     """
-    check_is_model(model, "fit")
+    model = model_of(model, "fit")
     require(CacheConfig, cache=cache)
     require(Callable, on_progress=on_progress)
     require(str, optional=True, name=name)
@@ -135,7 +135,7 @@ def lossless(
         cache: sinks, window and pages.
         name: what to call the model in the bundle. Default: the name that it was loaded by.
     """
-    check_is_model(model, "lossless")
+    model = model_of(model, "lossless")
     require(CacheConfig, cache=cache)
     require(str, optional=True, name=name)
     options = FitOptions(structure=Structure(codec="identity"), cache=cache.with_window(window))
@@ -165,7 +165,7 @@ def fit_bundles(
         FitError: NaN in the model, too little text, or a target out of reach.
         InputError: options that do not fit the model or each other.
     """
-    check_is_model(model, "fit_bundles")
+    model = model_of(model, "fit_bundles")
     require(Tensor, windows=windows)
     require(Callable, on_progress=on_progress)
     require(list, tuple, options=options)

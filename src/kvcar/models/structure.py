@@ -80,16 +80,22 @@ class DecoderParts:
         return next(p.device for module in self.attention.values() for p in module.parameters())
 
 
-def check_is_model(model: object, what: str) -> None:
-    """Refuse what is no model of transformers, by the name of the function that takes one; raises UnsupportedModelError."""
-    if isinstance(model, PreTrainedModel):
-        return
-    inner = ""
-    if hasattr(model, "get_base_model"):
-        inner = " (of a PeftModel: its get_base_model(), and go on using the PeftModel)"
-    elif hasattr(model, "model"):
-        inner = " (its attribute model)"
-    raise UnsupportedModelError(f"{what} takes a model of transformers, got {type(model).__name__}{inner}")
+def model_of(model: object, what: str) -> PreTrainedModel:
+    """Give the model of transformers that ``model`` is, or that a PeftModel wraps.
+
+    Args:
+        model: what a user gave.
+        what: the function that it was given to.
+
+    Raises:
+        UnsupportedModelError: it is something else.
+    """
+    base = getattr(model, "get_base_model", None)
+    inner = base() if callable(base) else model
+    if isinstance(inner, PreTrainedModel):
+        return inner
+    hint = " (its attribute model)" if hasattr(model, "model") else ""
+    raise UnsupportedModelError(f"{what} takes a model of transformers, got {type(model).__name__}{hint}")
 
 
 # Modules by their names, as values that hold their keys would keep models alive.
