@@ -26,7 +26,6 @@ from .samples import sample_windows
 
 CHECK_WINDOWS = 2
 SAMPLES = "samples of the model"
-_HELD_OUT_SEED = 7_919
 # Modules of many styles that every Python has.
 _MODULES = ("statistics", "tarfile", "http.client", "json.decoder", "html.entities", "turtle", "ast", "calendar")
 
@@ -100,10 +99,11 @@ def text_windows(
     checked, kinds = _held_out(tokenizer, held_out, context)
     if not drawn:
         return FitText(read, joined(sources), checked, kinds)
-    written = sample_windows(model, tokenizer, drawn, context, options.seed, on_progress)
+    # One more to check on, drawn with the others, as a few rows take as long as many.
+    written = sample_windows(model, tokenizer, drawn + 1, context, options.seed, on_progress)
     if checked is not None:
-        unseen = sample_windows(model, tokenizer, 1, context, options.seed + _HELD_OUT_SEED, on_progress)
-        checked, kinds = torch.cat([checked, unseen]), (*kinds, SAMPLES)
+        checked, kinds = torch.cat([checked, written[drawn:]]), (*kinds, SAMPLES)
+    written = written[:drawn]
     source = joined([*sources, _as_source(written)])
     return FitText(interleaved([read, written]), source, checked, kinds)
 
