@@ -14,9 +14,9 @@ from ..cache.cache import KVCarCache
 from ..evaluate.fidelity import CHUNK_TOKENS, step_logits
 from ..progress import OnProgress, counter, silent
 
-# Above what pages of ordinary text cost, of kinds that the fit has not seen too (up to 2.6 times the median of what it has), and
-# below those of repetition (from 3.7 times on, mostly ten and more).
-TIMES_A_TYPICAL_PAGE = 3.5
+# Above what pages of ordinary text cost, of kinds that the fit has not seen too: 5.3 times the median of what it has at most, but for
+# one page in 250. Prompts of one or few tokens repeated cost ten to several hundred times the median.
+TIMES_A_TYPICAL_PAGE = 5.5
 MARGIN = 1.2
 _NO_LIMIT = 1e30
 
