@@ -26,6 +26,7 @@ _LONGEST_PROBLEM = 300  # a message quotes what a stranger wrote
 DYNAMIC_SCALE_LATENTS = 2
 MAX_PAGE_TOKENS = 1024
 MAX_SINKS = 64
+MAX_WINDOW = 2**30
 
 ExactDtype = Literal["model", "bfloat16", "float16"]
 Scales = Literal["static", "dynamic"]
@@ -178,14 +179,12 @@ class CacheConfig:
             raise InputError(
                 f"page_tokens must be a multiple of 32, and at most {MAX_PAGE_TOKENS}; got {self.page_tokens}"
             )
-        if self.window < 0 or self.window % self.page_tokens:
+        if not 0 <= self.window <= MAX_WINDOW or self.window % self.page_tokens:
             raise InputError(
-                f"window must be 0 or a multiple of the page size, {self.page_tokens} tokens; got {self.window}"
+                f"window must be 0 or a multiple of the page size, {self.page_tokens} tokens, and at most {MAX_WINDOW}; got {self.window}"
             )
         cost = self.max_page_cost
-        if cost not in (None, "auto") and not (
-            isinstance(cost, float | int) and type(cost) is not bool and 0 < cost < math.inf
-        ):
+        if not (cost is None or (isinstance(cost, str) and cost == "auto") or _is_positive(cost)):
             raise InputError(
                 f"max_page_cost must be a number of nats above 0, 'auto', or None for no limit; got {cost!r}"
             )
@@ -205,6 +204,16 @@ class CacheConfig:
     def step_tokens(self) -> int:
         """Tokens that read each other exactly where effects are measured and codecs trained: a page, or one without a window."""
         return self.page_tokens if self.window else 1
+
+
+def _is_positive(number: object) -> bool:
+    """Whether it is a finite number above 0."""
+    if not isinstance(number, float | int) or isinstance(number, bool):
+        return False
+    try:
+        return 0 < float(number) < math.inf
+    except OverflowError:
+        return False
 
 
 def _read_cache_config(value: Any) -> CacheConfig:

@@ -140,6 +140,41 @@ def test_cropped_it_goes_on_as_if_it_had_never_been_longer(llama, kept, window):
         assert error(llama(again, past_key_values=fork).logits, llama(again, past_key_values=whole).logits) < 3e-3
 
 
+def test_tokens_that_are_cropped_leave_nothing_behind(llama):
+    bundle, ids = coarse(llama, TINY), token_ids(140, batch=2)
+    given = llama.get_input_embeddings()(ids).detach()
+    given[1, 75:] = torch.nan
+    with kvcar.attach(llama, bundle) as attached, torch.no_grad():
+        cache, clean = attached.new_cache(), attached.new_cache()
+        llama(inputs_embeds=given[:, :75], past_key_values=cache)
+        llama(inputs_embeds=given[:, 75:], past_key_values=cache)
+        cache.crop(72 - 140)
+        llama(ids[:, :72], past_key_values=clean)
+        again = token_ids(60, batch=2, seed=4)
+        got, expected = (llama(again, past_key_values=each).logits for each in (cache, clean))
+        assert error(got, expected) < 3e-3
+        cache.crop(-cache.tokens)
+        assert cache.batch_size == -1
+        assert llama(ids[:1], past_key_values=cache).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("ways", [(300,), (7,) * 42 + (6,), (75, 225), (130, 170), (70, 230)], ids=str)
+def test_the_way_to_a_text_does_not_decide_which_pages_are_finer(llama, ways):
+    """One token again and again costs more than its errors alone, wherever passes begin and end."""
+    ids = torch.full((1, 300), 17)
+    costs = page_costs(llama, coarse(llama, 1e9), ids)
+    bundle = coarse(llama, float(costs[2:].min()) * 0.9)
+    with kvcar.attach(llama, bundle) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        for part in ids.split(ways, dim=1):
+            llama(part, past_key_values=cache)
+        assert cache._finer.pages[-6:] == (2, 3, 4, 5, 6, 7)
+        cropped = cache.fork()
+        cropped.crop(101 - 300)
+        llama(ids[:, :190], past_key_values=cropped)
+        assert {4, 5, 6, 7} <= set(cropped._finer.pages)
+
+
 def test_which_pages_are_finer():
     costs = torch.zeros(2, 100)
     costs[0, 40] = 100.0
@@ -177,7 +212,7 @@ def test_a_fit_sets_the_limit_so_that_no_page_of_its_kind_is_finer(llama):
     assert fitted(llama, bits=4).plan.cache.max_page_cost == "auto"  # this codec does not know
 
 
-@pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf"), "0.05", True])
+@pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf"), "0.05", True, 10**400, [1.0, 2.0]])
 def test_a_limit_that_is_none_is_refused(wrong):
     with pytest.raises(kvcar.KVCarError, match="max_page_cost must be a number of nats above 0"):
         kvcar.CacheConfig(max_page_cost=wrong)

@@ -472,3 +472,16 @@ def test_a_thread_whose_pass_failed_does_not_keep_a_model_attached():
     kvcar.detach(model)
     done.set()
     thread.join()
+
+
+def test_a_cache_cropped_to_nothing_is_an_empty_one():
+    """Padding, too, goes with the tokens."""
+    model = tiny_model("llama")
+    ids, mask = token_ids(40, batch=2), torch.ones(2, 40, dtype=torch.int64)
+    mask[1, :9] = 0
+    with torch.no_grad(), kvcar.attach(model, kvcar.lossless(model)) as attached:
+        cache = attached.new_cache()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        cache.crop(-40)
+        got = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(got, model(ids).logits, atol=1e-4, rtol=1e-4)

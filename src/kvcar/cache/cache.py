@@ -161,12 +161,16 @@ class KVCarCache(PassCache):
         paged = min(kept, self._pages.tokens) if self._pages else 0
         if kept < 0 or (paged and paged < self._state.padding_most + self.plan.sinks):
             raise CacheStateError(f"cannot remove {removed} of {self._seen} tokens; reset the cache instead")
+        if kept == 0:
+            self.reset()
+            return
         self._crop_plain(-removed)
         finer = self._finer = None if self._finer is None else self._finer.cropped(paged)
         for layer in self._coded.values():
             layer.paged = paged
             layer.crop_window(kept - paged)
-            layer.crop_finer(0 if finer is None else finer.tokens)
+            if finer is not None:
+                layer.crop_finer(finer.tokens, finer.filled_tokens(paged))
         if self._pages is not None:
             self._pages.crop(paged)
         if self._decoded is not None:

@@ -39,16 +39,20 @@ def encode_oldest(
         ``with_costs`` what it costs to read their codes, nats float32 ``[B, leave]``, 0 for padding and sinks; None where no
         codec knows.
     """
-    start, costs = pages.tokens, []
-    step = ENCODED_PAGES_AT_ONCE * coder.plan.page_tokens
-    for first in range(0, leave, step):
-        count = min(step, leave - first)
+    start, costs, first, page_tokens = pages.tokens, [], 0, coder.plan.page_tokens
+    while first < leave:
+        # Up to where a page ends, then whole pages, then what is left: what a page costs is known where all of it is at hand.
+        missing, left = -pages.tokens % page_tokens, leave - first
+        count = min(
+            left, missing or (min(left, ENCODED_PAGES_AT_ONCE * page_tokens) // page_tokens * page_tokens or left)
+        )
         fetch = _fetcher(layers, state, rotary_of, pages.tokens, first, count)
         whole = pages.fits_whole(count)
         coded = [unit.packed(fetch) if whole else unit.stored(fetch) for unit in coder.units]
         if with_costs:
             costs += _costs(coder, fetch, coded, whole)
         pages.append_packed(coded) if whole else pages.append(coded)
+        first += count
     if not costs:
         return None
     index = torch.arange(start, start + leave, device=costs[0].device)
@@ -61,7 +65,7 @@ def _costs(coder: PageCoder, fetch: Fetch, coded: Sequence[Tensor], whole: bool)
     known = []
     for unit, own in zip(coder.units, coded, strict=True):
         if unit.knows_cost:
-            stored, together = (unit.unpacked(own), coder.plan.page_tokens) if whole else (own, 1)
+            stored, together = (unit.unpacked(own), coder.plan.page_tokens) if whole else (own, own.shape[1])
             cost = unit.cost(fetch, stored, together)
             known += [] if cost is None else [cost]
     return [torch.stack(known).sum(0)] if known else []

@@ -107,6 +107,12 @@ class FinerPages:
             self.page_tokens, self.pages[:kept], self.shown[:, :kept].contiguous(), torch.zeros_like(self.open_cost)
         )
 
+    def filled_tokens(self, paged: int) -> int:
+        """How many of ``tokens`` there are where ``paged`` tokens lie in the pages: all but those of a last page cut off."""
+        if not self.pages:
+            return 0
+        return self.tokens - max(0, (self.pages[-1] + 1) * self.page_tokens - paged)
+
     def shown_tokens(self, pages: int) -> Tensor | None:
         """Tokens at the beginning of every page that are read from its codes, int64 ``[B, pages]``; None for all."""
         if not self.pages:

@@ -155,13 +155,17 @@ class CodedLayer(CacheLayerMixin):
         self.paged, self.finer, self.in_window = paged, finer, keys.shape[2] - self.sinks - finer
         self.buffers = (keys, values)
 
-    def crop_finer(self, finer: int) -> None:
-        """Keep the first ``finer`` of the tokens of finer pages."""
+    def crop_finer(self, finer: int, filled: int) -> None:
+        """Keep the room for the first ``finer`` tokens of finer pages, of which ``filled`` are left; the others are wiped out."""
         if finer < self.finer and self.buffers is not None:
             kept, rest = self.sinks + finer, self._before_window
             keys, values = (torch.cat([side[:, :, :kept], side[:, :, rest:]], dim=2) for side in self.buffers)
             self.buffers = (keys, values)
         self.finer = min(finer, self.finer)
+        if filled < self.finer and self.buffers is not None:
+            # What is masked is still multiplied by 0, which NaN does not go away by.
+            for side in self.buffers:
+                side[:, :, self.sinks + filled : self._before_window] = 0
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the buffers by ``change(buffer)``, which works on the batch axis (0)."""

@@ -105,7 +105,7 @@ class PassCache(Cache):
         self._drop_unfinished_pass()
         host.check_bundle(self.bundle)
         self._host = host
-        if self._state is None:
+        if self._state is None or self._pages is None or self._seen == 0:  # also where a first pass was refused
             self._take_own_layers(host)
             coder = host.coder(self.bundle)
             self._state = SequenceState(batch, coder.device)

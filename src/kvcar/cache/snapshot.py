@@ -14,6 +14,7 @@ from .cache import KVCarCache
 from .coder import PageCoder, UnitContents
 from .finer import FinerPages
 from .pages import PageStore
+from .passes import is_state
 from .sequence import SequenceState
 
 KeysValues = tuple[Tensor, Tensor]
@@ -52,7 +53,11 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
     if cache._state is None or cache._pages is None or cache._seen == 0:
         raise CacheStateError("the cache holds no tokens yet, so there is nothing to save; run the model over some")
     geometry = cache.plan.geometry
-    if geometry.own_layers or len({geometry.elements_of(layer) for layer in range(geometry.layers)}) > 1:
+    if (
+        geometry.own_layers
+        or any(map(is_state, cache.layers))
+        or len({geometry.elements_of(layer) for layer in range(geometry.layers)}) > 1
+    ):
         raise CacheStateError(
             f"layers {list(geometry.own_layers or geometry.sliding_layers)} keep a state of the model's own kind, or heads of another "
             "shape, which a stored context has no place for; keep the cache in memory (cache.fork() shares its pages)"

@@ -233,6 +233,7 @@ def _decoded(path: Path, part: Part, data: memoryview, bits: Sequence[int]) -> T
 
 
 def _check_token_ids(ids: Tensor, batch: int, tokens: int) -> None:
+    require(Tensor, token_ids=ids)
     if tuple(ids.shape) != (batch, tokens):
         raise InputError(
             f"token_ids has shape {tuple(ids.shape)}, but the cache holds {tokens} tokens of each of {batch} sequences; "

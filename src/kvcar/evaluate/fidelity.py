@@ -236,6 +236,8 @@ def evaluation_context(asked: int | None, positions: int) -> int:
 def _windows(tokenizer: Any, text: Texts, context: int, windows: int) -> Tensor:
     if tokenizer is None:
         raise InputError("evaluation needs a tokenizer for its text, or token_ids in place of both")
+    if not callable(tokenizer):
+        raise InputError(f"a tokenizer is what the model's text goes through, got {tokenizer!r}")
     return torch.cat([token_windows(tokenizer, each.text, context, windows) for each in evaluation_texts(text)])
 
 

@@ -173,6 +173,9 @@ class FitOptions:
     def __post_init__(self) -> None:
         require(float, optional=True, times_smaller=self.times_smaller, max_kl=self.max_kl)
         require(int, effect_tokens=self.effect_tokens, seed=self.seed)
+        require(int, optional=True, memory_tokens=self.memory_tokens)
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must be 0 to 2^63 - 1, got {self.seed}")
         require(str, optional=True, profile=self.profile)
         require(Structure, optional=True, structure=self.structure)
         require(CacheConfig, cache=self.cache)
