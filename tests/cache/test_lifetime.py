@@ -101,7 +101,8 @@ def test_equal_bundles_are_made_ready_once(tmp_path):
 
 def test_attaching_says_in_one_line_what_was_attached(caplog):
     model = tiny_model("gemma3")
-    with caplog.at_level("INFO", logger="kvcar"), kvcar.attach(model, fitted(model, bits=4, layers=(1,))):
+    bundle = fitted(model, bits=4, layers=(1,))
+    with caplog.at_level("INFO", logger="kvcar"), kvcar.attach(model, bundle):
         lines = [record.getMessage() for record in caplog.records if "attached" in record.getMessage()]
     assert len(lines) == 1
     for part in (
