@@ -233,7 +233,9 @@ def mutate_tensor(tensor: Tensor, rng: random.Random) -> Tensor:
     if kind < 0.7:
         return _fitting(rng.choice(_EXTREMES), tensor.dtype).expand(changed.shape).clone()
     if kind < 0.85 and tensor.is_floating_point():
-        return changed * rng.choice([-1.0, 0.0, 1e-6, 1e3, 1e6, 1e9, 1e15, 1e25])
+        factor = rng.choice([-1.0, 0.0, 1e-6, 1e3, 1e6, 1e9, 1e15, 1e25])
+        # Numbers of 8 bits cannot be multiplied as they are.
+        return changed * factor if tensor.element_size() > 1 else (changed.float() * factor).to(tensor.dtype)
     if kind < 0.92:
         return flat[torch.randperm(len(flat), generator=draw)].view(tensor.shape)
     bits = flat.view(torch.uint8)
