@@ -104,7 +104,7 @@ def test_examples_run(script, model_folder, text_file, tmp_path):
         arguments += ["--sizes", "4", "--context", "256"]
     result = subprocess.run([sys.executable, script, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert re.search("times smaller|in the file", result.stdout)
+    assert re.search("times smaller|times larger|in the file", result.stdout)  # of a tiny model a page may cost much
     assert list(tmp_path.iterdir()) == [], "examples leave nothing behind"
 
 
