@@ -14,6 +14,7 @@ from figures_block import frontier_block
 from frontier_tables import frontier_page
 from gpu_instructions_tables import gpu_instructions_page
 from gpu_tables import gpu_pages
+from kinds_of_text_tables import kinds_of_text_page
 from memory_tables import memory_page
 from pages import load
 from paper_tables import paper_page
@@ -53,6 +54,7 @@ def fidelity_page() -> str:
 
 PAGES = {
     "fidelity.md": fidelity_page,
+    "kinds-of-text.md": kinds_of_text_page,
     "memory.md": memory_page,
     "paper.md": paper_page,
     "frontier.md": frontier_page,
