@@ -339,7 +339,7 @@ class KVCarCache(PassCache):
         """Pick sequences of the states that coded layers keep beside keys and values."""
         for layer in self._coded.values():
             if isinstance(layer, CodedStateLayer):
-                LinearAttentionLayer.reorder_cache(layer, places)
+                LinearAttentionLayer.reorder_cache(layer, places)  # pyright: ignore[reportArgumentType]  # a legacy LongTensor
 
     def _places(self, given: Any) -> Tensor:
         """Which sequences are meant, int64 ``[n]``; none of a cache without any, raises InputError where they are not there."""

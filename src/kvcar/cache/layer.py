@@ -246,7 +246,7 @@ class CodedLayer(CacheLayerMixin):
             buffer[:, :, : self.sinks] = torch.where(found, picked, sinks)
 
 
-class CodedStateLayer(LinearAttentionLayer, CodedLayer):
+class CodedStateLayer(LinearAttentionLayer, CodedLayer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A coded layer that keeps a state of the model's own kind beside keys and values.
 
     Args:

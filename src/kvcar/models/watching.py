@@ -50,7 +50,7 @@ class _WatchingLayer(DynamicLayer):
         return key_states, value_states
 
 
-class _WatchingStateLayer(LinearAttentionLayer, _WatchingLayer):
+class _WatchingStateLayer(LinearAttentionLayer, _WatchingLayer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """The same for a layer that keeps a state beside them, as ``own`` does."""
 
     is_compileable = False
