@@ -15,6 +15,7 @@ import kvcar
 from kvcar.cache import guard
 from kvcar.cache.cache import KVCarCache
 from kvcar.errors import AttachError, CacheStateError, InputError, UnsupportedModelError
+from kvcar.models.structure import CACHE_NAME
 
 SMALL = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -94,7 +95,7 @@ def _adding(layer, side):
     """Have the cache keep, of a layer's keys or values, another than the one that goes on to attention."""
 
     def before(module, args, kwargs):
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE_NAME]
 
         class Changing:
             def update(self, *states_and_layer, **more):
@@ -105,7 +106,7 @@ def _adding(layer, side):
             def __getattr__(self, name):
                 return getattr(cache, name)
 
-        return args, kwargs | {"past_key_values": Changing()}
+        return args, kwargs | {CACHE_NAME: Changing()}
 
     return layer.self_attn.register_forward_pre_hook(before, with_kwargs=True)
 
