@@ -102,7 +102,7 @@ def main(
 
 @torch.no_grad()
 def prompt_figures(model: Any, bundle: kvcar.Bundle, ids: Tensor) -> dict[str, float]:
-    """KL divergence and same top-1 of a prompt's last tokens, with finer pages and without."""
+    """KL divergence and same top-1 of a prompt's last tokens, and the share of its finer pages."""
     full = torch.log_softmax(model(input_ids=ids).logits[0, FIRST_SCORED:].float(), -1)
     figures = {}
     with kvcar.attach(model, bundle) as attached:

@@ -62,7 +62,7 @@ def paged_past(
         del slot, before_rope
         return torch.randn(batch, tokens, head_dim, generator=generator).to(coder.device)
 
-    store.append([unit.stored(fetch) for unit in coder.units])
+    store.append([unit.stored(unit.vectors(fetch)) for unit in coder.units])
     offset = torch.tensor(padding, device=coder.device)
     return PagedPast(
         store.arenas, tokens, offset + 4, max(padding) + 4, offset,

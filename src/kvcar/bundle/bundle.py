@@ -66,8 +66,8 @@ class CodedBlock:
             return x
         return self.codec.decode(self.quantizer.latents(self.quantizer.codes(self.codec.encode(x))))
 
-    def cost(self, x: Tensor, stored: Tensor, together: int = 1) -> Tensor | None:
-        """What it costs to read stored values for vectors, nats ``[..., N]``; None where it is not known.
+    def cost(self, x: Tensor, stored: Tensor, together: int = 1) -> Tensor:
+        """What it costs to read stored values for vectors, nats ``[..., N]``; for codecs that know it alone.
 
         The metric takes errors of different tokens for independent, so that attention averages them. One that many tokens have in
         common, as in text that repeats itself, is not averaged: it costs as often as it would have been.
@@ -77,14 +77,13 @@ class CodedBlock:
             stored: ``[..., N, S]``.
             together: neighbouring tokens, of which ``N`` is a multiple, whose common error counts so.
         """
-        if self.codec is None or self.quantizer is None:
-            return None
+        assert self.codec is not None
+        assert self.quantizer is not None
         error = x - self.codec.decode(self.quantizer.latents(stored))
         cost = self.codec.error_cost(error)
-        if together == 1 or cost is None:
+        if together == 1:
             return cost
         common = self.codec.error_cost(error.unflatten(-2, (-1, together)).mean(-2))
-        assert common is not None
         # Of independent errors both terms are the same on average.
         return (cost + together * common.repeat_interleave(together, -1)) / 2
 

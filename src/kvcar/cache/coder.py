@@ -53,9 +53,13 @@ class UnitCoder:
     coded: CodedBlock
     exact_dtype: torch.dtype
 
-    def stored(self, fetch: Fetch) -> Tensor:
-        """Stored values ``[B, N, R]``: float32, or the exact dtype when lossless."""
-        x = self._vectors(fetch)
+    def vectors(self, fetch: Fetch) -> Tensor:
+        """The unit's slots side by side ``[B, N, W]``, keys before RoPE unless they are stored exactly."""
+        lossless = self.coded.codec is None
+        return torch.cat([fetch(slot, not lossless) for slot in self.unit.slots], dim=-1)
+
+    def stored(self, x: Tensor) -> Tensor:
+        """Stored values ``[B, N, R]`` of vectors: float32, or the exact dtype when lossless."""
         if self.coded.codec is None or self.coded.quantizer is None:
             return x.to(self.exact_dtype)
         return self.coded.quantizer.codes(self.coded.codec.encode(x.float()))
@@ -65,9 +69,9 @@ class UnitCoder:
         """Whether the codec knows what its errors cost."""
         return self.coded.codec is not None and self.coded.codec.knows_cost
 
-    def cost(self, fetch: Fetch, stored: Tensor, together: int) -> Tensor | None:
-        """What it costs to read ``stored`` values of these tokens, nats ``[B, N]``; see ``CodedBlock.cost``."""
-        return self.coded.cost(self._vectors(fetch).float(), stored, together)
+    def cost(self, x: Tensor, stored: Tensor, together: int) -> Tensor:
+        """What it costs to read ``stored`` values for these vectors, nats ``[B, N]``; see ``CodedBlock.cost``."""
+        return self.coded.cost(x.float(), stored, together)
 
     def unpacked(self, packed: Tensor) -> Tensor:
         """Stored values ``[B, N, R]`` of ``packed``."""
@@ -79,9 +83,9 @@ class UnitCoder:
             return stored.to(self.exact_dtype).contiguous().view(torch.uint8).flatten(2)
         return pack(stored, self.unit.segment)
 
-    def packed(self, fetch: Fetch) -> Tensor:
+    def packed(self, x: Tensor) -> Tensor:
         """Bytes uint8 ``[B, pages, size]`` of tokens that fill whole pages: ``stored`` and ``pack`` as one operation."""
-        return encode_pages(self._vectors(fetch), self.writer)
+        return encode_pages(x, self.writer)
 
     @cached_property
     def writer(self) -> Writer:
@@ -123,11 +127,6 @@ class UnitCoder:
             decode = partial(_affine, affine) if affine else partial(_decode, self.coded.codec, _as_slice(columns))
         lossless = self.coded.codec is None
         return Reader(self.unit.segment, heads, restore, decode, affine, lossless, self.exact_dtype)
-
-    def _vectors(self, fetch: Fetch) -> Tensor:
-        """The unit's slots side by side ``[B, N, W]``, keys before RoPE unless they are stored exactly."""
-        lossless = self.coded.codec is None
-        return torch.cat([fetch(slot, not lossless) for slot in self.unit.slots], dim=-1)
 
     @cached_property
     def _rounded(self) -> RoundedDecoder | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import CacheStateError
 from ..geometry import KINDS, Slot
 from ..kernels.rotary import RotaryTable
-from .coder import Fetch, PageCoder
+from .coder import PageCoder, UnitCoder
 from .layer import CodedLayer
 from .pages import PageStore
 from .sequence import SequenceState
@@ -48,9 +48,13 @@ def encode_oldest(
         )
         fetch = _fetcher(layers, state, rotary_of, pages.tokens, first, count)
         whole = pages.fits_whole(count)
-        coded = [unit.packed(fetch) if whole else unit.stored(fetch) for unit in coder.units]
-        if with_costs:
-            costs += _costs(coder, fetch, coded, whole)
+        coded, known = [], []
+        for unit in coder.units:
+            x = unit.vectors(fetch)
+            coded.append(unit.packed(x) if whole else unit.stored(x))
+            if with_costs and unit.knows_cost:
+                known.append(_cost(unit, x, coded[-1], page_tokens if whole else None))
+        costs += [torch.stack(known).sum(0)] if known else []
         pages.append_packed(coded) if whole else pages.append(coded)
         first += count
     if not costs:
@@ -60,15 +64,11 @@ def encode_oldest(
     return torch.cat(costs, dim=1).masked_fill(unread, 0.0)
 
 
-def _costs(coder: PageCoder, fetch: Fetch, coded: Sequence[Tensor], whole: bool) -> list[Tensor]:
-    """What it costs to read what units coded, summed over them, nats ``[B, N]``; nothing where no codec knows."""
-    known = []
-    for unit, own in zip(coder.units, coded, strict=True):
-        if unit.knows_cost:
-            stored, together = (unit.unpacked(own), coder.plan.page_tokens) if whole else (own, own.shape[1])
-            cost = unit.cost(fetch, stored, together)
-            known += [] if cost is None else [cost]
-    return [torch.stack(known).sum(0)] if known else []
+def _cost(unit: UnitCoder, x: Tensor, coded: Tensor, page_tokens: int | None) -> Tensor:
+    """What it costs to read what a unit coded of vectors, nats ``[B, N]``; ``page_tokens`` where it is packed in whole pages."""
+    if page_tokens is None:
+        return unit.cost(x, coded, coded.shape[1])
+    return unit.cost(x, unit.unpacked(coded), page_tokens)
 
 
 @contextmanager

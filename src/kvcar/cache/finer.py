@@ -80,21 +80,21 @@ class FinerPages:
             return self, []
         first, last = start // self.page_tokens, (start + leave - 1) // self.page_tokens
         bad, open_cost = self._judged(costs, start, leave, limit)
-        pages, shown, writes = list(self.pages), [self.shown], []
+        pages, shown, writes = list(self.pages), self.shown, []
         costly = bad.any(0).tolist()
         for page in range(first, last + 1):
             low, high = max(start, page * self.page_tokens), min(start + leave, (page + 1) * self.page_tokens)
             place = low - page * self.page_tokens
             kept = torch.where(bad[:, page - first], place, self.page_tokens)
             if pages and pages[-1] == page:
-                shown[-1] = torch.cat([shown[-1][:, :-1], torch.minimum(shown[-1][:, -1], kept)[:, None]], dim=1)
+                shown = torch.cat([shown[:, :-1], torch.minimum(shown[:, -1], kept)[:, None]], dim=1)
             elif costly[page - first]:
                 pages.append(page)
-                shown = [torch.cat([*shown, kept[:, None]], dim=1)]
+                shown = torch.cat([shown, kept[:, None]], dim=1)
             else:
                 continue
             writes.append(FinerWrite((len(pages) - 1) * self.page_tokens + place, low - start, high - low))
-        return FinerPages(self.page_tokens, tuple(pages), torch.cat(shown, dim=1), open_cost), writes
+        return FinerPages(self.page_tokens, tuple(pages), shown, open_cost), writes
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> FinerPages:
         """The finer pages of other sequences: ``change`` of every table, which works on the batch axis (0)."""

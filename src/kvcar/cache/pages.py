@@ -227,9 +227,9 @@ class PageViews:
 
     def _shown_tokens(self, finer: FinerPages, pages: PageStore) -> Tensor | None:
         """Tokens of each page that are read from its codes; one tensor for all layers."""
-        key = (finer, pages.allocated_pages)
-        if self._shown is None or self._shown[0] is not finer or self._shown[1] != pages.allocated_pages:
-            self._shown = (*key, finer.shown_tokens(pages.allocated_pages))
+        count = pages.allocated_pages
+        if self._shown is None or self._shown[0] is not finer or self._shown[1] != count:
+            self._shown = (finer, count, finer.shown_tokens(count))
         return self._shown[2]
 
     def _first_read(self, padding: Tensor) -> Tensor:

@@ -65,10 +65,9 @@ class Codec(ABC):
         """Whether ``error_cost`` is known."""
         return False
 
-    def error_cost(self, error: Tensor) -> Tensor | None:
-        """What errors ``[..., W]`` of vectors cost, in nats ``[...]``; None where the codec does not know."""
-        del error
-        return None
+    def error_cost(self, error: Tensor) -> Tensor:
+        """What errors ``[..., W]`` of vectors cost, in nats ``[...]``; raises NotImplementedError where it is not known."""
+        raise NotImplementedError
 
     def affine_encoder(self) -> tuple[Tensor, Tensor] | None:
         """Matrix ``[W, R]`` and centre ``[W]`` when latents are ``(x - centre) @ matrix``, for kernels that fuse it."""
