@@ -212,6 +212,12 @@ def test_a_fit_sets_the_limit_so_that_no_page_of_its_kind_is_finer(llama):
     assert fitted(llama, bits=4).plan.cache.max_page_cost == "auto"  # this codec does not know
 
 
+@pytest.mark.parametrize("page_tokens", [32, 96])
+def test_passes_that_fill_no_page_have_no_cost_of_a_page(llama, page_tokens):
+    bundle = coarse(llama, 1e9, window=0, page_tokens=page_tokens)
+    assert len(page_costs(llama, bundle, token_ids(100))) == (3 if page_tokens == 32 else 0)
+
+
 @pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf"), "0.05", True, 10**400, [1.0, 2.0]])
 def test_a_limit_that_is_none_is_refused(wrong):
     with pytest.raises(kvcar.KVCarError, match="max_page_cost must be a number of nats above 0"):

@@ -359,8 +359,8 @@ class PassCache(Cache):
         if leave:
             given = (self._coded, self._pages, coder, self._state, self._host.rotary, leave)
             costs = encode_oldest(*given, with_costs=limit is not None)
-        if costs is not None and self.page_costs is not None and start % self.plan.page_tokens == 0:
-            whole = leave // self.plan.page_tokens
+        whole = leave // self.plan.page_tokens
+        if costs is not None and self.page_costs is not None and whole and start % self.plan.page_tokens == 0:
             self.page_costs += costs[:, : whole * self.plan.page_tokens].unflatten(1, (whole, -1)).mean(-1).split(1, 1)
         before = self._finer
         self._finer, writes = before.after(costs, start, leave, limit)
