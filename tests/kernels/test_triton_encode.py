@@ -85,8 +85,7 @@ def test_a_units_writer_does_what_the_unit_does(structure):
     coder = PageCoder(STRUCTURES[structure](), torch.device(DEVICE), torch.float32)
     for unit in coder.units[:2]:
         x = torch.randn(1, 64, 16 * len(unit.unit.slots)).to(DEVICE)
-        of_slot = dict(zip(unit.unit.slots, x.split(16, dim=-1), strict=True))
-        stored = unit.stored(lambda slot, before_rope, of_slot=of_slot: of_slot[slot])
+        stored = unit.stored(x)
         expected = unit.pack(stored.unflatten(1, (2, 32)))
         writer = unit.writer
         assert torch.equal(encode_pages(x, writer), expected)
