@@ -89,6 +89,9 @@ def test_it_is_the_specification(structure, tokens, count, turning):
     for softcap in (None, 5.0):
         expected = naive.attend(query, exact, paged, 0.25, softcap)
         torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25, softcap), expected, atol=2e-5, rtol=2e-5)
+    sinks = torch.linspace(-2, 3, query.shape[1])
+    expected = naive.attend(query, exact, paged, 0.25, None, sinks)
+    torch.testing.assert_close(cpu.attend(query, exact, paged, 0.25, None, sinks), expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("query_heads", [2, 6, 10])

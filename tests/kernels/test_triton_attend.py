@@ -56,6 +56,9 @@ def check(query, exact, paged, softcap=None):
     got = backend.attend(query, exact, paged, query.shape[-1] ** -0.5, softcap)
     assert got.dtype == query.dtype
     torch.testing.assert_close(got, expected, atol=TOLERANCE[query.dtype], rtol=TOLERANCE[query.dtype])
+    given = (query, exact, paged, query.shape[-1] ** -0.5, softcap, torch.linspace(-2, 3, query.shape[1]))
+    with_sinks, wanted = backend.attend(*given), naive.attend(*given)
+    torch.testing.assert_close(with_sinks, wanted, atol=TOLERANCE[query.dtype], rtol=TOLERANCE[query.dtype])
     return got
 
 

@@ -30,7 +30,7 @@ def read_geometry(config: PreTrainedConfig) -> KVGeometry:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind} is an encoder-decoder; kvcar compresses the cache of decoder-only models")
     text = config.get_text_config(decoder=True)
-    if getattr(text, "kv_lora_rank", None) is not None:
+    if _has_latents(text):
         raise UnsupportedModelError(
             f"the cache of {kind} holds latents in place of keys and values (MLA); it is small already"
         )
@@ -50,7 +50,7 @@ def geometry_of(model: PreTrainedModel) -> KVGeometry:
     parts = find_decoder(model)
     text = model.config.get_text_config(decoder=True)
     reasons = parts.reasons
-    if getattr(text, "kv_lora_rank", None) is not None:
+    if _has_latents(text):
         reasons = dict.fromkeys(reasons, "its cache holds latents in place of keys and values (MLA), small already")
     return _geometry(type(model).__name__, text, parts.kinds, parts.windows, parts.shapes, reasons)
 
@@ -91,6 +91,12 @@ def _geometry(
         own_layers=tuple(layer for layer in range(len(kinds)) if layer not in codable | kept_sliding),
         layer_elements=() if alike else tuple(elements),
     )
+
+
+def _has_latents(text: PreTrainedConfig) -> bool:
+    """Whether some layer has multi-head latent attention; configs may differ by layer."""
+    by_layer = getattr(text, "per_layer_config", None) or [text]
+    return any(getattr(own, "kv_lora_rank", None) is not None for own in by_layer)
 
 
 def _elements(shape: LayerShape) -> int:

@@ -35,10 +35,9 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute the same as ``naive.attend``, by ``backend``, or by the one of the query's device."""
-    chosen = backend or backend_for(query.device)
-    # Only PyTorch's and the specification's are known to be right with sinks in the softmax.
-    chosen = "torch" if sinks is not None and chosen != "naive" else chosen
-    run = ATTENTION.choose(chosen, case_of(query, exact.keys.shape[1], paged is not None), query, paged)
+    run = ATTENTION.choose(
+        backend or backend_for(query.device), case_of(query, exact.keys.shape[1], paged is not None), query, paged
+    )
     return run(query, exact, paged, scaling, softcap, sinks)
 
 

@@ -80,12 +80,15 @@ static inline void soften_masked(
         soften(scores, 0, tokens, softcap, maximum, mass);
         return;
     }
+    const float before = *maximum;
     for (int64_t t = 0; t < tokens; t++) {
         if (softcap > 0)
             scores[t] = softcap * tanhf(scores[t] / softcap);
         if (mask[t * mask_stride] && scores[t] > *maximum)
             *maximum = scores[t];
     }
+    if (*maximum > before)
+        *mass *= exp_of(before - *maximum);
     for (int64_t t = 0; t < tokens; t++) {
         scores[t] = mask[t * mask_stride] ? exp_of(scores[t] - *maximum) : 0;
         *mass += scores[t];
