@@ -31,6 +31,7 @@ ORDER = [
     "evaluate",
     "fit",
     "paper",
+    "serve",
     "report",
     "cli",
 ]
@@ -94,6 +95,10 @@ def test_no_file_imports_itself_by_way_of_others():
 
 def test_nothing_but_the_command_line_imports_the_papers_wing():
     assert {n.split(".")[0] for n in MODULES if any(i.split(".")[0] == "paper" for i in imports(n))} <= {"paper", "cli"}
+
+
+def test_nothing_imports_what_serving_engines_need():
+    assert {n.split(".")[0] for n in MODULES if any(i.split(".")[0] == "serve" for i in imports(n))} <= {"serve"}
 
 
 def test_importing_kvcar_brings_in_nothing_heavy():
