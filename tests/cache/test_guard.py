@@ -59,16 +59,24 @@ def test_models_that_would_be_wrong_are_refused_and_left_as_they_were(config):
     assert torch.equal(model(token_ids(20)).logits, before)
 
 
-def test_what_is_wrong_in_padded_rows_alone_is_said():
+def test_what_is_wrong_in_padded_rows_alone_is_said(monkeypatch):
     model = tiny_model("llama")
-    expected = guard.reference_logits(model, kvcar.lossless(model))
+    _, expected = guard.look_at(model, kvcar.lossless(model))
     wrong = expected.clone()
     wrong[:3] += 100.0
+    monkeypatch.setattr(guard, "_own_logits", lambda model: wrong)
     with (
         kvcar.attach(model, kvcar.lossless(model)),
         pytest.raises(UnsupportedModelError, match="3 tokens of the padded"),
     ):
         guard.check_against(model, kvcar.lossless(model), wrong)
+
+
+def test_a_model_that_says_something_else_in_chunks_is_judged_by_its_own_cache_in_chunks():
+    model = tiny_model("llama")
+    _, expected = guard.look_at(model, kvcar.lossless(model))
+    with kvcar.attach(model, kvcar.lossless(model)):
+        guard.check_against(model, kvcar.lossless(model), expected.roll(1, 0))
 
 
 def test_attention_that_is_switched_while_attached_is_refused_at_the_next_pass():
@@ -486,3 +494,27 @@ def test_a_cache_cropped_to_nothing_is_an_empty_one():
         cache.crop(-40)
         got = model(ids, past_key_values=cache).logits
     torch.testing.assert_close(got, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+WRONG_PASSES = {
+    "prefill": lambda cache, tokens: cache.tokens == 0,
+    "a chunk after a past": lambda cache, tokens: cache.tokens > 0 and tokens > 1,
+    "a step": lambda cache, tokens: tokens == 1,
+}
+
+
+@pytest.mark.parametrize("row", [0, 1], ids=["padded row", "other row"])
+@pytest.mark.parametrize("wrong", WRONG_PASSES.values(), ids=WRONG_PASSES)
+def test_attention_that_is_a_little_off_in_one_kind_of_pass_and_row_is_seen_at_attach(wrong, row, monkeypatch):
+    model, right = tiny_model("llama"), KVCarCache.attend
+
+    def off(cache, layer, query, *more):
+        output = right(cache, layer, query, *more)
+        if wrong(cache, query.shape[2]):
+            output[row] *= 1.05
+        return output
+
+    monkeypatch.setattr(KVCarCache, "attend", off)
+    name = "padded" if row == 0 else "other"
+    with pytest.raises(UnsupportedModelError, match=rf"differs from its own cache: .* of the {name} sequence"):
+        kvcar.attach(model, kvcar.lossless(model))

@@ -27,7 +27,6 @@ from ..geometry import BFLOAT16_BYTES
 from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
 from ..models.interface import base_of, implementation_of, switch
-from ..models.rotation import learn_rotations
 from ..models.structure import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -85,8 +84,7 @@ class Attachment:
         self._codable = {types[layer] for layer in bundle.plan.geometry.codable_layers if layer < len(types)}
         self.new_cache()  # a bad window is refused now, not in the first generate
         self._stand_in = stand_in_for(base_of(self._parts.decoder))
-        expected = guard.reference_logits(model, bundle)
-        self._rotations = learn_rotations(model, bundle.plan.geometry)
+        self._rotations, expected = guard.look_at(model, bundle)
         self._handles = [
             *(m.register_forward_pre_hook(self._before_entry, with_kwargs=True) for m in self._parts.entries[:-1]),
             self._parts.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),

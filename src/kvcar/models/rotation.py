@@ -27,7 +27,7 @@ from .watching import WatchingCache
 
 _log = logging.getLogger("kvcar.models")
 
-_WINDOW_TOKENS = 24
+_WINDOW_TOKENS = 16
 _PROBE_POSITIONS = (0, 1, 100)
 _TOLERANCE = 1e-4
 # Share of a key's size that may depend on the position after the right rotation is taken back. Rounding through many layers
@@ -48,7 +48,6 @@ class Rotation(NamedTuple):
     style: RotaryStyle
 
 
-@torch.no_grad()
 def learn_rotations(model: PreTrainedModel, geometry: KVGeometry) -> dict[int, RotaryTable]:
     """Find the rotation of every layer that may be coded; one pass over a window of a repeated token.
 
@@ -60,39 +59,93 @@ def learn_rotations(model: PreTrainedModel, geometry: KVGeometry) -> dict[int, R
         A table for each layer whose keys rotate; layers with the same rotation share one. A layer that is left out does
         not rotate its keys, or does so in a way that cannot be undone (the log says which): its keys are coded as they are.
     """
-    if not geometry.rotary:
-        return {}
+    return look_at_rotations(model, geometry)[0] if geometry.rotary else {}
+
+
+@torch.no_grad()
+def look_at_rotations(
+    model: PreTrainedModel, geometry: KVGeometry, **beside: Tensor
+) -> tuple[dict[int, RotaryTable], Tensor]:
+    """Do what ``learn_rotations`` does in one pass with other sequences.
+
+    Args:
+        model: a causal language model; it is only run.
+        geometry: its cache.
+        beside: what the model is given of the other sequences, whose own cache is empty: ``input_ids`` ``[B, T]`` and more.
+
+    Returns:
+        The tables, none where nothing rotates, and the logits ``[B, T, V]`` of the other sequences.
+    """
     parts = find_decoder(model)
-    same = torch.ones(1, _WINDOW_TOKENS, dtype=torch.int64, device=parts.device)
-    keys, calls, own = _watched_pass(model, parts, geometry, same)
-    guesses = {call: _guesses_of(*call_parts) for call, call_parts in calls.items()}
+    length = beside["input_ids"].shape[1] if beside else min(_WINDOW_TOKENS, geometry.max_positions)
+    window = _window(length, parts.device)
+    # Where a model takes nothing but token ids it is given nothing else.
+    given = {name: torch.cat([other, window[name]]) for name, other in beside.items()} or {
+        "input_ids": window["input_ids"]
+    }
+    seen = _watched_pass(model, parts, geometry, given)
+    tables = _tables(seen, _LaterPass(model, parts, geometry)) if geometry.rotary else {}
+    return tables, seen.logits[:-1]
+
+
+def _window(length: int, device: torch.device) -> dict[str, Tensor]:
+    """One sequence of one repeated token, and all that a model may be given about it."""
+    same = torch.ones(1, length, dtype=torch.int64, device=device)
+    return {"input_ids": same, "attention_mask": same, "position_ids": torch.arange(length, device=device)[None]}
+
+
+def _tables(seen: _Seen, later: _LaterPass) -> dict[int, RotaryTable]:
+    """The table of each layer whose keys rotate."""
+    guesses = {call: _guesses_of(*call_parts) for call, call_parts in seen.calls.items()}
     tables: dict[tuple[bytes, float, str], RotaryTable] = {}
     found: dict[int, RotaryTable] = {}
-    later = _LaterPass(model, parts, geometry)
-    for layer, side in keys.items():
-        ordered = [*guesses.get(own.get(layer, ""), ()), *(g for call in guesses for g in guesses[call])]
-        rotation = _best_of(layer, side, ordered, later)
-        if rotation is not None:
-            key = (rotation.inverse_frequency.cpu().numpy().tobytes(), rotation.attention_scale, rotation.style)
-            if key not in tables:
-                tables[key] = RotaryTable(*rotation)
-            found[layer] = tables[key]
+    for layers, call in _alike(seen.keys, seen.own):
+        ordered = [*guesses.get(call, ()), *(g for each in guesses for g in guesses[each] if each != call)]
+        options: list[Rotation | None] = [None, *ordered]
+        side = torch.stack([seen.keys[layer] for layer in layers])
+        rests = torch.stack([_rests_of(option, side) for option in options])
+        for place, layer in enumerate(layers):
+            rotation = _best_of(layer, seen.keys[layer], options, rests[:, place].tolist(), later)
+            if rotation is not None:
+                key = (rotation.inverse_frequency.cpu().numpy().tobytes(), rotation.attention_scale, rotation.style)
+                if key not in tables:
+                    tables[key] = RotaryTable(*rotation)
+                found[layer] = tables[key]
     return found
+
+
+def _alike(keys: Mapping[int, Tensor], own: Mapping[int, str]) -> list[tuple[list[int], str]]:
+    """Layers whose keys have one shape and whose attention was given the same angles, to be looked at together."""
+    groups: dict[tuple[str, torch.Size], list[int]] = {}
+    for layer, side in keys.items():
+        groups.setdefault((own.get(layer, ""), side.shape), []).append(layer)
+    return [(layers, call) for (call, _), layers in groups.items()]
 
 
 _Call = tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]
 """A rotary module and the arguments that chose what it computed."""
 
 
-def _watched_pass(
-    model: PreTrainedModel, parts: DecoderParts, geometry: KVGeometry, ids: Tensor, first: int | None = None
-) -> tuple[dict[int, Tensor], dict[str, _Call], dict[int, str]]:
-    """Run a window ``[1, T]`` once, at positions from ``first`` on where it is given.
+class _Seen(NamedTuple):
+    """What is seen of a pass over an empty cache.
 
-    Returns:
-        Keys after RoPE ``[H, T, D]`` by layer; what rotary modules were called with, by a name of the call; and by layer
-        the name of the call whose (cos, sin) its attention was given, where that can be seen.
+    Attributes:
+        keys: by layer, those of the last sequence after RoPE, ``[H, T, D]``.
+        calls: what rotary modules were called with, by a name of the call.
+        own: by layer, the name of the call whose (cos, sin) its attention was given, where that can be seen.
+        logits: ``[B, T, V]``.
     """
+
+    keys: dict[int, Tensor]
+    calls: dict[str, _Call]
+    own: dict[int, str]
+    logits: Tensor
+
+
+def _watched_pass(
+    model: PreTrainedModel, parts: DecoderParts, geometry: KVGeometry, given: Mapping[str, Tensor]
+) -> _Seen:
+    """Run sequences once, on the other arguments that are ``given``."""
     keys: dict[int, Tensor] = {}
     calls: dict[str, _Call] = {}
     own: dict[int, str] = {}
@@ -116,22 +169,19 @@ def _watched_pass(
 
     def take(layer: int, layer_keys: Tensor, values: Tensor) -> None:
         del values
-        keys[layer] = layer_keys[0]
+        keys[layer] = layer_keys[-1]
 
     rotary = [m for m in parts.decoder.modules() if "rotary" in type(m).__name__.lower()]
     handles = [m.register_forward_hook(note_call, with_kwargs=True) for m in rotary]
     handles += [m.register_forward_pre_hook(note_use, with_kwargs=True) for m in parts.readers]
-    placed = (
-        {} if first is None else {"position_ids": torch.arange(first, first + ids.shape[1], device=ids.device)[None]}
-    )
     try:
         with evaluating(model):
             cache = WatchingCache(model.config, geometry, take)
-            model(input_ids=ids, **placed, **cache_argument(model, cache), use_cache=True)
+            output = model(**given, **cache_argument(model, cache), use_cache=True)
     finally:
         for handle in handles:
             handle.remove()
-    return keys, calls, own
+    return _Seen(keys, calls, own, output.logits)
 
 
 class _LaterPass:
@@ -149,25 +199,28 @@ class _LaterPass:
         if not self._takes_positions:
             return []
         if self._keys is None:
-            self._keys = [self._run(self._ids, first)[0] for first in (0, _LATER)]
+            places = torch.arange(_WINDOW_TOKENS, device=self._ids.device)[None]
+            runs = [self._run({"input_ids": self._ids, "position_ids": first + places}) for first in (0, _LATER)]
+            self._keys = [run.keys for run in runs]
         return [(keys[layer], first) for keys, first in zip(self._keys, (0, _LATER), strict=True)]
 
 
-def _best_of(layer: int, keys: Tensor, guesses: list[Rotation], later: _LaterPass) -> Rotation | None:
+def _rests_of(guess: Rotation | None, keys: Tensor) -> Tensor:
+    """What a guess leaves of the differences between keys ``[L, H, T, D]`` of equal tokens, root mean square, ``[L]``."""
+    back = _turned_back(guess, keys, 0)
+    return (back - back.mean(2, keepdim=True)).square().mean((1, 2, 3)).sqrt()
+
+
+def _best_of(
+    layer: int, keys: Tensor, options: list[Rotation | None], rests: list[float], later: _LaterPass
+) -> Rotation | None:
     """The guess that makes the keys ``[H, T, D]`` of equal tokens equal, or those of one text at two places; None for no rotation."""
     size = float(keys.float().square().mean().sqrt())
-    options: list[Rotation | None] = [None, *guesses]
-
-    def equal_tokens(guess: Rotation | None) -> float:
-        back = _turned_back(guess, keys, 0)
-        return float((back - back.mean(1, keepdim=True)).square().mean().sqrt())
-
-    rests = [equal_tokens(option) for option in options]
     if not math.isfinite(min(rests) + size):
         return None  # whoever runs the model refuses NaN with a better message
-    pair = later.of(layer) if min(rests) > _RIGHT_REST * size and guesses else []
+    pair = later.of(layer) if min(rests) > _RIGHT_REST * size and len(options) > 1 else []
     if pair:
-        backs = [[_turned_back(option, *own) for own in pair] for option in options]
+        backs = [[_turned_back(option, own[None], first) for own, first in pair] for option in options]
         rests = [float((first - second).square().mean().sqrt()) for first, second in backs]
         size = float(pair[0][0].float().square().mean().sqrt())
     best = min(rests)
@@ -183,12 +236,11 @@ def _best_of(layer: int, keys: Tensor, guesses: list[Rotation], later: _LaterPas
 
 
 def _turned_back(guess: Rotation | None, keys: Tensor, first: int) -> Tensor:
-    """Keys ``[H, T, D]`` from position ``first`` on as they were before a rotation."""
+    """Keys ``[L, H, T, D]`` from position ``first`` on as they were before a rotation."""
     if guess is None:
         return keys.float()
-    return RotaryTable(*guess).unrotate(
-        keys[None], torch.arange(first, first + keys.shape[1], device=keys.device)[None]
-    )[0]
+    positions = torch.arange(first, first + keys.shape[2], device=keys.device)
+    return RotaryTable(*guess).unrotate(keys, positions[None].expand(len(keys), -1))
 
 
 def _guesses_of(module: nn.Module, extra: tuple[Any, ...], named: Mapping[str, Any]) -> list[Rotation]:

@@ -336,7 +336,8 @@ def _takes_inputs(module: nn.Module) -> bool:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a model without dropout; modules that were in training are again afterwards."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
