@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.file_baton import FileBaton
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, QuantizedCache
 from transformers.utils.import_utils import is_hqq_available, is_optimum_quanto_available
 
@@ -34,6 +37,8 @@ SIDE_BY_SIDE = 6
 NOISE_FLOOR = "identity"
 RESIDUAL_TOKENS = 128
 _GROUP_ELEMENTS = 64
+# Building an extension takes half a minute; a lock that is older was left by a run that was killed.
+_LOCK_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -211,8 +216,11 @@ def _try_out(setting: QuantizedSetting, cache: QuantizedCache, geometry: KVGeome
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = f"{path}{os.pathsep}{scripts}"
     try:
-        for _ in range(2):
-            cache.update(tokens, tokens, layer)
+        with _bounded_waits():
+            for _ in range(2):
+                cache.update(tokens, tokens, layer)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(
             f"{setting.package} is installed but cannot quantise here: {type(error).__name__}: {error}. It may need a C++ "
@@ -220,3 +228,33 @@ def _try_out(setting: QuantizedSetting, cache: QuantizedCache, geometry: KVGeome
         ) from error
     finally:
         os.environ["PATH"] = path
+
+
+@contextmanager
+def _bounded_waits() -> Iterator[None]:
+    """Let nothing that PyTorch builds wait for another build for ever, as it does where a killed one left its lock."""
+    unbounded = FileBaton.wait
+    FileBaton.wait = _wait  # pyright: ignore[reportAttributeAccessIssue]  # a parameter of another name
+    try:
+        yield
+    finally:
+        FileBaton.wait = unbounded
+
+
+def _wait(baton: FileBaton) -> None:
+    """Wait for a build to end, and say so; raises InputError where its lock has been there for too long."""
+    path, told = Path(baton.lock_file_path), False
+    while path.exists():
+        try:
+            age = time.time() - path.stat().st_mtime
+        except FileNotFoundError:
+            return
+        if age > _LOCK_SECONDS:
+            raise InputError(
+                f"an extension is being built by another process, or was when that was killed: its lock {path} has been there "
+                f"for {age:,.0f} seconds; if nothing builds, delete that file and try again"
+            )
+        if not told:
+            print(f"waiting for another process to build an extension (lock: {path})", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.1)

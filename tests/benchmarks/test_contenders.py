@@ -1,5 +1,9 @@
 """Contenders of any kind: bytes of transformers' quantised caches, what is left out and why, groups that share a pass."""
 
+import os
+import threading
+import time
+
 import contenders
 import pytest
 import torch
@@ -119,3 +123,45 @@ def test_any_cache_of_transformers_can_be_measured():
     [(_, result)] = list(compare(model, token_ids(150), [contender]))
     assert result.kl_divergence.value == 0.0
     assert result.times_smaller == 1.0
+
+
+@pytest.fixture
+def lock(tmp_path, monkeypatch):
+    """The lock of another build of quanto's extension, which is not built yet."""
+    cpp = pytest.importorskip("optimum.quanto.library.extensions.cpp")
+    monkeypatch.setattr(cpp.ext, "_lib", None)
+    monkeypatch.setattr(cpp.ext, "build_directory", str(tmp_path))
+    lock = tmp_path / "lock"
+    lock.touch()
+    return lock
+
+
+def quanto_contenders():
+    model = tiny_model("llama")
+    return quantized_contenders(model.config, read_geometry(model.config), ["quanto-4bit"])
+
+
+def test_the_lock_of_a_killed_build_is_named_and_not_waited_for(lock):
+    os.utime(lock, (0, 0))
+    with pytest.raises(InputError, match=f"its lock {lock} has been there for .* delete that file"):
+        quanto_contenders()
+    assert lock.exists()
+
+
+def test_another_build_is_waited_for_aloud_and_not_for_ever(lock, monkeypatch, capsys):
+    monkeypatch.setattr(contenders, "_LOCK_SECONDS", 0.5)
+    started = time.monotonic()
+    with pytest.raises(InputError, match="has been there"):
+        quanto_contenders()
+    assert time.monotonic() - started < 30
+    assert capsys.readouterr().err.count(f"(lock: {lock})") == 1
+
+
+def test_a_build_that_ends_is_waited_for(tmp_path, capsys):
+    lock = tmp_path / "lock"
+    lock.touch()
+    timer = threading.Timer(0.3, lock.unlink)
+    timer.start()
+    contenders._wait(contenders.FileBaton(str(lock)))
+    timer.join()
+    assert "waiting for another process" in capsys.readouterr().err
