@@ -210,7 +210,7 @@ class RandomPast:
         """Bytes of codes and of what is exact that one step must read."""
         pages = -(-self.coded_tokens // self._plan.page_tokens)
         exact = self.exact_tokens * self._plan.geometry.layer_elements_per_token * self._dtype.itemsize
-        return self._batch * (pages * self.coder.layout.page_bytes + exact)
+        return self._batch * (pages * self.coder.layouts[0].page_bytes + exact)
 
     def operations(self) -> int:
         """Count multiplications and additions of one step: keys decoded, values summed as latents."""
@@ -223,7 +223,7 @@ class RandomPast:
         return 2 * self._batch * (tokens * (decoded + heads * dim + summed) + exact)
 
     def _store(self) -> PageStore:
-        plan, page_bytes = self._plan, self.coder.layout.page_bytes
+        plan, page_bytes = self._plan, self.coder.layouts[0].page_bytes
         store = PageStore(self.coder.units, page_bytes, plan.page_tokens)
         while store.allocated_pages * plan.page_tokens < self.coded_tokens:
             size = (self._batch, next_arena_pages(store.allocated_pages), page_bytes)

@@ -57,8 +57,11 @@ class KVGeometry(StrictModel):
         head_dim: width of one head's key or value there (``D``).
         rotary: whether keys are rotated by position (RoPE) before they reach the cache.
         max_positions: positions the model was built for.
-        sliding_layers: layers that attend to a sliding window only; they stay exact.
-        sliding_window: tokens such a layer attends to, 0 where no layer slides.
+        sliding_layers: layers that attend to a window only and stay exact.
+        windowed_layers: layers that attend to a window only and may be compressed; their pages are freed behind it.
+        sliding_window: tokens that both attend to, 0 where there are none.
+        chunked: whether windows do not slide but follow each other: a token attends to those of its own chunk of
+            ``sliding_window`` tokens.
         own_layers: layers whose cache stays the model's own: states of a fixed size (linear attention, Mamba, convolutions), nothing
             (experts, or keys and values of another layer), and what kvcar cannot compress.
         layer_elements: key and value elements of every layer for one token, 0 where they do not grow with the text; empty where
@@ -72,7 +75,9 @@ class KVGeometry(StrictModel):
     rotary: bool
     max_positions: _Tokens
     sliding_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False, max_length=4096)
+    windowed_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False, max_length=4096)
     sliding_window: Annotated[int, Field(ge=0, le=2**31)] = 0
+    chunked: bool = False
     own_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False, max_length=4096)
     layer_elements: tuple[Annotated[int, Field(ge=0, le=2**31)], ...] = Field(default=(), strict=False, max_length=4096)
 
@@ -80,9 +85,13 @@ class KVGeometry(StrictModel):
     def _bounded(self) -> KVGeometry:
         if self.layers * self.kv_heads > _LARGEST_HEADS:
             raise ValueError(f"{self.layers} layers of {self.kv_heads} heads are beyond every model")
-        named = (*self.sliding_layers, *self.own_layers)
+        named = (*self.sliding_layers, *self.windowed_layers, *self.own_layers)
         if len({layer for layer in named if layer < self.layers}) != len(named):
-            raise ValueError("sliding_layers and own_layers name a layer twice, or one that the model does not have")
+            raise ValueError(
+                "sliding_layers, windowed_layers and own_layers name a layer twice, or one that the model does not have"
+            )
+        if self.windowed_layers and self.sliding_window < 1:
+            raise ValueError("windowed_layers need a sliding_window of at least 1 token")
         if self.layer_elements and len(self.layer_elements) != self.layers:
             raise ValueError(f"layer_elements has {len(self.layer_elements)} numbers for {self.layers} layers")
         if any(self.elements_of(layer) != self.layer_elements_per_token for layer in self.codable_layers):
@@ -91,9 +100,26 @@ class KVGeometry(StrictModel):
 
     @property
     def codable_layers(self) -> tuple[int, ...]:
-        """Layers that attend to the whole past, and so may be compressed."""
+        """Layers that may be compressed: those that attend to the whole past, and windowed ones."""
         other = {*self.sliding_layers, *self.own_layers}
         return tuple(layer for layer in range(self.layers) if layer not in other)
+
+    @property
+    def codable_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Layers that may be compressed by what they keep of the past, everything first: only those of a group share blocks."""
+        windowed = set(self.windowed_layers)
+        groups = (tuple(layer for layer in self.codable_layers if (layer in windowed) is own) for own in (False, True))
+        return tuple(group for group in groups if group)
+
+    def with_exact_windows(self) -> KVGeometry:
+        """The geometry in which layers that attend to a window all stay exact, as bundles had it before these were compressed."""
+        sliding = tuple(sorted((*self.sliding_layers, *self.windowed_layers)))
+        return self.model_copy(update={"sliding_layers": sliding, "windowed_layers": (), "chunked": False})
+
+    def kept_tokens(self, layer: int, tokens: int) -> int:
+        """Tokens that a layer of the model's own cache keeps of ``tokens``; one with a window keeps that less one."""
+        windowed = layer in self.sliding_layers or layer in self.windowed_layers
+        return min(tokens, max(self.sliding_window - 1, 0)) if windowed else tokens
 
     @property
     def layer_elements_per_token(self) -> int:
@@ -105,9 +131,8 @@ class KVGeometry(StrictModel):
         return self.layer_elements[layer] if self.layer_elements else self.layer_elements_per_token
 
     def kept_elements(self, layer: int, tokens: int) -> int:
-        """Elements that a layer of the model's own cache keeps of ``tokens`` tokens; a sliding one keeps its window less one."""
-        kept = min(tokens, max(self.sliding_window - 1, 0)) if layer in self.sliding_layers else tokens
-        return kept * self.elements_of(layer)
+        """Elements that a layer of the model's own cache keeps of ``tokens`` tokens; see ``kept_tokens``."""
+        return self.kept_tokens(layer, tokens) * self.elements_of(layer)
 
     def full_bytes(self, tokens: int) -> int:
         """Bytes of the model's own cache in bfloat16 for one sequence; states of a fixed size are not counted."""

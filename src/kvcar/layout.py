@@ -124,27 +124,36 @@ class PageUnit:
 
 @dataclass(frozen=True)
 class PageLayout:
-    """All units of a page, in order, and its size."""
+    """All units of a page, in order, and its size; ``windowed``: of layers that keep a window."""
 
     units: tuple[PageUnit, ...]
     page_bytes: int
+    windowed: bool = False
 
 
-def page_layout(plan: Plan, exact_bytes: int) -> PageLayout:
-    """Lay out the pages of ``plan`` when an exact element takes ``exact_bytes`` bytes."""
+def page_layouts(plan: Plan, exact_bytes: int) -> tuple[PageLayout, ...]:
+    """Lay out the pages of every group of layers that has some: those that keep everything, then those that keep a window."""
+    layouts = (page_layout(plan, exact_bytes, windowed) for windowed in (False, True))
+    return tuple(layout for layout in layouts if layout.units)
+
+
+def page_layout(plan: Plan, exact_bytes: int, windowed: bool = False) -> PageLayout:
+    """Lay out the pages of layers that keep everything, or a window, when an exact element takes ``exact_bytes`` bytes."""
     units: list[PageUnit] = []
     end = 0
     for index, block in enumerate(plan.blocks):
+        if plan.is_windowed(block.slots[0].layer) is not windowed:
+            continue
         units.append(PageUnit(block.slots, _block_segment(plan, block, exact_bytes, aligned(end)), index))
         end = units[-1].segment.end
     for layer in plan.coded_layers:
         slots = tuple(slot for slot in plan.exact_slots if slot.layer == layer)
-        if slots:
+        if slots and plan.is_windowed(layer) is windowed:
             width = len(slots) * plan.geometry.head_dim
             segment = lossless_segment(width, exact_bytes, plan.page_tokens, aligned(end))
             units.append(PageUnit(slots, segment, None))
             end = segment.end
-    return PageLayout(tuple(units), aligned(end))
+    return PageLayout(tuple(units), aligned(end), windowed)
 
 
 def _block_segment(plan: Plan, block: Block, exact_bytes: int, offset: int) -> SegmentLayout:

@@ -269,6 +269,10 @@ class Plan(StrictModel):
         """Tokens of a page."""
         return self.cache.page_tokens
 
+    def is_windowed(self, layer: int) -> bool:
+        """Whether the pages of a layer are freed once its window has passed them."""
+        return layer in self.geometry.windowed_layers
+
     @cached_property
     def block_of(self) -> dict[Slot, int]:
         """Index of the block that codes a slot, for the slots that are in one."""
@@ -352,6 +356,7 @@ def _check_slots(geometry: KVGeometry, blocks: Iterable[Block], reuses: Iterable
     for index, block in enumerate(blocks):
         for slot in block.slots:
             _claim(owner, slot, f"block {index}", geometry)
+        _check_together(block.slots, f"block {index}", geometry)
     direct: dict[Slot, Slot] = {}
     for reuse in reuses:
         _claim(owner, reuse.slot, f"a reuse of {reuse.source}", geometry)
@@ -359,6 +364,7 @@ def _check_slots(geometry: KVGeometry, blocks: Iterable[Block], reuses: Iterable
             raise ValueError(f"slot {reuse.slot} reuses {reuse.source}, which this model does not have")
         if reuse.source.kind != reuse.slot.kind:
             raise ValueError(f"slot {reuse.slot} cannot reuse {reuse.source}: keys reuse keys, values reuse values")
+        _check_together((reuse.slot, reuse.source), f"a reuse of {reuse.source}", geometry)
         direct[reuse.slot] = reuse.source
     for start in direct:
         seen, slot = {start}, direct[start]
@@ -367,6 +373,13 @@ def _check_slots(geometry: KVGeometry, blocks: Iterable[Block], reuses: Iterable
                 raise ValueError(f"the reuses that begin at slot {start} form a circle")
             seen.add(slot)
             slot = direct[slot]
+
+
+def _check_together(slots: Iterable[Slot], by: str, geometry: KVGeometry) -> None:
+    if len({slot.layer in geometry.windowed_layers for slot in slots}) > 1:
+        raise ValueError(
+            f"{by} has slots of layers that keep a window and of layers that keep everything, whose pages live differently long"
+        )
 
 
 def _claim(owner: dict[Slot, str], slot: Slot, by: str, geometry: KVGeometry) -> None:

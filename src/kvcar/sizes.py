@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .errors import InputError
 from .geometry import BFLOAT16_BYTES, KVGeometry
-from .layout import page_layout
+from .layout import page_layouts
 from .plan import Plan
 
 WINDOW_STEP_TOKENS = 16
@@ -45,6 +45,29 @@ def coded_tokens(tokens: int, window: int, page_tokens: int) -> int:
     if window == 0:
         return tokens
     return max(0, tokens - window) // page_tokens * page_tokens
+
+
+def slid_out_pages(tokens: int, coded: int, window: int, page_tokens: int) -> int:
+    """Count the pages that no later token of a layer with a sliding window attends to, when ``tokens`` have been seen.
+
+    Args:
+        tokens: seen.
+        coded: those of them that lie in pages.
+        window: tokens that a token attends to, itself among them.
+        page_tokens: tokens of a page.
+    """
+    return min(max(0, tokens - window + 1), coded) // page_tokens
+
+
+def page_bytes(plan: Plan, tokens: int, exact_bytes: int) -> int:
+    """Count the bytes of pages, as allocated, of one sequence of ``tokens`` tokens; chunks count as windows that slide."""
+    coded, total = coded_tokens(tokens, plan.window, plan.page_tokens), 0
+    for layout in page_layouts(plan, exact_bytes):
+        pages = -(-coded // plan.page_tokens)
+        if layout.windowed:
+            pages -= slid_out_pages(tokens, coded, plan.geometry.sliding_window, plan.page_tokens)
+        total += (pages if layout.windowed else allocated_pages(pages)) * layout.page_bytes
+    return total
 
 
 def window_capacity(tokens: int) -> int:
@@ -81,7 +104,7 @@ def stored_bytes(plan: Plan, tokens: int, model_bytes: int, batch: int = 1) -> i
     """
     geometry, exact_bytes = plan.geometry, exact_element_bytes(plan, model_bytes)
     coded = coded_tokens(tokens, plan.window, plan.page_tokens)
-    pages = allocated_pages(-(-coded // plan.page_tokens)) * page_layout(plan, exact_bytes).page_bytes
+    pages = page_bytes(plan, tokens, exact_bytes)
     exact = (plan.sinks + window_capacity(tokens - coded)) * geometry.layer_elements_per_token * exact_bytes
     others = set(range(geometry.layers)) - set(plan.coded_layers)
     kept = sum(geometry.kept_elements(layer, tokens) for layer in others) * model_bytes

@@ -3,7 +3,7 @@
 from .bundle import Bundle, CodedBlock
 from .files import CODECS_FILE, PLAN_FILE, check_target
 from .origin import FitProvenance, ModelIdentity, identify
-from .summary import bits_by_layer, summarise_blocks
+from .summary import bits_by_layer, summarise_blocks, windows_in_words
 
 __all__ = [
     "CODECS_FILE",
@@ -16,4 +16,5 @@ __all__ = [
     "check_target",
     "identify",
     "summarise_blocks",
+    "windows_in_words",
 ]

@@ -171,7 +171,7 @@ class Bundle:
         """
         geometry = geometry_of(model)
         wanted = self.plan.geometry
-        if geometry != wanted:
+        if wanted not in (geometry, geometry.with_exact_windows()):
             fields = [f for f in type(wanted).model_fields if getattr(geometry, f) != getattr(wanted, f)]
             differs = ", ".join(f"{f}: {getattr(geometry, f)} instead of {getattr(wanted, f)}" for f in fields)
             raise ModelMismatchError(

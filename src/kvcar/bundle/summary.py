@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..geometry import BFLOAT16_BYTES, KINDS, Kind, Slot
+from ..geometry import BFLOAT16_BYTES, KINDS, Kind, KVGeometry, Slot
 from ..plan import Block, Plan
 
 
@@ -20,7 +20,7 @@ class LayerBits:
 
 
 def bits_by_layer(plan: Plan, exact_bits: int = 8 * BFLOAT16_BYTES) -> list[LayerBits]:
-    """Bits per element of every layer, exact slots and sliding layers at ``exact_bits``, reused slots at 0."""
+    """Bits per element of every layer, exact slots and exact layers at ``exact_bits``, reused slots at 0."""
     per_slot = {slot: _slot_bits(plan, block, exact_bits) for block in plan.blocks for slot in block.slots}
     reused = {reuse.slot for reuse in plan.reuses}
 
@@ -29,6 +29,16 @@ def bits_by_layer(plan: Plan, exact_bits: int = 8 * BFLOAT16_BYTES) -> list[Laye
         return sum(0.0 if s in reused else per_slot.get(s, float(exact_bits)) for s in slots) / len(slots)
 
     return [LayerBits(layer, *(average(layer, kind) for kind in KINDS)) for layer in range(plan.geometry.layers)]
+
+
+def windows_in_words(geometry: KVGeometry) -> list[str]:
+    """A line for layers whose window is short and exact, and one for those that are coded while their window lasts."""
+    kind = f"{'chunks' if geometry.chunked else 'a sliding window'} of {geometry.sliding_window:,} tokens"
+    exact, coded = len(geometry.sliding_layers), len(geometry.windowed_layers)
+    lines = [f"{exact} of {geometry.layers} layers attend to {kind} and stay exact"] if exact else []
+    return lines + (
+        [f"{coded} of {geometry.layers} layers attend to {kind}; their pages are freed behind it"] if coded else []
+    )
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,9 @@ class Attachment:
         self._current = Current()
         self._parts = find_decoder(model)
         types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
-        self._codable = {types[layer] for layer in bundle.plan.geometry.codable_layers if layer < len(types)}
+        # Masks of layers that keep everything show all of the padding.
+        first = next(iter(bundle.plan.geometry.codable_groups), ())
+        self._codable = {types[layer] for layer in first if layer < len(types)}
         self.new_cache()  # a bad window is refused now, not in the first generate
         self._stand_in = stand_in_for(base_of(self._parts.decoder))
         self._rotations, expected = guard.look_at(model, bundle)

@@ -213,7 +213,7 @@ def attend_layer(
         )
     # Compiled code uses the memory of its tensors again, while the cache holds on to these to the end of the pass.
     cache.write(layer, key.clone(), value.clone())
-    cache.check_mask(mask)
+    cache.check_mask(mask, layer)
     return cache.attend(layer, query, scaling, softcap, sinks)
 
 

@@ -151,6 +151,7 @@ class KVCarCache(PassCache):
         if removed < 0:
             raise InputError(f"crop takes a negative number of tokens to remove, got {tokens_to_remove}")
         if removed == 0 or self._state is None:
+            self._end_recording()
             return
         if any(is_state(layer) for layer in self.layers):
             raise CacheStateError(
@@ -161,22 +162,25 @@ class KVCarCache(PassCache):
         paged = min(kept, self._pages.tokens) if self._pages else 0
         if kept < 0 or (paged and paged < self._state.padding_most + self.plan.sinks):
             raise CacheStateError(f"cannot remove {removed} of {self._seen} tokens; reset the cache instead")
+        self._refuse_passed(removed)
         if kept == 0:
             self.reset()
             return
         self._crop_plain(-removed)
-        finer = self._finer = None if self._finer is None else self._finer.cropped(paged)
-        for layer in self._coded.values():
+        self._finer = None if self._finer is None else self._finer.cropped(paged)
+        for index, layer in self._coded.items():
             layer.paged = paged
             layer.crop_window(kept - paged)
-            if finer is not None:
+            if self._finer is not None:
+                finer = self._finer_of(index)
                 layer.crop_finer(finer.tokens, finer.filled_tokens(paged))
         if self._pages is not None:
             self._pages.crop(paged)
         if self._decoded is not None:
             self._decoded.crop(paged)
-        self._views.forget()
+        self._forget_views()
         self._state, self._seen = self._state.cropped(paged), kept
+        self._end_recording()
 
     def flush_window(self) -> None:
         """Put the tokens of the window through the codec too; later ones fill a window again.
@@ -195,6 +199,7 @@ class KVCarCache(PassCache):
         self._broken = True  # unless all of it succeeds
         with stored_plainly(self._state.padding.device):
             self._code_oldest(in_window)
+        self._free_passed_pages()
         self._broken = False
 
     # What is stored on disk
@@ -276,8 +281,10 @@ class KVCarCache(PassCache):
             parts["exact"] = parts["exact"] * BFLOAT16_BYTES // exact
             parts["finer"] = parts["finer"] * BFLOAT16_BYTES // exact
             parts["plain"] = parts["plain"] * BFLOAT16_BYTES // plain
-            pages = (page_layout(self.plan, size).page_bytes for size in (BFLOAT16_BYTES, exact))
-            parts["pages"] = parts["pages"] * next(pages) // max(1, next(pages))
+            if self._pages is not None:
+                parts["pages"] = self._pages.nbytes_where(
+                    lambda windowed: page_layout(self.plan, BFLOAT16_BYTES, windowed).page_bytes
+                )
         return sum(parts.values())
 
     def stored_bytes_by_part(self) -> dict[str, int]:
@@ -323,6 +330,29 @@ class KVCarCache(PassCache):
                 "model over some token first, or save with keep_window=True"
             )
 
+    def _refuse_passed(self, removed: int) -> None:
+        """Tokens cannot be taken back where windows would begin in pages that are freed; raises CacheStateError."""
+        store = None if self._pages is None else self._pages.windowed
+        if store is not None and store.freed_tokens > self._first_needed(self._seen - removed):
+            raise CacheStateError(
+                f"cannot remove {removed} of {self._seen} tokens, as layers of a sliding window have forgotten what came before "
+                "it; reset the cache, or call cache.activate_past_recording() before what is to be removed"
+            )
+
+    def _end_recording(self) -> None:
+        """Free what was kept back while tokens might be taken back, as transformers' own layers do in every ``crop``."""
+        recording = [layer for layer in self._coded.values() if layer.record_past]
+        for layer in recording:
+            layer.record_past = False
+        if recording and self._pages is not None:
+            self._free_passed_pages()
+        for layer in recording:
+            layer.record_past = True
+
+    def _forget_views(self) -> None:
+        for views in self._views.values():
+            views.forget()
+
     def _crop_plain(self, tokens_to_remove: int) -> None:
         """Sliding layers first, which refuse before anything has changed."""
         layers = sorted(self._plain_layers(), key=lambda layer: not isinstance(layer, DynamicSlidingWindowLayer))
@@ -356,7 +386,7 @@ class KVCarCache(PassCache):
     def _map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._refuse_if_broken()
         self._drop_unfinished_pass()
-        self._views.forget()
+        self._forget_views()
         if self._state is None:
             return
         with stored_plainly(self._state.padding.device):

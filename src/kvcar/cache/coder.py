@@ -17,7 +17,7 @@ from ..kernels.attend import Reader, RoundedDecoder
 from ..kernels.encode import AffineEncoder, Writer, encode_pages
 from ..kernels.pack import pack, unpack
 from ..kernels.rotary import RotaryTable
-from ..layout import PageUnit, page_layout
+from ..layout import PageLayout, PageUnit, page_layouts
 
 Restore = Callable[[Tensor], Tensor]
 Fetch = Callable[[Slot, bool], Tensor]
@@ -188,8 +188,9 @@ class PageCoder:
         self.plan = bundle.plan
         self.device = device
         self.dtype = exact_dtype(bundle, dtype)
-        self.layout = page_layout(self.plan, self.dtype.itemsize)
-        self.units = tuple(self._unit(bundle, unit, device) for unit in self.layout.units)
+        self.layouts = page_layouts(self.plan, self.dtype.itemsize)
+        self.units = tuple(self._unit(bundle, unit, device) for layout in self.layouts for unit in layout.units)
+        self.groups = _groups(self.layouts)
         self._readers = {
             (layer, kind): self._layer_readers(layer, kind)
             for layer in self.plan.coded_layers
@@ -230,6 +231,15 @@ class PageCoder:
             slots, heads = zip(*pairs, strict=True)
             readers.append(coders[key].reader(slots, heads, self.plan.geometry.head_dim))
         return tuple(readers)
+
+
+def _groups(layouts: tuple[PageLayout, ...]) -> tuple[tuple[PageLayout, tuple[int, ...]], ...]:
+    """Each layout with the places of its units among those of all."""
+    groups, start = [], 0
+    for layout in layouts:
+        groups.append((layout, tuple(range(start, start + len(layout.units)))))
+        start += len(layout.units)
+    return tuple(groups)
 
 
 def _as_slice(columns: Tensor) -> slice | Tensor:

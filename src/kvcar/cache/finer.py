@@ -107,18 +107,34 @@ class FinerPages:
             self.page_tokens, self.pages[:kept], self.shown[:, :kept].contiguous(), torch.zeros_like(self.open_cost)
         )
 
+    def from_page(self, page: int) -> FinerPages:
+        """Those of ``page`` and later ones."""
+        first = sum(own < page for own in self.pages)
+        return self if first == 0 else replace(self, pages=self.pages[first:], shown=self.shown[:, first:])
+
+    def token_index(self) -> Tensor:
+        """Which tokens of a sequence there is room for, int64 ``[tokens]``."""
+        place = torch.arange(self.page_tokens, device=self.shown.device)
+        first = torch.tensor(self.pages, dtype=torch.int64, device=self.shown.device) * self.page_tokens
+        return (first[:, None] + place).flatten()
+
     def filled_tokens(self, paged: int) -> int:
         """How many of ``tokens`` there are where ``paged`` tokens lie in the pages: all but those of a last page cut off."""
         if not self.pages:
             return 0
         return self.tokens - max(0, (self.pages[-1] + 1) * self.page_tokens - paged)
 
-    def shown_tokens(self, pages: int) -> Tensor | None:
-        """Tokens at the beginning of every page that are read from its codes, int64 ``[B, pages]``; None for all."""
+    def shown_tokens(self, pages: int, first: int = 0) -> Tensor | None:
+        """Tokens at the beginning of every page that are read from its codes, int64 ``[B, pages]``; None for all.
+
+        Args:
+            pages: how many there are.
+            first: the first of them.
+        """
         if not self.pages:
             return None
         shown = torch.full((len(self.shown), pages), self.page_tokens, dtype=torch.int64, device=self.shown.device)
-        shown[:, list(self.pages)] = self.shown
+        shown[:, [page - first for page in self.pages]] = self.shown
         return shown
 
     def visible(self, first: Tensor, paged: int) -> Tensor:
@@ -129,9 +145,7 @@ class FinerPages:
             paged: tokens in the pages.
         """
         place = torch.arange(self.page_tokens, device=self.shown.device)
-        token = (
-            torch.tensor(self.pages, dtype=torch.int64, device=self.shown.device)[:, None] * self.page_tokens + place
-        )
+        token = self.token_index().view(-1, self.page_tokens)
         there = (token < paged) & (token >= first[:, None, None])
         return (there & (place >= self.shown[..., None])).flatten(1)
 

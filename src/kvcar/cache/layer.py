@@ -22,16 +22,19 @@ class CodedLayer(CacheLayerMixin):
 
     Args:
         sinks: first tokens kept for ever.
+        sliding_window: tokens that the layer attends to; 0 for all of the past.
     """
 
     is_compileable = False
     is_croppable = True
     supports_early_init = False
-    is_sliding = False
+    is_sliding = False  # of the class, as transformers has it
 
-    def __init__(self, sinks: int) -> None:
+    def __init__(self, sinks: int, sliding_window: int = 0) -> None:
         super().__init__()
-        self.sinks = sinks
+        self.sinks, self.sliding_window = sinks, sliding_window
+        self.is_sliding = sliding_window > 0
+        self.record_past = False
         self.open = False
         self.paged = 0
         self.finer = 0
@@ -76,7 +79,11 @@ class CodedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the mask that transformers would build."""
-        return self.get_seq_length() + query_length, 0
+        return mask_sizes(self.get_seq_length(), query_length, self.sliding_window)
+
+    def activate_past_recording(self) -> None:
+        """Let no page be freed until the next ``crop``, as transformers asks before it takes tokens back."""
+        self.record_past = True
 
     def get_max_length(self) -> int:
         """No maximum of its own."""
@@ -167,6 +174,14 @@ class CodedLayer(CacheLayerMixin):
             for side in self.buffers:
                 side[:, :, self.sinks + filled : self._before_window] = 0
 
+    def drop_finer(self, tokens: int) -> None:
+        """Free the first ``tokens`` tokens of finer pages, which the layer's window has passed."""
+        if tokens and self.buffers is not None:
+            kept, rest = self.sinks, self.sinks + tokens
+            keys, values = (torch.cat([side[:, :, :kept], side[:, :, rest:]], dim=2) for side in self.buffers)
+            self.buffers = (keys, values)
+            self.finer -= tokens
+
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace the buffers by ``change(buffer)``, which works on the batch axis (0)."""
         if self.buffers is not None:
@@ -246,19 +261,26 @@ class CodedLayer(CacheLayerMixin):
             buffer[:, :, : self.sinks] = torch.where(found, picked, sinks)
 
 
+def mask_sizes(seen: int, query_length: int, sliding_window: int) -> tuple[int, int]:
+    """Length and first token of the mask for ``query_length`` tokens after ``seen``, as transformers counts them."""
+    first = max(seen - sliding_window + 1, 0) if sliding_window else 0
+    return seen - first + query_length, first
+
+
 class CodedStateLayer(LinearAttentionLayer, CodedLayer):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A coded layer that keeps a state of the model's own kind beside keys and values.
 
     Args:
         sinks: first tokens kept for ever.
+        sliding_window: see ``CodedLayer``.
         states: options of the model's own layer.
     """
 
     is_compileable = False
     is_croppable = False  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]  # of a state, never
 
-    def __init__(self, sinks: int, **states: int) -> None:
-        CodedLayer.__init__(self, sinks)
+    def __init__(self, sinks: int, sliding_window: int = 0, **states: int) -> None:
+        CodedLayer.__init__(self, sinks, sliding_window)
         LinearAttentionLayer.__init__(self, **states)
 
     def reset(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,19 +27,35 @@ class PageStore:
         units: what a page consists of.
         page_bytes: bytes of a page.
         page_tokens: tokens of a page.
+        windowed: whether pages are freed once a window has passed them; there is then no room ahead either.
+
+    Attributes:
+        tokens: tokens in the pages, those that were freed counted.
+        freed_pages: first pages that are freed.
     """
 
-    def __init__(self, units: Sequence[UnitCoder], page_bytes: int, page_tokens: int) -> None:
+    def __init__(self, units: Sequence[UnitCoder], page_bytes: int, page_tokens: int, windowed: bool = False) -> None:
         self._units = units
         self._page_bytes, self._page_tokens = page_bytes, page_tokens
+        self.windowed = windowed
         self.arenas: list[Tensor] = []
-        self.tokens = 0
+        self.tokens = self.freed_pages = 0
         self._shared: set[int] = set()
+
+    @property
+    def freed_tokens(self) -> int:
+        """First tokens whose pages are freed."""
+        return self.freed_pages * self._page_tokens
 
     @property
     def allocated_pages(self) -> int:
         """Pages that exist, filled or not."""
         return sum(arena.shape[1] for arena in self.arenas)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self._page_bytes
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +67,7 @@ class PageStore:
 
         A page that the last call left partly filled is completed by writing it anew, its old codes unchanged.
         """
-        page, filled = divmod(self.tokens, self._page_tokens)
+        page, filled = divmod(self.tokens - self.freed_tokens, self._page_tokens)
         count = stored[0].shape[1]
         if filled:
             tail = self._page(page)
@@ -67,15 +85,20 @@ class PageStore:
     def append_packed(self, packed: Sequence[Tensor]) -> None:
         """Add whole pages: bytes uint8 ``[B, pages, size]`` of every unit, in the units' order."""
         pages = self._joined_units(packed)
-        self._write(self.tokens // self._page_tokens, pages)
+        self._write(self.tokens // self._page_tokens - self.freed_pages, pages)
         self.tokens += pages.shape[1] * self._page_tokens
 
     def contents(self) -> tuple[UnitContents, ...]:
-        """Stored values of all tokens, for every unit, in dtypes as narrow as what they hold."""
+        """Stored values of all tokens, 0 of those that were freed, for every unit, in dtypes as narrow as what they hold."""
         runs: list[Tensor] = []
         for arena, used in self._used():
             runs += arena[:, :used].split(_PAGES_AT_ONCE, dim=1) if used else []
-        return tuple(self._joined([unit.contents(run) for run in runs]) for unit in self._units) if runs else ()
+        if not runs and not self.freed_pages:
+            return ()
+        if self.freed_pages:
+            batch = self.arenas[0].shape[0]
+            runs.insert(0, self.arenas[0].new_zeros(batch, self.freed_pages, self._page_bytes))
+        return tuple(self._joined([unit.contents(run) for run in runs]) for unit in self._units)
 
     def fill(self, contents: Sequence[UnitContents], device: torch.device) -> None:
         """Take in what ``contents`` of another store of the same layout gave; this one must be empty."""
@@ -88,8 +111,8 @@ class PageStore:
 
     def fork(self) -> PageStore:
         """A store with the same tokens; whichever of the two writes to an arena that both have copies it first."""
-        fork = PageStore(self._units, self._page_bytes, self._page_tokens)
-        fork.arenas, fork.tokens = list(self.arenas), self.tokens
+        fork = PageStore(self._units, self._page_bytes, self._page_tokens, self.windowed)
+        fork.arenas, fork.tokens, fork.freed_pages = list(self.arenas), self.tokens, self.freed_pages
         self._shared = set(range(len(self.arenas)))
         fork._shared = set(self._shared)
         return fork
@@ -97,8 +120,19 @@ class PageStore:
     def crop(self, tokens: int) -> None:
         """Forget all but the first ``tokens`` tokens; arenas that hold none of them are freed."""
         self.tokens = tokens
-        self.arenas = [arena for arena, used in self._used() if used]
+        # An empty one says how many sequences there are, where all pages are freed.
+        self.arenas = [a for i, (a, used) in enumerate(self._used()) if used or (i == 0 and self.freed_pages)]
         self._shared = {index for index in self._shared if index < len(self.arenas)}
+
+    def free(self, pages: int) -> None:
+        """Forget the first ``pages`` pages, whose tokens must all have been stored; those that are left move together."""
+        if pages <= self.freed_pages:
+            return
+        used = torch.cat([arena[:, :count] for arena, count in self._used()], dim=1)
+        # A copy, without which the freed pages would stay in memory.
+        self.arenas = [used[:, pages - self.freed_pages :].clone()]
+        self.freed_pages = pages
+        self._shared = set()
 
     def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every arena by ``change`` of it, which works on the batch axis (0)."""
@@ -107,7 +141,7 @@ class PageStore:
 
     def _used(self) -> Iterator[tuple[Tensor, int]]:
         """Every arena and how many of its pages hold tokens."""
-        left = -(-self.tokens // self._page_tokens)
+        left = -(-self.tokens // self._page_tokens) - self.freed_pages
         for arena in self.arenas:
             used = min(left, arena.shape[1])
             yield arena, used
@@ -150,7 +184,8 @@ class PageStore:
     def _write(self, start: int, pages: Tensor) -> None:
         """Put ``pages`` at page ``start`` on, allocating what is missing."""
         while self.allocated_pages < start + pages.shape[1]:
-            size = next_arena_pages(self.allocated_pages)
+            missing = start + pages.shape[1] - self.allocated_pages
+            size = missing if self.windowed else next_arena_pages(self.allocated_pages)
             shape = (pages.shape[0], size, self._page_bytes)
             self.arenas.append(torch.zeros(shape, dtype=torch.uint8, device=pages.device))
         first = 0
@@ -180,6 +215,120 @@ def _changed(arena: Tensor, change: Callable[[Tensor], Tensor], used: int) -> Te
     return room
 
 
+class PageStores:
+    """The pages of all groups of layers, as one store: those that keep everything, and those that keep a window.
+
+    Args:
+        coder: of the bundle.
+    """
+
+    def __init__(self, coder: PageCoder) -> None:
+        self._coder, self._page_tokens = coder, coder.plan.page_tokens
+        self._stores = tuple(
+            PageStore([coder.units[i] for i in places], layout.page_bytes, self._page_tokens, layout.windowed)
+            for layout, places in coder.groups
+        )
+        self.tokens = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arenas."""
+        return sum(store.nbytes for store in self._stores)
+
+    def nbytes_where(self, page_bytes: Callable[[bool], int]) -> int:
+        """Bytes that they would have where a page of a group (windowed or not) had ``page_bytes`` bytes."""
+        return sum(store.nbytes * page_bytes(store.windowed) // store.page_bytes for store in self._stores)
+
+    @property
+    def windowed(self) -> PageStore | None:
+        """The pages of layers that keep a window."""
+        return next((store for store in self._stores if store.windowed), None)
+
+    def of(self, windowed: bool) -> PageStore:
+        """The pages of a group that there is."""
+        return next(store for store in self._stores if store.windowed is windowed)
+
+    def append(self, stored: Sequence[Tensor]) -> None:
+        """See ``PageStore.append``."""
+        self._each(PageStore.append, stored)
+        self.tokens += stored[0].shape[1]
+
+    def fits_whole(self, tokens: int) -> bool:
+        """Whether ``tokens`` more begin and end where pages do."""
+        return self.tokens % self._page_tokens == 0 and tokens % self._page_tokens == 0
+
+    def append_packed(self, packed: Sequence[Tensor]) -> None:
+        """See ``PageStore.append_packed``."""
+        self._each(PageStore.append_packed, packed)
+        self.tokens += packed[0].shape[1] * self._page_tokens
+
+    def contents(self) -> tuple[UnitContents, ...]:
+        """See ``PageStore.contents``."""
+        found = {}
+        for store, (_, places) in zip(self._stores, self._coder.groups, strict=True):
+            found |= zip(places, store.contents(), strict=False)
+        return tuple(found[place] for place in sorted(found))
+
+    def fill(self, contents: Sequence[UnitContents], device: torch.device) -> None:
+        """See ``PageStore.fill``."""
+        self._each(lambda store, own: store.fill(own, device), contents)
+        self.tokens = max((store.tokens for store in self._stores), default=0)
+
+    def fork(self) -> PageStores:
+        """See ``PageStore.fork``."""
+        fork = PageStores(self._coder)
+        fork._stores, fork.tokens = tuple(store.fork() for store in self._stores), self.tokens
+        return fork
+
+    def crop(self, tokens: int) -> None:
+        """See ``PageStore.crop``."""
+        for store in self._stores:
+            store.crop(tokens)
+        self.tokens = tokens
+
+    def map_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See ``PageStore.map_batch``."""
+        for store in self._stores:
+            store.map_batch(change)
+
+    def _each(self, do: Callable[[PageStore, list[Any]], None], of_units: Sequence[Any]) -> None:
+        """Do something with each store and what its units have of ``of_units``."""
+        for store, (_, places) in zip(self._stores, self._coder.groups, strict=True):
+            do(store, [of_units[place] for place in places] if of_units else [])
+
+
+class Since:
+    """Where windows of the tokens of a pass begin: one object for all layers that keep one.
+
+    Args:
+        first: first token that each token of the pass attends to, int64 ``[B or 1, T]``.
+        largest: a bound of them, known without asking the device.
+    """
+
+    def __init__(self, first: Tensor, largest: int) -> None:
+        self.first, self._largest = first, largest
+        self._applied: tuple[Tensor, int, Tensor, Tensor] | None = None
+
+    def applied(self, paged: PagedPast, freed: int) -> PagedPast:
+        """The past from there on, its tokens counted from the first page that is not freed on."""
+        first, offset = self._counted_from(paged, freed)
+        largest, queries = max(0, paged.largest_first - freed), self.first.shape[1]
+        paged = replace(paged, tokens=paged.tokens - freed, first=first, offset=offset, largest_first=largest)
+        if queries == 1:
+            return replace(paged, largest_first=max(largest, self._largest - freed))
+        return replace(paged, since=self.first - freed, largest_since=max(0, self._largest - freed))
+
+    def _counted_from(self, paged: PagedPast, freed: int) -> tuple[Tensor, Tensor]:
+        """``first``, with the window of a single token, and ``offset``; the same tensors for all layers."""
+        known = self._applied
+        if known is None or known[0] is not paged.offset or known[1] != freed:
+            first = paged.first
+            if self.first.shape[1] == 1:
+                first = torch.maximum(first, self.first[:, 0])
+            known = self._applied = (paged.offset, freed, (first - freed).clamp_min(0), paged.offset - freed)
+        return known[2], known[3]
+
+
 class PageViews:
     """One ``PagedPast`` for each layer: the same object from step to step, so that a kernel can tell that nothing changed.
 
@@ -191,7 +340,7 @@ class PageViews:
         self._sinks = sinks
         self._known: dict[int, tuple[tuple[object, ...], PagedPast]] = {}
         self._first: tuple[Tensor, Tensor] | None = None
-        self._shown: tuple[FinerPages, int, Tensor | None] | None = None
+        self._shown: tuple[FinerPages, tuple[int, int], Tensor | None] | None = None
 
     def of(
         self,
@@ -201,9 +350,10 @@ class PageViews:
         coder: PageCoder,
         rotary: RotaryTable | None,
         finer: FinerPages,
+        since: Since | None = None,
     ) -> PagedPast:
-        """All pages, as attention of a coded layer reads them."""
-        key = (pages.tokens, pages.arenas, state.padding, state.offset, coder, rotary, finer)
+        """All pages, as attention of a coded layer reads them; in a layer with a window, those from ``since`` on."""
+        key = (pages.tokens, pages.arenas, state.padding, state.offset, coder, rotary, finer, since)
         known = self._known.get(layer)
         if known is not None and all(map(operator.is_, known[0], key)):
             return known[1]
@@ -218,6 +368,8 @@ class PageViews:
             rotary=rotary,
             shown=self._shown_tokens(finer, pages),
         )
+        if since is not None:
+            paged = since.applied(paged, pages.freed_tokens)
         self._known[layer] = (key, paged)
         return paged
 
@@ -227,9 +379,9 @@ class PageViews:
 
     def _shown_tokens(self, finer: FinerPages, pages: PageStore) -> Tensor | None:
         """Tokens of each page that are read from its codes; one tensor for all layers."""
-        count = pages.allocated_pages
-        if self._shown is None or self._shown[0] is not finer or self._shown[1] != count:
-            self._shown = (finer, count, finer.shown_tokens(count))
+        given = pages.allocated_pages, pages.freed_pages
+        if self._shown is None or self._shown[0] is not finer or self._shown[1] != given:
+            self._shown = (finer, given, finer.shown_tokens(*given))
         return self._shown[2]
 
     def _first_read(self, padding: Tensor) -> Tensor:

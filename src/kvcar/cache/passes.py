@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from .coder import Host
 from .decoded import DecodedPast
 from .encode import encode_oldest, stored_plainly, without_lost
 from .finer import FinerPages
-from .layer import CodedLayer, CodedStateLayer, state_options
-from .pages import PageStore, PageViews
-from .sequence import SequenceState, exact_mask, is_causal_mask, sink_places
+from .layer import CodedLayer, CodedStateLayer, mask_sizes, state_options
+from .pages import PageStores, PageViews, Since
+from .sequence import AttendedWindow, SequenceState, exact_mask, is_causal_mask, sink_places
 
 _log = logging.getLogger("kvcar")
 
@@ -109,7 +110,7 @@ class PassCache(Cache):
             self._take_own_layers(host)
             coder = host.coder(self.bundle)
             self._state = SequenceState(batch, coder.device)
-            self._pages = PageStore(coder.units, coder.layout.page_bytes, self.plan.page_tokens)
+            self._pages = PageStores(coder)
             self._finer = FinerPages.none(batch, self.plan.page_tokens, coder.device)
         if len(self._state.padding) != batch:
             raise CacheStateError(
@@ -120,7 +121,7 @@ class PassCache(Cache):
         self._next_state = state
         self._pass_tokens = tokens
         self.backend = backend_for(state.padding.device)
-        self._mask, self._mask_known, self._mask_given = None, False, None
+        self._forget_masks()
         for layer in self._coded.values():
             layer.open = True
 
@@ -144,7 +145,8 @@ class PassCache(Cache):
         self._seen += self._pass_tokens
         for layer in self._coded.values():
             layer.open = False
-        self._mask, self._mask_known, self._mask_given = None, False, None
+        self._forget_masks()
+        self._free_passed_pages()
         self._broken = False
 
     def codes(self, layer: int) -> bool:
@@ -171,23 +173,39 @@ class PassCache(Cache):
                     f"that the cache was given, {own.dtype} {tuple(own.shape)}: this model changes them in between, which a "
                     "compressed cache cannot honour"
                 )
-        self.check_mask(mask)
+        self.check_mask(mask, layer)
 
-    def check_mask(self, mask: Tensor | None) -> None:
-        """Refuse a mask for attention of coded layers that is not causal with left padding; looks at each mask once a pass.
+    def check_mask(self, mask: Tensor | None, layer: int) -> None:
+        """Refuse a mask for attention of a coded layer that is not causal with left padding; looks at each mask once a pass.
 
         Raises:
             UnsupportedModelError: it hides other tokens, or adds to scores.
         """
         assert self._next_state is not None
-        if mask is None or mask is self._mask_given:
+        window = self._window if self.plan.is_windowed(layer) else None
+        total, given = self._seen + self._pass_tokens, self._masks_given.get(window)
+        if mask is None:
+            self._refuse_no_mask(layer, window)
             return
-        if not is_causal_mask(mask, self._next_state, self._seen, self._pass_tokens):
+        if mask is given:
+            return
+        if not is_causal_mask(mask, self._next_state, self._seen, self._pass_tokens, window):
+            to = f"all {total} tokens" if window is None else f"{_in_words(window)} of {total}"
             raise UnsupportedModelError(
-                f"the mask that attention is given, {mask.dtype} {tuple(mask.shape)}, is not that of causal attention to all "
-                f"{self._seen + self._pass_tokens} tokens but padding, which is all that a compressed cache can honour"
+                f"the mask that attention of layer {layer} is given, {mask.dtype} {tuple(mask.shape)}, is not that of causal "
+                f"attention to {to} but padding, which is all that a compressed cache can honour"
             )
-        self._mask_given = mask
+        self._masks_given[window] = mask
+
+    def _refuse_no_mask(self, layer: int, window: AttendedWindow | None) -> None:
+        """Without a mask a single token sees a window that slides, as the model's own cache keeps no more; nothing else hides tokens."""
+        if window is None or self._seen + self._pass_tokens <= window.tokens:
+            return
+        if self._pass_tokens > 1 or window.chunked:
+            raise UnsupportedModelError(
+                f"attention of layer {layer} is given no mask, though it attends to {_in_words(window)}; a compressed cache cannot "
+                "tell what it is to see"
+            )
 
     def layer_of(self, key: Tensor, value: Tensor) -> int | None:
         """Which coded layer gave ``key`` and ``value`` in the pass under way; another layer may attend with them too."""
@@ -211,12 +229,15 @@ class PassCache(Cache):
     def past(self, layer: int) -> tuple[ExactPast, PagedPast | None]:
         """Give what queries of a coded layer attend to in the pass under way."""
         assert self._next_state is not None
-        exact = self._coded[layer].exact(self._exact_mask())
+        windowed = self.plan.is_windowed(layer)
+        exact = self._coded[layer].exact(self._exact_mask(windowed))
         assert self._pages is not None
         if self._pages.tokens == 0:
             return exact, None
         paged = self._paged(layer, self._next_state)
-        if self._decoded is not None:
+        if paged.tokens == 0:  # of a layer whose window has passed all pages
+            return exact, None
+        if self._decoded is not None and not windowed:
             return self._decoded.extend(layer, exact.joined(), paged), None
         return exact, paged
 
@@ -251,7 +272,7 @@ class PassCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of the mask that transformers would build."""
         if torch.compiler.is_compiling() and layer_idx in self._coded:
-            return self._seen + query_length, 0
+            return mask_sizes(self._seen, query_length, self._coded[layer_idx].sliding_window)
         return super().get_mask_sizes(query_length, layer_idx)
 
     # Inside
@@ -259,8 +280,8 @@ class PassCache(Cache):
     def _new_layer(self, layer: int) -> CodedLayer | DynamicLayer:
         geometry = self.plan.geometry
         if layer in self.plan.coded_layers:
-            return CodedLayer(self.plan.sinks)
-        if layer in geometry.sliding_layers:
+            return CodedLayer(self.plan.sinks, self._sliding_window(layer))
+        if layer in geometry.sliding_layers or layer in geometry.windowed_layers:
             return DynamicSlidingWindowLayer(sliding_window=geometry.sliding_window)
         return DynamicLayer()
 
@@ -271,8 +292,11 @@ class PassCache(Cache):
             self.layers[layer] = layers[layer]
         for layer in self._coded:
             if is_state(layers[layer]):
-                own = CodedStateLayer(self.plan.sinks, **state_options(layers[layer]))
+                own = CodedStateLayer(self.plan.sinks, self._sliding_window(layer), **state_options(layers[layer]))
                 self.layers[layer] = self._coded[layer] = own
+
+    def _sliding_window(self, layer: int) -> int:
+        return self.plan.geometry.sliding_window if self.plan.is_windowed(layer) else 0
 
     def _coded_layer(self, layer: int) -> CodedLayer:
         coded = self.layers[layer]
@@ -292,14 +316,19 @@ class PassCache(Cache):
         self._pass_tokens = 0
         self._state: SequenceState | None = None
         self._next_state: SequenceState | None = None
-        self._pages: PageStore | None = None
+        self._pages: PageStores | None = None
         self._finer: FinerPages | None = None
         self._decoded = DecodedPast() if self._keeps_decoded else None
-        self._views = PageViews(self.plan.sinks)
-        self._mask: Tensor | None = None
-        self._mask_known = False
-        self._mask_given: Tensor | None = None
+        self._views = {windowed: PageViews(self.plan.sinks) for windowed in (False, True)}
+        self._window_finer: tuple[FinerPages, int, FinerPages] | None = None
+        self._forget_masks()
         self._broken = False
+
+    def _forget_masks(self) -> None:
+        """At the beginning and end of a pass: what attention sees exactly, where windows begin, and which masks were looked at."""
+        self._masks: dict[bool, Tensor | None] = {}
+        self._pass_since: Since | None = None
+        self._masks_given: dict[AttendedWindow | None, Tensor] = {}
 
     def _refuse_if_broken(self) -> None:
         if self._broken:
@@ -371,22 +400,89 @@ class PassCache(Cache):
                 limit,
             )
         places = sink_places(self._state, start, leave, self.plan.sinks)
-        for coded in self._coded.values():
-            coded.store(leave, places, coder.dtype, self._finer.tokens, writes)
+        for layer, coded in self._coded.items():
+            own, passed = self._finer_of(layer), 0
+            if own.pages != self._finer.pages:
+                passed = self._finer.tokens - own.tokens
+            moved = [replace(write, place=write.place - passed) for write in writes] if passed else writes
+            coded.store(leave, places, coder.dtype, own.tokens, moved)
+
+    def _finer_of(self, layer: int) -> FinerPages:
+        """The finer pages that a layer keeps: all, or those that its window has not passed."""
+        assert self._finer is not None
+        assert self._pages is not None
+        store = self._pages.windowed
+        if store is None or not self.plan.is_windowed(layer):
+            return self._finer
+        known = self._window_finer
+        if known is None or known[0] is not self._finer or known[1] != store.freed_pages:
+            known = (self._finer, store.freed_pages, self._finer.from_page(store.freed_pages))
+            self._window_finer = known
+        return known[2]
+
+    def _free_passed_pages(self) -> None:
+        """Free the pages of layers with a window that no later token attends to, unless tokens may be taken back."""
+        store = None if self._pages is None else self._pages.windowed
+        layers = [layer for layer in self._coded if self.plan.is_windowed(layer)]
+        if store is None or not layers or any(self._coded[layer].record_past for layer in layers):
+            return
+        pages = min(self._first_needed(self._seen), store.tokens) // self.plan.page_tokens
+        if pages <= store.freed_pages:
+            return
+        assert self._state is not None
+        with stored_plainly(self._state.padding.device):
+            before = self._finer_of(layers[0]).tokens
+            store.free(pages)
+            for layer in layers:
+                self._coded[layer].drop_finer(before - self._finer_of(layer).tokens)
+        self._views[True].forget()
+
+    def _first_needed(self, tokens: int) -> int:
+        """First token that a token after ``tokens`` others attends to in layers with a window, in any sequence."""
+        assert self._state is not None
+        next_token = torch.tensor([tokens], device=self._state.padding.device)
+        return max(0, int(self._window.since(next_token, self._state.padding).min()))
+
+    @property
+    def _window(self) -> AttendedWindow:
+        geometry = self.plan.geometry
+        return AttendedWindow(geometry.sliding_window, geometry.chunked)
+
+    def _since(self) -> Since | None:
+        """Where windows of the tokens of this pass begin; None where they all reach back to the first token."""
+        assert self._next_state is not None
+        total = self._seen + self._pass_tokens
+        if total <= self._window.tokens:
+            return None
+        if self._pass_since is None:
+            device = self._next_state.padding.device
+            first = self._window.since(torch.arange(self._seen, total, device=device), self._next_state.padding)
+            largest = total - 1 if self._window.chunked else total - self._window.tokens
+            self._pass_since = Since(first, largest)
+        return self._pass_since
 
     def _paged(self, layer: int, state: SequenceState) -> PagedPast:
         """All pages, as attention of a coded layer reads them."""
         assert self._host is not None
         assert self._pages is not None
         assert self._finer is not None
-        coder, rotary = self._host.coder(self.bundle), self._host.rotary(layer)
-        return self._views.of(layer, self._pages, state, coder, rotary, self._finer)
+        coder, rotary, windowed = self._host.coder(self.bundle), self._host.rotary(layer), self.plan.is_windowed(layer)
+        given = self._pages.of(windowed), state, coder, rotary, self._finer_of(layer)
+        return self._views[windowed].of(layer, *given, self._since() if windowed else None)
 
-    def _exact_mask(self) -> Tensor | None:
-        """Mask over what attention sees exactly; the same for all layers of a pass, so built once."""
+    def _exact_mask(self, windowed: bool) -> Tensor | None:
+        """Mask over what attention sees exactly; the same for all layers of a group in a pass, so built once."""
         assert self._next_state is not None
         assert self._pages is not None
-        if not self._mask_known:
-            given = (self._seen, self._pages.tokens, self._pass_tokens, self.plan.sinks, self._finer)
-            self._mask, self._mask_known = exact_mask(self._next_state, *given), True
-        return self._mask
+        if windowed not in self._masks:
+            since = self._since() if windowed else None
+            finer = self._finer
+            if windowed and self._pages.windowed is not None and finer is not None:
+                finer = finer.from_page(self._pages.windowed.freed_pages)
+            given = (self._seen, self._pages.tokens, self._pass_tokens, self.plan.sinks, finer)
+            self._masks[windowed] = exact_mask(self._next_state, *given, since=None if since is None else since.first)
+        return self._masks[windowed]
+
+
+def _in_words(window: AttendedWindow) -> str:
+    return f"{'a chunk' if window.chunked else 'the last'} of {window.tokens:,} tokens".replace("last of", "last")

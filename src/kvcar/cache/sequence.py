@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,30 @@ from .finer import FinerPages
 
 _NEVER = torch.iinfo(torch.int64).max
 _MASK_ELEMENTS_AT_ONCE = 1 << 22
+
+
+class AttendedWindow(NamedTuple):
+    """What layers attend to that keep a window of the past.
+
+    Attributes:
+        tokens: of the window.
+        chunked: whether windows follow each other from the first token that is no padding on, instead of sliding.
+    """
+
+    tokens: int
+    chunked: bool
+
+    def since(self, index: Tensor, padding: Tensor) -> Tensor:
+        """First token that each token ``index`` int64 ``[T]`` attends to, int64 ``[B or 1, T]``; may be below 0.
+
+        Args:
+            index: tokens, counted with padding.
+            padding: tokens of padding of each sequence, int64 ``[B]``.
+        """
+        if self.chunked:
+            own = index - padding[:, None]
+            return own // self.tokens * self.tokens + padding[:, None]
+        return index[None] - (self.tokens - 1)
 
 
 class SequenceState:
@@ -159,7 +184,13 @@ def _kept(old: Tensor, new: Tensor) -> Tensor:
 
 
 def exact_mask(
-    state: SequenceState, seen: int, paged: int, tokens: int, sinks: int, finer: FinerPages | None = None
+    state: SequenceState,
+    seen: int,
+    paged: int,
+    tokens: int,
+    sinks: int,
+    finer: FinerPages | None = None,
+    since: Tensor | None = None,
 ) -> Tensor | None:
     """Mask over sinks and finer pages (once pages exist), window and the pass under way.
 
@@ -168,39 +199,57 @@ def exact_mask(
         seen: tokens of earlier passes; paged: those of them that lie in pages; tokens: those of this pass.
         sinks: first tokens of each sequence that stay exact.
         finer: the pages whose tokens do.
+        since: first token that each query of this pass attends to, int64 ``[B or 1, T]``; None for all of the past.
 
     Returns:
         bool ``[B or 1, 1, T, S]``, True where a query may attend, or None where every query may attend to everything.
     """
     settled, finer = state.padding_most + sinks, finer if finer is not None and finer.pages else None
-    if finer is None and tokens == 1 and (paged >= settled or (paged == 0 and state.padding_most == 0)):
+    if (
+        finer is None
+        and since is None
+        and tokens == 1
+        and (paged >= settled or (paged == 0 and state.padding_most == 0))
+    ):
         return None
     device, total = state.padding.device, seen + tokens
     index = torch.arange(paged, total, device=device)
     query = torch.arange(seen, total, device=device)
     visible = (index[None, :] <= query[:, None]) & (index >= state.padding[:, None])[:, None, :]
+    if since is not None:
+        visible = visible & (index >= since[..., None])
     if paged:
         sink = state.padding[:, None] + torch.arange(sinks, device=device)
         before = sink < paged
         if finer is not None:
             before = torch.cat([before, finer.visible(state.padding + sinks, paged)], dim=-1)
-        visible = torch.cat([before[:, None].expand(-1, tokens, -1), visible.expand(len(sink), -1, -1)], dim=-1)
+            sink = torch.cat([sink, finer.token_index().expand(len(sink), -1)], dim=-1)
+        before = before[:, None].expand(-1, tokens, -1)
+        if since is not None:
+            before = before & (sink[:, None] >= since[..., None])
+        visible = torch.cat([before, visible.expand(len(sink), -1, -1)], dim=-1)
     return visible[:, None]
 
 
-def is_causal_mask(mask: Tensor, state: SequenceState, seen: int, tokens: int) -> bool:
+def is_causal_mask(
+    mask: Tensor, state: SequenceState, seen: int, tokens: int, window: AttendedWindow | None = None
+) -> bool:
     """Whether a mask shows every token that is no padding exactly itself and all tokens before it that are none.
 
     Args:
         mask: ``[B or 1, H or 1, T, S]``: bool, True where a query may attend, or 0 there and the dtype's lowest elsewhere.
         state: of the pass under way.
         seen: tokens of earlier passes; tokens: those of this pass.
+        window: which of the tokens before it a token attends to, where not to all; the mask may then leave out the oldest ones.
     """
     batch, total, device = len(state.padding), seen + tokens, state.padding.device
-    if mask.ndim != 4 or mask.shape[2:] != (tokens, total) or mask.shape[0] not in (1, batch):
+    shown_tokens = total if window is None else min(total, window.tokens - 1 + tokens)
+    if mask.ndim != 4 or mask.shape[2] != tokens or mask.shape[0] not in (1, batch):
+        return False
+    if not shown_tokens <= mask.shape[3] <= total:
         return False
     index, right = torch.arange(total, device=device), torch.ones((), dtype=torch.bool, device=device)
-    query = index[seen:]
+    query, index = index[seen:], index[total - mask.shape[3] :]
     rows = max(1, _MASK_ELEMENTS_AT_ONCE // (mask.shape[1] * tokens * total))
     for start in range(0, batch, rows):
         own = mask if mask.shape[0] == 1 else mask[start : start + rows]
@@ -209,6 +258,8 @@ def is_causal_mask(mask: Tensor, state: SequenceState, seen: int, tokens: int) -
             right &= (shown | (own <= torch.finfo(own.dtype).min / 2)).all()
         padding = state.padding[start : start + rows, None]
         expected = (index <= query[:, None]) & (index >= padding)[:, None, :]
+        if window is not None:
+            expected = expected & (index >= window.since(query, padding[:, 0])[..., None])
         right &= ((shown == expected[:, None]) | (query < padding)[:, None, :, None]).all()
     return bool(right)
 

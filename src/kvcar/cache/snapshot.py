@@ -13,7 +13,8 @@ from ..errors import CacheStateError
 from .cache import KVCarCache
 from .coder import PageCoder, UnitContents
 from .finer import FinerPages
-from .pages import PageStore
+from .layer import CodedLayer
+from .pages import PageStores
 from .passes import is_state
 from .sequence import SequenceState
 
@@ -59,7 +60,7 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
         or len({geometry.elements_of(layer) for layer in range(geometry.layers)}) > 1
     ):
         raise CacheStateError(
-            f"layers {list(geometry.own_layers or geometry.sliding_layers)} keep a state of the model's own kind, or heads of another "
+            f"layers {list(geometry.own_layers or geometry.sliding_layers or geometry.windowed_layers)} keep a state of the model's own kind, or heads of another "
             "shape, which a stored context has no place for; keep the cache in memory (cache.fork() shares its pages)"
         )
     source = cache if keep_window else _flushed(cache)
@@ -78,7 +79,7 @@ def contents_of(cache: KVCarCache, keep_window: bool) -> CacheContents:
         padding=cache._state.padding,
         offset=cache._state.offset,
         units=source._pages.contents(),
-        exact={index: layer.kept() for index, layer in source._coded.items()},
+        exact={index: _with_passed(layer, source._finer.tokens) for index, layer in source._coded.items()},
         plain=plain,
         finer=source._finer,
     )
@@ -91,7 +92,7 @@ def cache_of(contents: CacheContents, bundle: Bundle, coder: PageCoder, window: 
     cache._state.padding, cache._state.offset = contents.padding.to(device), contents.offset.to(device)
     cache._state.padding_most = int(contents.padding.max())
     cache._seen = contents.tokens
-    cache._pages = PageStore(coder.units, coder.layout.page_bytes, cache.plan.page_tokens)
+    cache._pages = PageStores(coder)
     cache._pages.fill(contents.units, device)
     cache._finer = contents.finer.mapped(lambda table: table.to(device))
     for index, (keys, values) in contents.exact.items():
@@ -103,6 +104,7 @@ def cache_of(contents: CacheContents, bundle: Bundle, coder: PageCoder, window: 
         layer.keys, layer.values = keys.to(device), values.to(device)
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length = contents.tokens
+    cache._free_passed_pages()
     return cache
 
 
@@ -111,6 +113,20 @@ def _flushed(cache: KVCarCache) -> KVCarCache:
     fork = cache.fork()
     fork.flush_window()
     return fork
+
+
+def _with_passed(layer: CodedLayer, finer: int) -> KeysValues:
+    """What a layer keeps exactly, with room for all ``finer`` tokens of finer pages: 0 for those that its window has passed."""
+    keys, values = layer.kept()
+    passed = finer - layer.finer
+    if not passed:
+        return keys, values
+    start = layer.sinks
+    sides = (
+        torch.cat([x[:, :, :start], x.new_zeros(*x.shape[:2], passed, x.shape[3]), x[:, :, start:]], 2)
+        for x in (keys, values)
+    )
+    return next(sides), next(sides)
 
 
 def _plain_kept(layer: DynamicLayer) -> KeysValues:

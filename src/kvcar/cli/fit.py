@@ -206,6 +206,7 @@ def _fit(
 
 def _report(bundle: Bundle, model: str, output: Path) -> None:
     """Print what was written, what it costs, and what to do with it."""
+    from ..bundle import windows_in_words
     from ..sizes import codecs_in_words, size_in_words, stored_bytes
     from .console import out
 
@@ -219,9 +220,8 @@ def _report(bundle: Bundle, model: str, output: Path) -> None:
         compared = f"; plans compared on {2 * bundle.fit.context:,} more" if "profile" in bundle.fit.options else ""
         out.print(f"fitted on {bundle.fit.tokens:,} tokens of {bundle.fit.text}{compared}", highlight=False)
     out.print(codecs_in_words(bundle.plan, bundle.codec_bytes), highlight=False)
-    if geometry.sliding_layers:
-        sliding = len(geometry.sliding_layers)
-        out.print(f"{sliding} of {geometry.layers} layers attend to a sliding window and stay exact")
+    for line in windows_in_words(geometry):
+        out.print(line, highlight=False)
     if found := figures.get("held_out"):
         out.print(
             f"on {found['tokens']:,} tokens of held-out text: KL divergence {found['kl_divergence']:.5f} nats per token, same "

@@ -65,6 +65,7 @@ def inspect(
 
 
 def _print_head(bundle: Bundle) -> None:
+    from ..bundle import windows_in_words
     from ..sizes import REFERENCE_TOKENS, codecs_in_words, size_in_words, stored_bytes
 
     plan, fit = bundle.plan, bundle.fit
@@ -82,8 +83,8 @@ def _print_head(bundle: Bundle) -> None:
     )
     if (limit := plan.cache.page_cost_limit) is not None:
         out.print(f"pages that would cost more than {limit:.4f} nats a token are kept exactly", highlight=False)
-    if plan.geometry.sliding_layers:
-        out.print(f"sliding-window layers, kept exact: {len(plan.geometry.sliding_layers)} of {plan.geometry.layers}")
+    for line in windows_in_words(plan.geometry):
+        out.print(line, highlight=False)
 
 
 def _print_plan(bundle: Bundle) -> None:

@@ -30,7 +30,9 @@ _LEVEL = 9  # of zstandard; higher ones gain nothing on mantissas
 
 def code_bits(plan: Plan) -> list[int]:
     """List the bits of every column of the part ``codes``: packed latents of all blocks, side by side."""
-    groups = [group for block in plan.blocks for group in block.groups if group.bits != RAW_BITS]
+    # In the order in which pages of layers that keep everything, and then of those that keep a window, have them.
+    blocks = sorted(plan.blocks, key=lambda block: plan.is_windowed(block.slots[0].layer))
+    groups = [group for block in blocks for group in block.groups if group.bits != RAW_BITS]
     return [group.bits for group in groups for _ in range(group.count)]
 
 
@@ -47,7 +49,7 @@ def specs_of(coder: PageCoder, model_dtype: torch.dtype, header: ContextHeader) 
     for index, unit in enumerate(coder.units):
         shapes[f"raw.{index}"] = (_raw_dtype(unit.unit, coder.dtype), (batch, paged, _raw_width(unit.unit)))
     for layer in sorted(set(range(geometry.layers)) - set(plan.coded_layers)):
-        kept = min(tokens, geometry.sliding_window - 1) if layer in geometry.sliding_layers else tokens
+        kept = geometry.kept_tokens(layer, tokens)
         shapes[f"plain.{layer}"] = (model_dtype, (2, batch, heads, kept, dim))
     return {name: _spec(name, dtype, shape) for name, (dtype, shape) in shapes.items() if prod(shape)}
 

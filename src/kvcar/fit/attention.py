@@ -32,6 +32,7 @@ def compressed_attention(
     scaling: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    hidden: Tensor | None = None,
 ) -> Tensor:
     """Causal attention output ``[B, Hq, T, D]`` in the query's dtype.
 
@@ -43,6 +44,7 @@ def compressed_attention(
         scaling: factor on the scores.
         softcap: scores become ``softcap * tanh(score / softcap)`` where given.
         sinks: ``[Hq]``, one more score for each query head that no value belongs to, where given.
+        hidden: which query (row) does not see which token, bool ``[T, T]``; None for later ones alone.
     """
     batch, query_heads, tokens, head_dim = query.shape
     heads = exact[0].shape[1]
@@ -60,8 +62,8 @@ def compressed_attention(
         scores = torch.where(exactly, q @ keys.transpose(-1, -2), scores)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    later = torch.ones_like(exactly).triu(1)
-    weights = softmax_with_sinks(scores.masked_fill_(later, -torch.inf), sinks)
+    hidden = torch.ones_like(exactly).triu(1) if hidden is None else hidden
+    weights = softmax_with_sinks(scores.masked_fill_(hidden, -torch.inf), sinks)
     output = weights @ decoded_values
     if single:
         output = output + weights.diagonal(dim1=-2, dim2=-1)[..., None] * (values - decoded_values)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FitError
+from ..geometry import KVGeometry
 from ..plan import BitGroup, Plan
 from ..sizes import REFERENCE_TOKENS, stored_bytes
 
@@ -23,8 +24,13 @@ _PRICE_SEARCHES = 50
 T = TypeVar("T")
 
 
+def kept_share(geometry: KVGeometry, layer: int) -> float:
+    """Share of ``REFERENCE_TOKENS`` tokens that a layer keeps: a bit of one that keeps a window costs so much less."""
+    return geometry.kept_tokens(layer, REFERENCE_TOKENS) / REFERENCE_TOKENS
+
+
 def bits_for(plan: Plan, target: float, model_bytes: int) -> int:
-    """Bits per token that blocks may spend in all so that the cache is ``target`` times smaller.
+    """Bits per token that blocks may spend in all so that the cache is ``target`` times smaller, each times its ``kept_share``.
 
     Args:
         plan: sinks, window, pages and exact slots as they will be; its blocks say which slots are coded, and their
@@ -39,7 +45,8 @@ def bits_for(plan: Plan, target: float, model_bytes: int) -> int:
     budget = geometry.full_bytes(REFERENCE_TOKENS) / target
     fixed = stored_bytes(_with_bits(plan, 0), REFERENCE_TOKENS, model_bytes)
     one = stored_bytes(_with_bits(plan, 8), REFERENCE_TOKENS, model_bytes) - fixed
-    latents = sum(len(b.slots) for b in plan.blocks) * geometry.head_dim
+    shares = [kept_share(geometry, block.slots[0].layer) for block in plan.blocks]
+    latents = sum(len(b.slots) * share for b, share in zip(plan.blocks, shares, strict=True)) * geometry.head_dim
     # Padding of a page's segments to whole 16 bytes is the only part that is not proportional.
     spare = 16 * 8 * len(plan.blocks) / plan.page_tokens
     bits = int((budget - fixed) / one * 8 * latents - spare)
@@ -62,32 +69,41 @@ def _with_bits(plan: Plan, bits: int) -> Plan:
     return plan.model_copy(update={"blocks": tuple(blocks)})
 
 
-def allocate_bits(variances: Sequence[Tensor], budget_bits: int) -> list[Tensor]:
+def allocate_bits(
+    variances: Sequence[Tensor], budget_bits: int, kept_shares: Sequence[float] | None = None
+) -> list[Tensor]:
     """Bits 0 to 8, int64, for every latent of several groups that share a budget.
 
     Args:
         variances: weighted variance of each latent, one tensor ``[R]`` per group; weights say what an error costs.
         budget_bits: bits per token to spend on all groups together; never exceeded.
+        kept_shares: what a bit of each group counts; None for 1.
     """
     sizes = [len(v) for v in variances]
-    flat = torch.cat([v.double() for v in variances])
+    flat, shares = torch.cat([v.double() for v in variances]), _of_latents(kept_shares, sizes)
     steps = torch.tensor(DISTORTION, dtype=torch.float64)
-    gains = flat[:, None] * (steps[:-1] - steps[1:])
-    budget = min(max(budget_bits, 0), gains.numel())
-    bits = torch.zeros(len(flat), dtype=torch.int64)
-    if budget:
-        order = torch.argsort(gains.flatten(), descending=True, stable=True)[:budget]
-        bits += torch.bincount(order // gains.shape[1], minlength=len(flat))
+    gains = flat[:, None] * (steps[:-1] - steps[1:]) / shares[:, None]
+    order = torch.argsort(gains.flatten(), descending=True, stable=True)
+    spent = shares[order // gains.shape[1]].cumsum(0)
+    order = order[spent <= max(budget_bits, 0) + 1e-6]
+    bits = torch.bincount(order // gains.shape[1], minlength=len(flat))
     return list(torch.split(bits, sizes))
 
 
-def bits_at_price(variances: Tensor, price: float, latent_cost: Tensor | float = 0.0) -> Tensor:
+def _of_latents(each: Sequence[float] | None, sizes: Sequence[int]) -> Tensor:
+    """A number of every group for each of its latents, float64; 1 where there is none."""
+    numbers = [1.0] * len(sizes) if each is None else each
+    return torch.cat([torch.full((n,), own, dtype=torch.float64) for n, own in zip(sizes, numbers, strict=True)])
+
+
+def bits_at_price(variances: Tensor, price: Tensor | float, latent_cost: Tensor | float = 0.0) -> Tensor:
     """Bits 0 to 8, int64 ``[R]``, of latents whose error costs half their variance times the quantiser's distortion.
 
     ``latent_cost`` is what a latent costs that has any bits at all.
     """
     steps = torch.tensor(DISTORTION, dtype=torch.float64)
-    costs = 0.5 * variances.double()[:, None] * steps + price * torch.arange(len(steps))
+    own = price[:, None] if isinstance(price, Tensor) else price
+    costs = 0.5 * variances.double()[:, None] * steps + own * torch.arange(len(steps))
     costs[:, 1:] += latent_cost[:, None] if isinstance(latent_cost, Tensor) else latent_cost
     return costs.argmin(1)
 
@@ -97,13 +113,14 @@ def error_of(variances: Tensor, bits: Tensor) -> float:
     return 0.5 * float((variances.double() * torch.tensor(DISTORTION, dtype=torch.float64)[bits]).sum())
 
 
-def price_for(variances: Sequence[Tensor], budget_bits: float) -> float:
-    """Price of a bit at which latents of all blocks together take about ``budget_bits``."""
-    flat = torch.cat([v.double() for v in variances])
+def price_for(variances: Sequence[Tensor], budget_bits: float, kept_shares: Sequence[float] | None = None) -> float:
+    """Price of a bit at which latents of all blocks together take about ``budget_bits``, each bit times its ``kept_share``."""
+    flat, shares = torch.cat([v.double() for v in variances]), _of_latents(kept_shares, [len(v) for v in variances])
     steps = torch.tensor(DISTORTION, dtype=torch.float64)
-    gains = (0.5 * flat[:, None] * (steps[:-1] - steps[1:])).flatten()
-    kept = min(max(int(budget_bits), 1), len(gains))
-    return float(gains.topk(kept).values[-1])
+    gains, order = (0.5 * flat[:, None] * (steps[:-1] - steps[1:]) / shares[:, None]).flatten().sort(descending=True)
+    spent = shares[order // (len(steps) - 1)].cumsum(0)
+    kept = int((spent <= max(int(budget_bits), 1) + 1e-6).sum())
+    return float(gains[max(kept, 1) - 1])
 
 
 def lowest_price(at: Callable[[float], tuple[T, float]], budget: float | None, highest: float = 1.0) -> T:
@@ -124,6 +141,7 @@ def allocate_priced_bits(
     flops_per_latent: Sequence[float],
     budget_bits: int,
     flops_budget: float | None,
+    kept_shares: Sequence[float] | None = None,
 ) -> list[Tensor]:
     """Bits 0 to 8, int64, for every latent of several blocks that share budgets of bits and of FLOPs per token.
 
@@ -133,19 +151,18 @@ def allocate_priced_bits(
             weighed, and not part of the budget.
         flops_per_latent: what such a latent costs.
         budget_bits, flops_budget: never exceeded, unless even one bit in all takes more FLOPs; None for no limit on those.
+        kept_shares: what a bit of each block counts; None for 1.
     """
     flat = torch.cat([v.double() for v in variances])
-    rows, flops = (
-        torch.cat([torch.full((len(v),), c, dtype=torch.float64) for v, c in zip(variances, costs, strict=True)])
-        for costs in (codec_bits, flops_per_latent)
-    )
+    sizes = [len(v) for v in variances]
+    rows, flops, shares = (_of_latents(each, sizes) for each in (codec_bits, flops_per_latent, kept_shares))
 
     def at(flops_price: float) -> tuple[Tensor, float]:
         def bits_at(price: float) -> tuple[Tensor, float]:
-            bits = bits_at_price(flat, price, flops_price * flops + price * rows)
-            return bits, float(bits.sum())
+            bits = bits_at_price(flat, price * shares, flops_price * flops + price * rows)
+            return bits, float((bits * shares).sum())
 
-        bits = lowest_price(bits_at, budget_bits, highest=float(flat.max()))
+        bits = lowest_price(bits_at, budget_bits, highest=float((flat / shares).max()))
         return bits, float(flops[bits > 0].sum())
 
     return list(lowest_price(at, flops_budget).split([len(v) for v in variances]))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import FitError, InputError, require
-from ..geometry import BFLOAT16_BYTES, KINDS, KVGeometry
+from ..geometry import BFLOAT16_BYTES, KVGeometry
 from .codecs import budget_for
 from .options import FitOptions
-from .partition import given_partition, longest_run
+from .partition import given_partition, longest_run, widest_blocks
 from .search import empty_plan
 
 CONTEXT = 1024
@@ -46,7 +46,7 @@ def check_size(geometry: KVGeometry, options: FitOptions, model_bytes: int) -> N
     if options.lossless:
         return
     if options.structure is None:
-        blocks = [tuple(geometry.slots(kind)) for kind in KINDS]
+        blocks = widest_blocks(geometry)
     else:
         blocks = given_partition(geometry, options.structure)
     if blocks and options.max_kl is None:

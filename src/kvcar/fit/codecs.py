@@ -16,7 +16,7 @@ from ..progress import OnProgress
 from ..registry import Registry
 from .autoencoder import train_autoencoder
 from .basis import Basis, fit_quantizer, groups_of, linear8_codec, linear_codec
-from .bits import allocate_bits, allocate_priced_bits, bits_for, error_of, share_latents
+from .bits import allocate_bits, allocate_priced_bits, bits_for, error_of, kept_share, share_latents
 from .options import FitOptions, Structure
 from .partition import flops_budget, flops_per_latent, row_bits
 from .statistics import Statistics
@@ -118,14 +118,14 @@ def bits_of(plan: Plan, variances: Sequence[Tensor], budget: Budget, options: Fi
     if budget.latents is not None:
         shares = _shared_latents(variances, budget.latents, options)
         return [_first_latents(len(v), n, options) for v, n in zip(variances, shares, strict=True)]
-    limits = options.limits
+    limits, shares = options.limits, [kept_share(plan.geometry, block.slots[0].layer) for block in plan.blocks]
     if limits is None:
-        return allocate_bits(variances, int(budget.bits))
+        return allocate_bits(variances, int(budget.bits), shares)
     rows = [row_bits(len(v), options.tokens_in_memory) for v in variances]
     flops, allowed = [flops_per_latent(plan.geometry, limits, block) for block in plan.blocks], None
     if limits.flops_of == "step" and limits.flops_per_element is not None:
         allowed = flops_budget(plan.geometry, limits)
-    return allocate_priced_bits(variances, rows, flops, int(budget.bits), allowed)
+    return allocate_priced_bits(variances, rows, flops, int(budget.bits), allowed, shares)
 
 
 def _shared_latents(variances: Sequence[Tensor], given: tuple[int, ...], options: FitOptions) -> tuple[int, ...]:

@@ -97,8 +97,7 @@ class EffectProbe(AttentionHook):
             scores.register_hook(hear_keys)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
-        later = torch.ones(tokens, tokens, dtype=torch.bool, device=key.device).triu(1)
-        weights = softmax_with_sinks(scores.masked_fill(later, -torch.inf), sinks)
+        weights = softmax_with_sinks(scores.masked_fill(self.hidden(layer, tokens, key.device), -torch.inf), sinks)
         output = weights @ value.float()[:, :, None]
 
         def hear_values(gradient: Tensor) -> None:

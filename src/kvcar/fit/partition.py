@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..geometry import KINDS, Kind, KVGeometry, Slot
 from ..plan import Block
 from ..progress import OnProgress
-from .bits import bits_at_price, error_of, lowest_price, price_for
+from .bits import bits_at_price, error_of, kept_share, lowest_price, price_for
 from .options import Profile, Structure
 from .statistics import Slots, Statistics
 
@@ -42,11 +42,15 @@ class Run:
 
 
 class Candidate(NamedTuple):
-    """What a run offers: variances of its latents, float ``[W]``, and what each of them costs, in FLOPs and bits per token."""
+    """What a run offers: variances of its latents, float ``[W]``, and what each of them costs, in FLOPs and bits per token.
+
+    ``kept_share``: of a text's tokens that are kept; see ``bits.kept_share``.
+    """
 
     variances: Tensor
     flops_per_latent: float
     codec_bits: float = 0.0
+    kept_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,36 +87,62 @@ def regular_blocks(geometry: KVGeometry, layers_per_block: int, heads_per_block:
     """Blocks of neighbouring layers and heads, keys and values apart; the last ones may be smaller.
 
     Args:
-        geometry: the cache to partition; sliding layers are in no block.
-        layers_per_block: codable layers of a block.
+        geometry: the cache to partition; layers that stay exact are in no block.
+        layers_per_block: codable layers of a block; those that keep a window share none with those that keep everything.
         heads_per_block: KV heads of a block, None for all of a layer.
 
     Raises:
         InputError: a number is not positive, or larger than what the model has.
     """
-    layers = geometry.codable_layers
+    groups = geometry.codable_groups
     heads = geometry.kv_heads if heads_per_block is None else heads_per_block
-    if not layers:
-        raise InputError("every layer of this model attends to a sliding window; there is nothing to compress")
-    if not 1 <= layers_per_block <= len(layers):
-        raise InputError(f"layers per block must be 1 to {len(layers)} for this model, got {layers_per_block}")
+    if not groups:
+        raise InputError(
+            "every layer of this model attends to a short sliding window; what they keep does not grow, so there is nothing to "
+            "compress"
+        )
+    if not 1 <= layers_per_block <= max(map(len, groups)):
+        raise InputError(
+            f"layers per block must be 1 to {max(map(len, groups))} for this model, got {layers_per_block}"
+        )
     if not 1 <= heads <= geometry.kv_heads:
         raise InputError(f"heads per block must be 1 to {geometry.kv_heads} for this model, got {heads}")
     blocks = []
-    for first in range(0, len(layers), layers_per_block):
+    runs = [
+        group[first : first + layers_per_block] for group in groups for first in range(0, len(group), layers_per_block)
+    ]
+    for run in runs:
         for kind in KINDS:
             for head in range(0, geometry.kv_heads, heads):
                 members = range(head, min(head + heads, geometry.kv_heads))
-                blocks.append(
-                    tuple(Slot(layer, h, kind) for layer in layers[first : first + layers_per_block] for h in members)
-                )
+                blocks.append(tuple(Slot(layer, h, kind) for layer in run for h in members))
     return blocks
+
+
+def widest_blocks(geometry: KVGeometry) -> list[Slots]:
+    """One block of each kind for every group of layers that may share some."""
+    return [
+        tuple(slot for slot in geometry.slots(kind) if slot.layer in group)
+        for group in geometry.codable_groups
+        for kind in KINDS
+    ]
 
 
 def longest_run(geometry: KVGeometry, profile: Profile, kinds: int = 1) -> int:
     """Layers of the longest block of one kind that a profile allows, or of both."""
     width = geometry.kv_heads * geometry.head_dim * kinds
-    return max(1, min(len(geometry.codable_layers), profile.widest_elements // width))
+    return max(1, min(max(map(len, geometry.codable_groups), default=0), profile.widest_elements // width))
+
+
+def _order(geometry: KVGeometry) -> tuple[int, ...]:
+    """Layers in the order in which runs are cut: those that may share blocks follow each other."""
+    return tuple(layer for group in geometry.codable_groups for layer in group)
+
+
+def _shares_blocks(geometry: KVGeometry, run: Run) -> bool:
+    """Whether all layers of a run may share a block."""
+    layers = _order(geometry)[run.first : run.first + run.count]
+    return len({layer in geometry.windowed_layers for layer in layers}) == 1
 
 
 def searched_bands(geometry: KVGeometry, profile: Profile) -> tuple[int, int]:
@@ -150,13 +180,15 @@ def _blocks_of(
     on_progress: OnProgress,
 ) -> list[Slots]:
     geometry, kinds = statistics.geometry, len(sharing[0])
-    layers = geometry.codable_layers
+    layers = _order(geometry)
     if profile.flops_per_element is None:
         # Wider never costs more bits, so without a limit on FLOPs the longest even runs are best.
         parts = min(_parts(geometry, profile, kinds))
         runs = [Run(first, 1, parts) for first in range(len(layers))]
         if parts == 1:
-            runs = list(_even_runs(len(layers), longest_run(geometry, profile, kinds)))
+            longest, runs = longest_run(geometry, profile, kinds), []
+            for group in geometry.codable_groups:
+                runs += _even_runs(len(group), longest, sum(run.count for run in runs))
         return [slots for run in runs for own in sharing for slots in _slots(geometry, run, own)]
     runs = _candidate_runs(geometry, profile, kinds)
     sides: list[dict[Run, Candidate]] = []
@@ -165,7 +197,8 @@ def _blocks_of(
         for run in runs:
             variances = torch.cat([statistics.variances(slots) for slots in _slots(geometry, run, own)])
             row = row_bits(len(variances) // run.parts, memory_tokens)
-            side[run] = Candidate(variances, _flops_per_latent(geometry, profile, run, own), row)
+            share = kept_share(geometry, layers[run.first])
+            side[run] = Candidate(variances, _flops_per_latent(geometry, profile, run, own), row, share)
             on_progress("try blocks", len(sides) * len(runs) + len(side), len(sharing) * len(runs))
         sides.append(side)
     flops = flops_budget(geometry, profile)
@@ -177,6 +210,7 @@ def _candidate_runs(geometry: KVGeometry, profile: Profile, kinds: int) -> list[
     layers, parts = len(geometry.codable_layers), _parts(geometry, profile, kinds)
     longest = longest_run(geometry, profile, kinds) if 1 in parts else 0
     runs = [Run(first, n) for n in _RUN_LENGTHS if n <= longest for first in range(layers - n + 1)]
+    runs = [run for run in runs if _shares_blocks(geometry, run)]
     # Separate heads where nothing else is narrow enough, or where narrow blocks are looked for.
     cuts = [p for p in parts if p > 1] if profile.flops_of == "step" else [] if longest else [min(parts)]
     return runs + [Run(first, 1, p) for p in cuts for first in range(layers)]
@@ -220,27 +254,28 @@ def flops_budget(geometry: KVGeometry, profile: Profile) -> float:
 
 def _slots(geometry: KVGeometry, run: Run, kinds: Kinds) -> list[Slots]:
     """Blocks of a run: one, or one for every group of heads. Sides follow each other: a layer's keys, then its values."""
-    layers = geometry.codable_layers[run.first : run.first + run.count]
+    layers = _order(geometry)[run.first : run.first + run.count]
     size = geometry.kv_heads // run.parts
     groups = [range(first, first + size) for first in range(0, geometry.kv_heads, size)]
     return [tuple(Slot(layer, head, kind) for layer in layers for kind in kinds for head in heads) for heads in groups]
 
 
-def _even_runs(layers: int, longest: int) -> Iterator[Run]:
+def _even_runs(layers: int, longest: int, start: int = 0) -> Iterator[Run]:
     count = -(-layers // longest)
     first = 0
     for index in range(count):
         size = (layers - first) // (count - index)
-        yield Run(first, size)
+        yield Run(start + first, size)
         first += size
 
 
 def run_cost(candidate: Candidate, price: float, flops_price: float = 0.0) -> RunCost:
     """Cost and FLOPs of a candidate at a price of a bit and one of a FLOP, which the cost leaves out."""
     row = price * candidate.codec_bits
-    bits = bits_at_price(candidate.variances, price, flops_price * candidate.flops_per_latent + row)
+    own = price * candidate.kept_share
+    bits = bits_at_price(candidate.variances, own, flops_price * candidate.flops_per_latent + row)
     latents = int((bits > 0).sum())
-    cost = error_of(candidate.variances, bits) + price * int(bits.sum()) + row * latents
+    cost = error_of(candidate.variances, bits) + own * int(bits.sum()) + row * latents
     return RunCost(cost, candidate.flops_per_latent * latents)
 
 
@@ -283,8 +318,8 @@ def partition(
     cuts = [_widest(layers, side) for side in sides]
     for _ in range(2):
         # Which cut is best depends on the price of a bit, and that, a little, on the cut.
-        chosen = [side[run].variances for side, cut in zip(sides, cuts, strict=True) for run in cut]
-        price = price_for(chosen, budget_bits)
+        chosen = [side[run] for side, cut in zip(sides, cuts, strict=True) for run in cut]
+        price = price_for([own.variances for own in chosen], budget_bits, [own.kept_share for own in chosen])
         cuts = _within_flops(layers, sides, price, flops_budget, price_latents)
     return cuts
 

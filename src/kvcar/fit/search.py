@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import FitError
-from ..geometry import BFLOAT16_BYTES, KINDS, KVGeometry
+from ..geometry import BFLOAT16_BYTES, KVGeometry
 from ..plan import Block, Plan
 from ..progress import OnProgress, silent
 from .bits import bits_for, error_of
 from .codecs import Solved, bits_of, budget_for, solve
 from .losses import kl_divergence
 from .options import FitOptions
-from .partition import given_partition, searched_partitions
+from .partition import given_partition, searched_partitions, widest_blocks
 from .statistics import Slots, Statistics
 from .two_pass import TwoPass
 
@@ -88,7 +88,7 @@ def searched_plans(
     """The best partition of each sort that a profile tries, as plans without bits."""
     geometry, limits = statistics.geometry, options.limits
     assert limits is not None
-    rough = empty_plan(geometry, [tuple(geometry.slots(kind)) for kind in KINDS], options)
+    rough = empty_plan(geometry, widest_blocks(geometry), options)
     # Blocks without a limit on FLOPs do not depend on the budget, and entropy-coded sizes reach further than whole bits.
     budget = 1 if limits.flops_per_element is None else bits_for(rough, options.target, model_bytes)
     partitions = searched_partitions(statistics, limits, budget, options.tokens_in_memory, on_progress)

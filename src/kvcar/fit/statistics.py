@@ -42,13 +42,22 @@ class SideMoments:
         band: layers of the longest block of one kind that may be asked for, at least 1.
         shared_band: layers of the longest block that keys and values share; 0 for none.
         stride: distance between sampled tokens.
+        groups: layers that may share blocks, in the order in which they are cut into these; None for all of them.
     """
 
-    def __init__(self, sides: Sequence[Side], width: int, band: int, shared_band: int, stride: int) -> None:
+    def __init__(
+        self,
+        sides: Sequence[Side],
+        width: int,
+        band: int,
+        shared_band: int,
+        stride: int,
+        groups: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         self.sides, self.width = tuple(sides), width
         self._place = {side: i for i, side in enumerate(self.sides)}
-        layers = sorted({layer for layer, _ in self.sides})
-        self._depth = {layer: i for i, layer in enumerate(layers)}
+        groups = [sorted({layer for layer, _ in self.sides})] if groups is None else groups
+        self._depth = _depths(groups)
         self._band, self._shared_band = band, shared_band
         self._stride = stride
         self.count = 0
@@ -66,9 +75,7 @@ class SideMoments:
             self._shift[place] = x.mean(0)
         centred = x - self._shift[place]
         self._sums[place] += centred.sum(0).double().cpu()
-        self._recent = {p: v for p, v in self._recent.items() if self._apart(p, place) < self._longest} | {
-            place: centred
-        }
+        self._recent = {p: v for p, v in self._recent.items() if not self._is_past(p, place)} | {place: centred}
         wanted = [p for p in self._recent if self._may_share(p, place)]
         # One product for all of them: many narrow ones take several times as long.
         products = (torch.cat([self._recent[p] for p in wanted], dim=1).T @ centred).double().cpu()
@@ -122,9 +129,14 @@ class SideMoments:
     def _longest(self) -> int:
         return max(self._band, self._shared_band)
 
-    def _apart(self, p: int, q: int) -> int:
-        """Layers from one place to another."""
-        return abs(self._depth[self.sides[p][0]] - self._depth[self.sides[q][0]])
+    def _apart(self, p: int, q: int) -> float:
+        """Layers from one place to another, infinite where they share no blocks."""
+        (group, depth), (other, other_depth) = (self._depth[self.sides[place][0]] for place in (p, q))
+        return abs(depth - other_depth) if group == other else float("inf")
+
+    def _is_past(self, p: int, q: int) -> bool:
+        """Whether nothing that comes at place ``q`` or later may share a block with ``p``."""
+        return self._longest <= self._apart(p, q) < float("inf")
 
     def _may_share(self, p: int, q: int) -> bool:
         near = self._apart(p, q)
@@ -234,12 +246,17 @@ def sides_of(slots: Slots) -> list[Side]:
     return list(dict.fromkeys((slot.layer, slot.kind) for slot in slots))
 
 
+def _depths(groups: Iterable[Sequence[int]]) -> dict[int, tuple[int, int]]:
+    """Each layer's group and place in it."""
+    return {layer: (index, place) for index, group in enumerate(groups) for place, layer in enumerate(group)}
+
+
 def bands_of(geometry: KVGeometry, blocks: Iterable[Slots]) -> tuple[int, int]:
     """Layers within which some blocks code sides of one kind together, and sides of both."""
-    depth = {layer: place for place, layer in enumerate(geometry.codable_layers)}
+    depth = _depths(geometry.codable_groups)
     band = shared = 0
     for slots in blocks:
-        depths = [depth[slot.layer] for slot in slots]
+        depths = [depth[slot.layer][1] for slot in slots]
         span = max(depths) - min(depths) + 1
         band = max(band, span)
         shared = max(shared, span if len({slot.kind for slot in slots}) > 1 else 0)
@@ -271,7 +288,7 @@ def collect_statistics(
     Under ``accelerate launch`` each process runs its share of the windows, and all end with the statistics of all windows.
     """
     sides: list[Side] = [(layer, kind) for layer in geometry.codable_layers for kind in KINDS]
-    moments = SideMoments(sides, geometry.kv_heads * geometry.head_dim, *bands, stride)
+    moments = SideMoments(sides, geometry.kv_heads * geometry.head_dim, *bands, stride, geometry.codable_groups)
     blocks = [tuple(Slot(layer, head, kind) for head in range(geometry.kv_heads)) for layer, kind in sides]
     own = own_share(windows)
     count = counter(on_progress, "capture keys and values", own.shape[0] * (own.shape[1] - sinks))

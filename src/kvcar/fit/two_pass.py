@@ -110,7 +110,8 @@ class TwoPass(AttentionHook):
         if not (coded_keys or coded_values):
             return None
         exactly = read_exactly(key.shape[2], self._step_tokens, key.device, self._window)
-        return compressed_attention(query, (key, value), (keys, values), exactly, scaling, softcap, sinks)
+        hidden = self.hidden(layer, key.shape[2], key.device)
+        return compressed_attention(query, (key, value), (keys, values), exactly, scaling, softcap, sinks, hidden)
 
     def _read_side(self, layer: int, kind: Kind, exact: Tensor) -> tuple[Tensor, bool]:
         """Keys after RoPE or values ``[1, H, T, D]`` as read from pages, and whether any of them was coded."""

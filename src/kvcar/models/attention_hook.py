@@ -69,6 +69,16 @@ class AttentionHook(ABC):
         call = self._calls[module] = self._calls.get(module, -1) + 1
         return layers[call % len(layers)]
 
+    def hidden(self, layer: int, tokens: int, device: torch.device) -> Tensor:
+        """Which query (row) of a sequence does not attend to which token (column): later ones, those its window has passed; bool ``[T, T]``."""
+        index = torch.arange(tokens, device=device)
+        hidden = index[None] > index[:, None]
+        if layer not in self.geometry.windowed_layers:
+            return hidden
+        window = self.geometry.sliding_window
+        first = index // window * window if self.geometry.chunked else index - window + 1
+        return hidden | (index[None] < first[:, None])
+
     def before_rope(self, layer: int, key: Tensor) -> Tensor:
         """Keys ``[B, H, T, D]`` float32 as they were before RoPE, of positions 0 on."""
         return self.tables[layer].unrotate(key, positions_of(key)) if layer in self.tables else key.float()

@@ -16,6 +16,8 @@ _UNSTABLE_ROPE = ("dynamic", "longrope")
 _POSITIONS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "model_max_length", "max_target_positions", "max_sequence_length", "n_ctx",
 )  # fmt: skip
+FEWEST_WINDOW_TOKENS = 512
+"""Tokens of the smallest window whose layers are compressed: sinks and recent tokens stay exact, and are most of a smaller one."""
 _NO_LIMIT = 1 << 20
 """Positions of a model whose config names no limit (ALiBi, or none at all)."""
 
@@ -77,6 +79,7 @@ def _geometry(
     window = Counter(sliding.values()).most_common(1)[0][0] if sliding else 0
     codable = {layer for layer, own in full.items() if own == shape}
     kept_sliding = {layer for layer, own in sliding.items() if own == window}
+    windowed = {layer for layer in kept_sliding if window >= FEWEST_WINDOW_TOKENS and shapes[layer] == shape}
     elements = [0 if layer not in shapes else _elements(shapes[layer]) for layer in range(len(kinds))]
     alike = set(elements) == {2 * shape.kv_heads * shape.key_dim}
     return KVGeometry(
@@ -86,11 +89,21 @@ def _geometry(
         head_dim=shape.key_dim,
         rotary=_is_rotary(text),
         max_positions=_positions(text),
-        sliding_layers=tuple(sorted(kept_sliding)),
+        sliding_layers=tuple(sorted(kept_sliding - windowed)),
+        windowed_layers=tuple(sorted(windowed)),
         sliding_window=window,
+        chunked=bool(windowed) and _is_chunked(text, min(windowed)),
         own_layers=tuple(layer for layer in range(len(kinds)) if layer not in codable | kept_sliding),
         layer_elements=() if alike else tuple(elements),
     )
+
+
+def _is_chunked(text: PreTrainedConfig, layer: int) -> bool:
+    """Whether a layer that attends to a window attends to chunks that follow each other."""
+    types = getattr(text, "layer_types", None) or ()
+    if layer < len(types):
+        return types[layer] == "chunked_attention"
+    return getattr(text, "sliding_window", None) is None and getattr(text, "attention_chunk_size", None) is not None
 
 
 def _has_latents(text: PreTrainedConfig) -> bool:

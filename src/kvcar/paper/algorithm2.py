@@ -160,9 +160,11 @@ def l1_distances(
 
 
 def _layer_pairs(geometry: KVGeometry) -> list[tuple[int, int]]:
-    pairs = list(pairwise(geometry.codable_layers))
+    pairs = [pair for group in geometry.codable_groups for pair in pairwise(group)]
     if not pairs:
-        raise InputError("reuse needs at least two layers that attend to the whole past; this model has fewer")
+        raise InputError(
+            "reuse needs at least two layers that may be compressed and keep as much; this model has fewer"
+        )
     return pairs
 
 

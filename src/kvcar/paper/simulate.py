@@ -100,7 +100,8 @@ class Simulator(AttentionHook):
         keys = torch.cat([key[:, :, :exact].float(), keys[:, :, exact:]], dim=2)
         values = torch.cat([value[:, :, :exact].float(), values[:, :, exact:]], dim=2)
         exactly = read_exactly(key.shape[2], self._step_tokens, key.device)
-        return compressed_attention(query, (key, value), (keys, values), exactly, scaling, softcap, sinks)
+        hidden = self.hidden(layer, key.shape[2], key.device)
+        return compressed_attention(query, (key, value), (keys, values), exactly, scaling, softcap, sinks, hidden)
 
     def _decode(self, layer: int, slots: dict[Slot, Tensor]) -> dict[Slot, Tensor]:
         """What the cache gives back for every slot of a layer."""

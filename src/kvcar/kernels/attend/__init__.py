@@ -35,8 +35,10 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Compute the same as ``naive.attend``, by ``backend``, or by the one of the query's device."""
+    # Kernels of steps take one beginning of the past for all of a sequence's queries, as a single token has it anyway.
+    stepwise = paged is not None and paged.since is None
     run = ATTENTION.choose(
-        backend or backend_for(query.device), case_of(query, exact.keys.shape[1], paged is not None), query, paged
+        backend or backend_for(query.device), case_of(query, exact.keys.shape[1], stepwise), query, paged
     )
     return run(query, exact, paged, scaling, softcap, sinks)
 

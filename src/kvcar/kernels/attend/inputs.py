@@ -172,6 +172,8 @@ class PagedPast:
         key_readers, value_readers: together they give every KV head once.
         rotary: the layer's rotation, or None for models without.
         shown: int64 ``[B, pages or more]``: so many tokens at a page's beginning are attended here; None for all of them.
+        since: first token that each query attends to, int64 ``[B or 1, T]``, in layers that keep a window; None for ``first``.
+        largest_since: a bound of those, known without asking the device.
     """
 
     tiles: Sequence[Tensor]
@@ -183,6 +185,8 @@ class PagedPast:
     value_readers: tuple[Reader, ...]
     rotary: RotaryTable | None
     shown: Tensor | None = None
+    since: Tensor | None = None
+    largest_since: int = 0
 
     @property
     def page_tokens(self) -> int:
@@ -212,6 +216,15 @@ class PagedPast:
         page, place = index[0] // self.page_tokens, index[0] % self.page_tokens
         shown = place < self.shown[:, page]
         return shown if after is None else after & shown
+
+    def mask(self, start: int, count: int) -> Tensor | None:
+        """Return which tokens from ``start`` on each query may attend to, bool ``[B or 1, 1, T or 1, count]``; None for all."""
+        visible = self.visible(start, count)
+        mask = None if visible is None else visible[:, None, None]
+        if self.since is None or start >= self.largest_since:
+            return mask
+        within = (self.token_index(start, count)[:, None] >= self.since[..., None])[:, None]
+        return within if mask is None else mask & within
 
 
 def pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:

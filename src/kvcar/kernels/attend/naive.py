@@ -34,10 +34,12 @@ def attend(
     if exact.mask is not None:
         mask = mask & exact.mask
     if paged is not None:
-        past_keys, past_values, visible = _decode_all(paged)
+        past_keys, past_values = _decode_all(paged)
         keys = torch.cat([past_keys, keys], dim=2)
         values = torch.cat([past_values, values], dim=2)
-        mask = torch.cat([visible[:, None, None, :].expand(-1, -1, tokens, -1), mask], dim=-1)
+        visible = paged.mask(0, paged.tokens)
+        there = torch.ones_like(mask[..., :1]).expand(-1, -1, -1, paged.tokens)
+        mask = torch.cat([there if visible is None else there & visible, mask], dim=-1)
     groups = query.shape[1] // heads
     keys = keys.repeat_interleave(groups, dim=1)
     values = values.repeat_interleave(groups, dim=1)
@@ -53,15 +55,12 @@ def attend(
     return (weights @ values).to(query.dtype)
 
 
-def _decode_all(paged: PagedPast) -> tuple[Tensor, Tensor, Tensor]:
-    """Decode keys and values ``[B, H, N, D]`` of all pages, and find which tokens may be seen, bool ``[B, N]``."""
+def _decode_all(paged: PagedPast) -> tuple[Tensor, Tensor]:
+    """Decode keys and values ``[B, H, N, D]`` of all pages."""
     pages, there = torch.cat(list(paged.tiles), dim=1), slice(paged.tokens)
 
     def restored(reader: Reader) -> Tensor:
         return reader.restored(pages, tokens=there)
 
     keys = turned_keys(paged, all_heads(paged.key_readers, restored), 0)
-    visible = paged.visible(0, paged.tokens)
-    if visible is None:
-        visible = torch.ones(keys.shape[0], paged.tokens, dtype=torch.bool, device=keys.device)
-    return keys, all_heads(paged.value_readers, restored), visible
+    return keys, all_heads(paged.value_readers, restored)

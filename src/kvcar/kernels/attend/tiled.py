@@ -86,8 +86,10 @@ def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, softcap: float
     fuse = not key_folds and _can_fuse(q, softcap)
     for start, pages, count in _tiles(paged, tile_tokens(q.shape[1] * q.shape[2], fuse)):
         stored: dict[int, Tensor] = {}
-        visible = paged.visible(start, count)
-        mask = None if visible is None else visible[:, None, None, :]
+        mask = paged.mask(start, count)
+        if mask is not None and mask.shape[2] > 1:
+            # Query heads that share a KV head are rows of it: as many times the tokens of the pass.
+            mask = mask.repeat(1, 1, q.shape[2] // mask.shape[2], 1)
         if fuse:
             state.merge_output(*_attend_tile(q, paged, pages, start, count, mask))
             continue
