@@ -17,7 +17,7 @@ batch; then a fit, and codes of 8 bits run the same way.
 - **refused**: said before anything is captured, with the reason.
 - **does not run by itself**: not over the cache of transformers, or not without packages or sizes that this table does without.
 
-Layers that slide, and layers that keep a state (linear attention, Mamba, convolutions), stay the model's own; their cache does not grow."""
+Layers that slide over fewer than 512 tokens, and layers that keep a state (linear attention, Mamba, convolutions), stay the model's own; their cache does not grow."""
 
 _ORDER = (
     "works",

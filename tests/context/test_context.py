@@ -126,6 +126,29 @@ def test_batches_with_left_padding(family, tmp_path):
     assert read_context(tmp_path / "a.ctx").header.padding == (0, 1, 70, 147)
 
 
+@pytest.mark.parametrize("keep_window", [False, True], ids=["coded window", "kept window"])
+def test_layers_whose_window_has_passed_pages(keep_window, tmp_path):
+    kinds = ["sliding_attention", "full_attention"]
+    model = tiny_model(
+        "gemma3", num_hidden_layers=2, layer_types=kinds, sliding_window=512, max_position_embeddings=2048
+    )
+    blocks = [tuple(Slot(i, h, kind) for h in (0, 1)) for i in (1, 0) for kind in ("key", "value")]
+    bundle = by_hand(model, blocks, bits=[7, 3, 1], window=64, page_tokens=64)
+    with torch.no_grad(), kvcar.attach(model, bundle) as attached:
+        cache = attached.new_cache()
+        model(input_ids=token_ids(700, batch=2), past_key_values=cache)
+        cache.save(tmp_path / "context.kvcar", keep_window=keep_window)
+        loaded = KVCarCache.load(tmp_path / "context.kvcar", model)
+        store, own = loaded._pages.windowed, cache if keep_window else cache.fork()
+        assert store.freed_pages > 0
+        if not keep_window:
+            own.flush_window()
+        assert_same(loaded, own)
+        ids = token_ids(3, batch=2, seed=2)
+        got, expected = (model(input_ids=ids, past_key_values=each).logits for each in (loaded, own))
+    torch.testing.assert_close(got, expected)
+
+
 def test_a_loaded_cache_can_be_cropped_saved_and_loaded_again(llama, tmp_path):
     model, bundle = llama
     first, second = tmp_path / "a.ctx", tmp_path / "b.ctx"
