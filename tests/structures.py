@@ -13,7 +13,9 @@ from kvcar.cache.coder import PageCoder
 from kvcar.cache.pages import PageStore
 from kvcar.geometry import Kind, Slot
 from kvcar.kernels.attend import PagedPast
+from kvcar.kernels.page_means import pack_means
 from kvcar.kernels.rotary import RotaryTable
+from kvcar.layout import MeansLayout
 from kvcar.plan import Reuse
 
 HEAD_DIM = 16
@@ -40,6 +42,7 @@ STRUCTURES: dict[str, Callable[[], Bundle]] = {
     ),
     "autoencoder": lambda: fitted(MODEL, codec="autoencoder", times_smaller=3, steps=5),
     "decoders in 8 bits": lambda: fitted(MODEL, codec="linear8", metric="effect", times_smaller=3, layers_per_block=2),
+    "means of pages": lambda: fitted(MODEL, codec="linear8", metric="effect", times_smaller=3, layers_per_block=2, page_means=True),
     "lossless": lambda: fitted(MODEL, codec="identity"),
     "plain quantiser": lambda: fitted(MODEL, codec="identity", bits=4.5),
 }  # fmt: skip
@@ -63,11 +66,21 @@ def paged_past(
         return torch.randn(batch, tokens, head_dim, generator=generator).to(coder.device)
 
     store.append([unit.stored(unit.vectors(fetch)) for unit in coder.units])
+    for unit in coder.units:
+        if unit.unit.means is not None:
+            _write_means(store, unit.unit.means, generator)
     offset = torch.tensor(padding, device=coder.device)
     return PagedPast(
         store.arenas, tokens, offset + 4, max(padding) + 4, offset,
         coder.readers(layer, "key"), coder.readers(layer, "value"), rotary,
     )  # fmt: skip
+
+
+def _write_means(store: PageStore, place: MeansLayout, generator: torch.Generator) -> None:
+    """Random means, as large as what they are added to."""
+    for arena in store.arenas:
+        means = torch.randn(*arena.shape[:2], place.width, generator=generator)
+        arena[..., place.offset : place.end] = pack_means(means).to(arena.device)
 
 
 def rotary(device: str | torch.device = "cpu") -> RotaryTable:

@@ -4,7 +4,7 @@ A page has ``page_tokens`` tokens of everything a cache stores packed. It is a r
 block, or the exact slots of a mixed layer), each starting at a multiple of 16 bytes. A segment is a row of planes. A
 plane has ``bits`` bits of a range of latents: byte ``[row, latent]`` packs the tokens ``row``, ``row + rows``, ...
 with the first in the lowest bits, ``rows = page_tokens * bits / 8``. Packing along tokens needs no padding of latents
-and unpacks with a shift and a mask, without a gather.
+and unpacks with a shift and a mask, without a gather. Behind a segment may lie the mean of the page's errors.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from .geometry import Slot
 from .plan import RAW_BITS, BitGroup, Block, Plan
 
 SEGMENT_ALIGNMENT_BYTES = 16
+MEAN_STEP_BYTES = 2
+MEANS_PER_BYTE = 4
 _PLANE_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
@@ -108,6 +110,31 @@ def _merge_ranges(groups: Sequence[BitGroup], first: int) -> list[tuple[int, int
 
 
 @dataclass(frozen=True)
+class MeansLayout:
+    """What the errors of a page's tokens have in common: a float16 step, then a code of 2 bits for each element.
+
+    Byte ``i`` after the step has elements ``4 i`` to ``4 i + 3``, the first in its lowest bits.
+
+    Attributes:
+        offset: bytes from the start of the page.
+        width: elements, ``W`` of the unit.
+    """
+
+    offset: int
+    width: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return MEAN_STEP_BYTES + -(-self.width // MEANS_PER_BYTE)
+
+    @property
+    def end(self) -> int:
+        """First byte after them."""
+        return self.offset + self.size
+
+
+@dataclass(frozen=True)
 class PageUnit:
     """The contents of one segment of a page: a block of the plan, or the exact slots of a layer that is partly coded.
 
@@ -115,11 +142,18 @@ class PageUnit:
         slots: slots side by side, ``W = len(slots) * head_dim``.
         segment: where they lie.
         block: index of the plan's block, or None for exact slots.
+        means: where the mean error of the page's tokens lies, if it is stored.
     """
 
     slots: tuple[Slot, ...]
     segment: SegmentLayout
     block: int | None
+    means: MeansLayout | None = None
+
+    @property
+    def end(self) -> int:
+        """First byte after the unit."""
+        return self.segment.end if self.means is None else self.means.end
 
 
 @dataclass(frozen=True)
@@ -144,8 +178,10 @@ def page_layout(plan: Plan, exact_bytes: int, windowed: bool = False) -> PageLay
     for index, block in enumerate(plan.blocks):
         if plan.is_windowed(block.slots[0].layer) is not windowed:
             continue
-        units.append(PageUnit(block.slots, _block_segment(plan, block, exact_bytes, aligned(end)), index))
-        end = units[-1].segment.end
+        segment = _block_segment(plan, block, exact_bytes, aligned(end))
+        means = MeansLayout(segment.end, len(block.slots) * plan.geometry.head_dim) if block.page_means else None
+        units.append(PageUnit(block.slots, segment, index, means))
+        end = units[-1].end
     for layer in plan.coded_layers:
         slots = tuple(slot for slot in plan.exact_slots if slot.layer == layer)
         if slots and plan.is_windowed(layer) is windowed:

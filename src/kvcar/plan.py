@@ -69,12 +69,15 @@ class Block(StrictModel):
 
     ``scales`` says where the steps of packed latents come from: "static" ones are in the bundle, one per latent;
     "dynamic" ones are computed for every token over all latents (the paper's int8) and stored with it, two float16.
+
+    ``page_means`` says whether a page also stores, in 2 bits an element, what the errors of its tokens have in common.
     """
 
     codec: str
     slots: tuple[SlotField, ...] = Field(min_length=1, strict=False)
     groups: tuple[BitGroup, ...] = Field(default=(), strict=False)
     scales: Scales = "static"
+    page_means: bool = False
 
     @property
     def latents(self) -> int:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from ..codecs import CODECS, Codec, Quantizer, Stored, checked, read_quantizer
 from ..errors import BundleError, ModelMismatchError, PlanError, require
 from ..geometry import BFLOAT16_BYTES
+from ..kernels.page_means import pack_means, unpack_means
 from ..models.fingerprint import Fingerprint, fingerprint, mismatch
 from ..models.geometry import geometry_of
 from ..plan import FORMAT_VERSION, Block, Plan
@@ -60,26 +61,41 @@ class CodedBlock:
             return {}
         return self.codec.tensors() | {f"quantizer.{k}": v for k, v in self.quantizer.tensors().items()}
 
-    def round_trip(self, x: Tensor) -> Tensor:
-        """What the cache gives back for vectors float32 ``[..., W]``."""
+    def round_trip(self, x: Tensor, mean_tokens: int | None = None) -> Tensor:
+        """What the cache gives back for vectors float32 ``[..., W]``.
+
+        Args:
+            x: the vectors; ``[N, W]`` where pages store their mean errors.
+            mean_tokens: tokens of a page where they do; those that fill none have none.
+        """
         if self.codec is None or self.quantizer is None:
             return x
-        return self.codec.decode(self.quantizer.latents(self.quantizer.codes(self.codec.encode(x))))
+        decoded = self.codec.decode(self.quantizer.latents(self.quantizer.codes(self.codec.encode(x))))
+        scale = None if mean_tokens is None else self.codec.mean_scale()
+        if scale is None or mean_tokens is None:
+            return decoded
+        whole = len(x) // mean_tokens * mean_tokens
+        means = (x - decoded)[:whole].unflatten(0, (-1, mean_tokens)).mean(1)
+        read = unpack_means(pack_means(means / scale), len(scale)) * scale
+        return torch.cat([decoded[:whole] + read.repeat_interleave(mean_tokens, 0), decoded[whole:]])
 
-    def cost(self, x: Tensor, stored: Tensor, together: int = 1) -> Tensor:
-        """What it costs to read stored values for vectors, nats ``[..., N]``; for codecs that know it alone.
+    def error(self, x: Tensor, stored: Tensor) -> Tensor:
+        """What reading ``stored`` values ``[..., N, S]`` leaves out of vectors float32 ``[..., N, W]``; of no lossless block."""
+        assert self.codec is not None
+        assert self.quantizer is not None
+        return x - self.codec.decode(self.quantizer.latents(stored))
+
+    def cost(self, error: Tensor, together: int = 1) -> Tensor:
+        """What errors of vectors cost, nats ``[..., N]``; for codecs that know it alone.
 
         The metric takes errors of different tokens for independent, so that attention averages them. One that many tokens have in
         common, as in text that repeats itself, is not averaged: it costs as often as it would have been.
 
         Args:
-            x: float32 ``[..., N, W]``.
-            stored: ``[..., N, S]``.
+            error: float32 ``[..., N, W]``.
             together: neighbouring tokens, of which ``N`` is a multiple, whose common error counts so.
         """
         assert self.codec is not None
-        assert self.quantizer is not None
-        error = x - self.codec.decode(self.quantizer.latents(stored))
         cost = self.codec.error_cost(error)
         if together == 1:
             return cost
@@ -96,11 +112,19 @@ class CodedBlock:
         """Rebuild and check; raises BundleError."""
         if block.lossless:
             checked(tensors, {})
+            if block.page_means:
+                raise BundleError(
+                    "a lossless block has no errors for pages to store; the bundle is damaged, fit it again"
+                )
             return cls(None, None)
         prefix = "quantizer."
         own = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
         scales = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         codec = CODECS[block.codec].from_tensors(own, len(block.slots) * head_dim, block.latents)
+        if block.page_means and codec.mean_scale() is None:
+            raise BundleError(
+                f"pages store no mean errors of the {block.codec} codec; the bundle is damaged, fit it again"
+            )
         rounded = codec.rounded_decoder()
         if rounded is not None and len(rounded.decoder) != len(block.slots):
             raise BundleError(

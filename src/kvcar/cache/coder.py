@@ -16,6 +16,7 @@ from ..geometry import Kind, Slot
 from ..kernels.attend import Reader, RoundedDecoder
 from ..kernels.encode import AffineEncoder, Writer, encode_pages
 from ..kernels.pack import pack, unpack
+from ..kernels.page_means import PageMeans, pack_means, unpack_means
 from ..kernels.rotary import RotaryTable
 from ..layout import PageLayout, PageUnit, page_layouts
 
@@ -32,10 +33,12 @@ class UnitContents:
         raw: what is no integer code: float16 ``[B, N, raw]`` of a coded unit (dynamic scales, 16-bit latents), or all
             of a lossless one, ``[B, N, W]`` in the exact dtype.
         codes: uint8 ``[B, N, R - raw]``; of a lossless unit without columns.
+        means: of the pages that they lie in, as they are stored, uint8 ``[B, pages, size]``; without columns where none are.
     """
 
     raw: Tensor
     codes: Tensor
+    means: Tensor
 
 
 def exact_dtype(bundle: Bundle, model_dtype: torch.dtype) -> torch.dtype:
@@ -69,9 +72,29 @@ class UnitCoder:
         """Whether the codec knows what its errors cost."""
         return self.coded.codec is not None and self.coded.codec.knows_cost
 
-    def cost(self, x: Tensor, stored: Tensor, together: int) -> Tensor:
-        """What it costs to read ``stored`` values for these vectors, nats ``[B, N]``; see ``CodedBlock.cost``."""
-        return self.coded.cost(x.float(), stored, together)
+    def means_of(self, error: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """What the errors ``[B, N, W]`` of whole pages have in common, over tokens that are ``there``, bool ``[B, N]``.
+
+        Returns:
+            Bytes uint8 ``[B, pages, size]``, and what they are read as, float32 ``[B, N, W]``.
+        """
+        assert self.mean_scale is not None
+        page_tokens = self.unit.segment.page_tokens
+        weight = there.float().unflatten(1, (-1, page_tokens))
+        weight = weight / weight.sum(-1, keepdim=True).clamp_min(1)
+        mean = torch.einsum("bpn,bpnw->bpw", weight, error.unflatten(1, (-1, page_tokens)))
+        data = pack_means(mean / self.mean_scale)
+        return data, self.read_means(data).repeat_interleave(page_tokens, dim=1)
+
+    def read_means(self, data: Tensor) -> Tensor:
+        """Mean errors float32 ``[..., W]`` of bytes ``[..., size]``."""
+        assert self.mean_scale is not None
+        return unpack_means(data, len(self.mean_scale)) * self.mean_scale
+
+    @cached_property
+    def mean_scale(self) -> Tensor | None:
+        """Scale of every element of the mean errors that its pages store, ``[W]``; None where they store none."""
+        return None if self.unit.means is None or self.coded.codec is None else self.coded.codec.mean_scale()
 
     def unpacked(self, packed: Tensor) -> Tensor:
         """Stored values ``[B, N, R]`` of ``packed``."""
@@ -99,13 +122,15 @@ class UnitCoder:
 
     def contents(self, pages: Tensor) -> UnitContents:
         """Stored values, unpacked but in no wider dtype, of ``pages`` uint8 ``[B, pages, page_bytes]``."""
-        segment, batch = self.unit.segment, pages.shape[0]
+        segment, batch, means = self.unit.segment, pages.shape[0], self.unit.means
         data = pages[..., segment.offset : segment.end]
         if segment.lossless:
             values = data.contiguous().view(self.exact_dtype).reshape(batch, -1, segment.latents)
-            return UnitContents(values, torch.empty(*values.shape[:2], 0, dtype=torch.uint8, device=pages.device))
+            none = torch.empty(*values.shape[:2], 0, dtype=torch.uint8, device=pages.device)
+            return UnitContents(values, none, pages[..., :0])
         values = unpack(data, segment).reshape(batch, -1, segment.latents)
-        return UnitContents(values[..., : segment.raw].to(torch.float16), values[..., segment.raw :].to(torch.uint8))
+        raw, codes = values[..., : segment.raw].to(torch.float16), values[..., segment.raw :].to(torch.uint8)
+        return UnitContents(raw, codes, pages[..., :0] if means is None else pages[..., means.offset : means.end])
 
     def stored_of(self, contents: UnitContents) -> Tensor:
         """Stored values ``[B, N, R]`` that ``pack`` takes, of what ``contents`` gave."""
@@ -117,16 +142,22 @@ class UnitCoder:
         """Reader that gives ``heads`` of a layer from ``slots`` of this unit."""
         places = [self.unit.slots.index(slot) for slot in slots]
         columns = torch.cat([torch.arange(p * head_dim, (p + 1) * head_dim) for p in places])
+        means = self._means_of(_as_slice(columns))
         if self._rounded is not None:
             own = _of_slots(self._rounded, _as_slice(torch.tensor(places)), _as_slice(columns))
             decode = partial(_decode_rounded, own, self.unit.segment.latents)
-            return Reader(self.unit.segment, heads, None, decode, None, False, self.exact_dtype, own)
+            return Reader(self.unit.segment, heads, None, decode, None, False, self.exact_dtype, own, means)
         restore, affine, decode = None, None, partial(_select, columns=_as_slice(columns))
         if self.coded.codec is not None:
             restore, affine = self._affine_of(_as_slice(columns))
             decode = partial(_affine, affine) if affine else partial(_decode, self.coded.codec, _as_slice(columns))
         lossless = self.coded.codec is None
-        return Reader(self.unit.segment, heads, restore, decode, affine, lossless, self.exact_dtype)
+        return Reader(self.unit.segment, heads, restore, decode, affine, lossless, self.exact_dtype, means=means)
+
+    def _means_of(self, columns: slice | Tensor) -> PageMeans | None:
+        if self.unit.means is None or self.mean_scale is None:
+            return None
+        return PageMeans(self.unit.means, columns, self.mean_scale[columns])
 
     @cached_property
     def _rounded(self) -> RoundedDecoder | None:

@@ -101,14 +101,14 @@ class _Fresh:
         return all_heads(readers, lambda reader: self._of(reader, paged, first))
 
     def _of(self, reader: Reader, paged: PagedPast, first: int) -> Tensor:
+        page, skipped = divmod(first, paged.page_tokens)
+        tokens, pages = slice(skipped, paged.tokens - page * paged.page_tokens), _pages_from(paged, page)
         # All readers of a segment restore its values alike.
         key = reader.segment.offset
         if key not in self._restored:
-            page, skipped = divmod(first, paged.page_tokens)
-            tokens = slice(skipped, paged.tokens - page * paged.page_tokens)
             # Contiguous: a product of scattered rows runs as one product for each sequence, many times slower.
-            self._restored[key] = reader.restored(*_pages_from(paged, page), tokens=tokens).contiguous()
-        return self._restored[key]
+            self._restored[key] = reader.restored(*pages, tokens=tokens).contiguous()
+        return reader.vectors(self._restored[key], pages, tokens)
 
 
 def decoded_keys(paged: PagedPast, page: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ def encode_oldest(
         codec knows.
     """
     start, costs, first, page_tokens = pages.tokens, [], 0, coder.plan.page_tokens
+    index = torch.arange(start, start + leave, device=state.padding.device)
+    there = index >= state.padding[:, None] + coder.plan.sinks
     while first < leave:
         # Up to where a page ends, then whole pages, then what is left: what a page costs is known where all of it is at hand.
         missing, left = -pages.tokens % page_tokens, leave - first
@@ -48,27 +51,47 @@ def encode_oldest(
         )
         fetch = _fetcher(layers, state, rotary_of, pages.tokens, first, count)
         whole = pages.fits_whole(count)
-        coded, known = [], []
-        for unit in coder.units:
-            x = unit.vectors(fetch)
-            coded.append(unit.packed(x) if whole else unit.stored(x))
-            if with_costs and unit.knows_cost:
-                known.append(_cost(unit, x, coded[-1], page_tokens if whole else None))
+        if whole:
+            own = there[:, first : first + count]
+            coded = [_whole_pages(unit, unit.vectors(fetch), own, with_costs) for unit in coder.units]
+            pages.append_packed([each.data for each in coded], [each.means for each in coded])
+        else:
+            coded = [_part_of_page(unit, unit.vectors(fetch), pages, with_costs) for unit in coder.units]
+            pages.append([each.data for each in coded])
+        known = [each.cost for each in coded if each.cost is not None]
         costs += [torch.stack(known).sum(0)] if known else []
-        pages.append_packed(coded) if whole else pages.append(coded)
         first += count
-    if not costs:
-        return None
-    index = torch.arange(start, start + leave, device=costs[0].device)
-    unread = index < state.padding[:, None] + coder.plan.sinks
-    return torch.cat(costs, dim=1).masked_fill(unread, 0.0)
+    return torch.cat(costs, dim=1).masked_fill(~there, 0.0) if costs else None
 
 
-def _cost(unit: UnitCoder, x: Tensor, coded: Tensor, page_tokens: int | None) -> Tensor:
-    """What it costs to read what a unit coded of vectors, nats ``[B, N]``; ``page_tokens`` where it is packed in whole pages."""
-    if page_tokens is None:
-        return unit.cost(x, coded, coded.shape[1])
-    return unit.cost(x, unit.unpacked(coded), page_tokens)
+class _Coded(NamedTuple):
+    """What became of a unit's vectors: packed pages or stored values, means of pages, and the cost of its errors ``[B, N]``."""
+
+    data: Tensor
+    means: Tensor | None
+    cost: Tensor | None
+
+
+def _whole_pages(unit: UnitCoder, x: Tensor, there: Tensor, with_costs: bool) -> _Coded:
+    """Code vectors ``[B, N, W]`` that fill pages; tokens that are not ``there``, bool ``[B, N]``, are never read."""
+    data, means, cost = unit.packed(x), None, None
+    wanted = with_costs and unit.knows_cost
+    if wanted or unit.mean_scale is not None:
+        error = unit.coded.error(x.float(), unit.unpacked(data))
+        if unit.mean_scale is not None:
+            means, read = unit.means_of(error, there)
+            error = error - read
+        cost = unit.coded.cost(error, unit.unit.segment.page_tokens) if wanted else None
+    return _Coded(data, means, cost)
+
+
+def _part_of_page(unit: UnitCoder, x: Tensor, pages: PageStores, with_costs: bool) -> _Coded:
+    """Code vectors of less than a page, perhaps the end of one that has a mean error already, which then is not theirs."""
+    means = pages.open_means(unit)
+    x = x if means is None else x.float() - means
+    data = unit.stored(x)
+    known = with_costs and unit.knows_cost
+    return _Coded(data, None, unit.coded.cost(unit.coded.error(x.float(), data), data.shape[1]) if known else None)
 
 
 @contextmanager

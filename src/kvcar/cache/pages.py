@@ -69,22 +69,33 @@ class PageStore:
         """
         page, filled = divmod(self.tokens - self.freed_tokens, self._page_tokens)
         count = stored[0].shape[1]
+        means = [self._means_of_page(unit, page) if filled else None for unit in self._units]
         if filled:
             tail = self._page(page)
             stored = [
                 torch.cat([self._unpack(unit, tail)[:, :filled].to(new.dtype), new], dim=1)
                 for unit, new in zip(self._units, stored, strict=True)
             ]
-        self._write(page, self._pack(stored))
+        self._write(page, self._pack(stored, means))
         self.tokens += count
 
     def fits_whole(self, tokens: int) -> bool:
         """Whether ``tokens`` more begin and end where pages do."""
         return self.tokens % self._page_tokens == 0 and tokens % self._page_tokens == 0
 
-    def append_packed(self, packed: Sequence[Tensor]) -> None:
-        """Add whole pages: bytes uint8 ``[B, pages, size]`` of every unit, in the units' order."""
-        pages = self._joined_units(packed)
+    def has(self, unit: UnitCoder) -> bool:
+        """Whether these pages have what the unit codes."""
+        return any(own is unit for own in self._units)
+
+    def open_means(self, unit: UnitCoder) -> Tensor | None:
+        """The mean error ``[B, 1, W]`` that the page under way is read with; None where it has none."""
+        page, filled = divmod(self.tokens - self.freed_tokens, self._page_tokens)
+        data = self._means_of_page(unit, page) if filled else None
+        return None if data is None else unit.read_means(data)
+
+    def append_packed(self, packed: Sequence[Tensor], means: Sequence[Tensor | None]) -> None:
+        """Add whole pages: bytes uint8 ``[B, pages, size]`` of every unit and of its means, in the units' order."""
+        pages = self._joined_units(packed, means)
         self._write(self.tokens // self._page_tokens - self.freed_pages, pages)
         self.tokens += pages.shape[1] * self._page_tokens
 
@@ -104,10 +115,11 @@ class PageStore:
         """Take in what ``contents`` of another store of the same layout gave; this one must be empty."""
         step = _PAGES_AT_ONCE * self._page_tokens
         for start in range(0, contents[0].raw.shape[1] if contents else 0, step):
-            parts = [UnitContents(c.raw[:, start : start + step], c.codes[:, start : start + step]) for c in contents]
-            self.append(
-                [unit.stored_of(part).to(device) for unit, part in zip(self._units, parts, strict=True)],
-            )
+            parts = [_run_of(each, start, step, self._page_tokens) for each in contents]
+            stored = [unit.stored_of(part).to(device) for unit, part in zip(self._units, parts, strict=True)]
+            means = [part.means.to(device) if part.means.shape[-1] else None for part in parts]
+            self._write(start // self._page_tokens, self._pack(stored, means))
+            self.tokens += stored[0].shape[1]
 
     def fork(self) -> PageStore:
         """A store with the same tokens; whichever of the two writes to an arena that both have copies it first."""
@@ -150,25 +162,33 @@ class PageStore:
     def _joined(self, parts: Sequence[UnitContents]) -> UnitContents:
         """Consecutive runs as one, without what lies beyond the last token."""
         raw, codes = torch.cat([p.raw for p in parts], dim=1), torch.cat([p.codes for p in parts], dim=1)
-        return UnitContents(raw[:, : self.tokens], codes[:, : self.tokens])
+        means = torch.cat([p.means for p in parts], dim=1)
+        return UnitContents(raw[:, : self.tokens], codes[:, : self.tokens], means)
 
-    def _pack(self, stored: Sequence[Tensor]) -> Tensor:
+    def _pack(self, stored: Sequence[Tensor], means: Sequence[Tensor | None]) -> Tensor:
+        """Pages of stored values ``[B, N, R]``, the last one padded; ``means`` of the first pages, 0 in others."""
         count = stored[0].shape[1]
         pages = -(-count // self._page_tokens)
         missing, shape = pages * self._page_tokens - count, (pages, self._page_tokens)
         padded = (torch.nn.functional.pad(u, (0, 0, 0, missing)) if missing else u for u in stored)
         return self._joined_units(
-            [unit.pack(u.unflatten(1, shape)) for unit, u in zip(self._units, padded, strict=True)]
+            [unit.pack(u.unflatten(1, shape)) for unit, u in zip(self._units, padded, strict=True)], means
         )
 
-    def _joined_units(self, packed: Sequence[Tensor]) -> Tensor:
-        """Pages uint8 ``[B, pages, page_bytes]`` of their units' bytes."""
+    def _joined_units(self, packed: Sequence[Tensor], means: Sequence[Tensor | None]) -> Tensor:
+        """Pages uint8 ``[B, pages, page_bytes]`` of their units' bytes; means of the first pages."""
         shape = (*packed[0].shape[:2], self._page_bytes)
         out = torch.zeros(shape, dtype=torch.uint8, device=packed[0].device)
-        for unit, own in zip(self._units, packed, strict=True):
-            segment = unit.unit.segment
+        for unit, own, common in zip(self._units, packed, means, strict=True):
+            segment, place = unit.unit.segment, unit.unit.means
             out[..., segment.offset : segment.end] = own
+            if place is not None and common is not None:
+                out[:, : common.shape[1], place.offset : place.end] = common
         return out
+
+    def _means_of_page(self, unit: UnitCoder, page: int) -> Tensor | None:
+        place = unit.unit.means
+        return None if place is None else self._page(page)[..., place.offset : place.end]
 
     def _unpack(self, unit: UnitCoder, pages: Tensor) -> Tensor:
         slots = unit.unit.slots
@@ -202,6 +222,13 @@ class PageStore:
             self.arenas = [*self.arenas[:index], self.arenas[index].clone(), *self.arenas[index + 1 :]]
             self._shared.discard(index)
         return self.arenas[index]
+
+
+def _run_of(contents: UnitContents, start: int, count: int, page_tokens: int) -> UnitContents:
+    """The tokens from ``start`` on, up to ``count`` of them, both multiples of a page."""
+    tokens = slice(start, start + count)
+    pages = slice(start // page_tokens, (start + count) // page_tokens)
+    return UnitContents(contents.raw[:, tokens], contents.codes[:, tokens], contents.means[:, pages])
 
 
 def _changed(arena: Tensor, change: Callable[[Tensor], Tensor], used: int) -> Tensor:
@@ -257,9 +284,14 @@ class PageStores:
         """Whether ``tokens`` more begin and end where pages do."""
         return self.tokens % self._page_tokens == 0 and tokens % self._page_tokens == 0
 
-    def append_packed(self, packed: Sequence[Tensor]) -> None:
+    def open_means(self, unit: UnitCoder) -> Tensor | None:
+        """See ``PageStore.open_means``."""
+        return next(store for store in self._stores if store.has(unit)).open_means(unit)
+
+    def append_packed(self, packed: Sequence[Tensor], means: Sequence[Tensor | None]) -> None:
         """See ``PageStore.append_packed``."""
-        self._each(PageStore.append_packed, packed)
+        both = list(zip(packed, means, strict=True))
+        self._each(lambda store, own: store.append_packed(*map(list, zip(*own, strict=True))), both)
         self.tokens += packed[0].shape[1] * self._page_tokens
 
     def contents(self) -> tuple[UnitContents, ...]:

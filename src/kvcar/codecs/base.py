@@ -69,6 +69,10 @@ class Codec(ABC):
         """What errors ``[..., W]`` of vectors cost, in nats ``[...]``; raises NotImplementedError where it is not known."""
         raise NotImplementedError
 
+    def mean_scale(self) -> Tensor | None:
+        """How large the mean error of a page is in each element beside the others, ``[W]``; None where pages store none."""
+        return None
+
     def affine_encoder(self) -> tuple[Tensor, Tensor] | None:
         """Matrix ``[W, R]`` and centre ``[W]`` when latents are ``(x - centre) @ matrix``, for kernels that fuse it."""
         return None

@@ -30,6 +30,7 @@ _TOP = 127
 _ROWS_AT_ONCE = 256
 _SMALLEST = 1e-30
 _SMALLEST_EIGENVALUE = 0.003
+_MEAN_SCALES = 30  # between an element of median cost and one whose errors cost nothing
 _SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -116,6 +117,12 @@ class Linear8Codec(Codec):
     def error_cost(self, error: Tensor) -> Tensor:
         """See ``Codec``: ``error' M error / 2``, the divergence to second order."""
         return (error * self._weighed(error)).sum(-1) / 2
+
+    def mean_scale(self) -> Tensor:
+        """See ``Codec``: an error goes so far where it costs little."""
+        least = self.metric_scale.median() / _MEAN_SCALES
+        scale = 1 / self.metric_scale.clamp_min(least.clamp_min(_SMALLEST))
+        return scale / scale.square().mean().sqrt()
 
     def tensors(self) -> dict[str, Tensor]:
         """See ``Codec``."""

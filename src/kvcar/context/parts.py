@@ -15,12 +15,12 @@ from ..cache.finer import FinerPages
 from ..cache.snapshot import CacheContents
 from ..codecs.checks import LARGEST
 from ..errors import ContextError
-from ..layout import PageUnit
+from ..layout import MEAN_STEP_BYTES, PageUnit
 from ..plan import RAW_BITS, Plan
 from .entropy import decode_codes, encode_codes, store_library
 from .file import ContextHeader, DtypeName, FinerPage, Part, PartSpec
 
-CODES, EXACT, TOKEN_IDS = "codes", "exact", "token_ids"
+CODES, EXACT, TOKEN_IDS, MEANS = "codes", "exact", "token_ids", "means."
 _DTYPES: dict[torch.dtype, DtypeName] = {
     torch.uint8: "uint8", torch.int32: "int32", torch.float16: "float16", torch.bfloat16: "bfloat16",
     torch.float32: "float32", torch.float64: "float64",
@@ -48,6 +48,7 @@ def specs_of(coder: PageCoder, model_dtype: torch.dtype, header: ContextHeader) 
     }
     for index, unit in enumerate(coder.units):
         shapes[f"raw.{index}"] = (_raw_dtype(unit.unit, coder.dtype), (batch, paged, _raw_width(unit.unit)))
+        shapes[f"{MEANS}{index}"] = (torch.uint8, _means_shape(unit.unit, batch, paged))
     for layer in sorted(set(range(geometry.layers)) - set(plan.coded_layers)):
         kept = geometry.kept_tokens(layer, tokens)
         shapes[f"plain.{layer}"] = (model_dtype, (2, batch, heads, kept, dim))
@@ -57,6 +58,7 @@ def specs_of(coder: PageCoder, model_dtype: torch.dtype, header: ContextHeader) 
 def tensors_of(contents: CacheContents, token_ids: Tensor | None) -> dict[str, Tensor]:
     """Name the tensors of ``contents`` as their parts, on the CPU; parts without elements are left out."""
     named = {f"raw.{index}": unit.raw for index, unit in enumerate(contents.units)}
+    named |= {f"{MEANS}{index}": unit.means for index, unit in enumerate(contents.units)}
     if contents.units:
         named[CODES] = torch.cat([unit.codes for unit in contents.units], dim=-1)
     if contents.exact:
@@ -76,7 +78,9 @@ def contents_of_parts(header: ContextHeader, tensors: Mapping[str, Tensor], code
     units = []
     for index, (unit, own) in enumerate(zip(coder.units, codes, strict=False)):
         none = torch.empty(batch, paged, 0, dtype=_raw_dtype(unit.unit, coder.dtype))
-        units.append(UnitContents(tensors.get(f"raw.{index}", none), own))
+        no_means = torch.empty(_means_shape(unit.unit, batch, paged), dtype=torch.uint8)
+        means = tensors.get(f"{MEANS}{index}", no_means)
+        units.append(UnitContents(tensors.get(f"raw.{index}", none), own, means))
     none = torch.empty(len(plan.coded_layers), 2, batch, geometry.kv_heads, 0, geometry.head_dim, dtype=coder.dtype)
     exact = zip(plan.coded_layers, tensors.get(EXACT, none), strict=True)
     plain = {name.removeprefix("plain."): sides for name, sides in tensors.items() if name.startswith("plain.")}
@@ -136,8 +140,10 @@ def decode_part(part: Part, data: memoryview, bits: Sequence[int]) -> Tensor:
     return tensor
 
 
-def is_sound(tensor: Tensor) -> bool:
+def is_sound(name: str, tensor: Tensor) -> bool:
     """Whether no element is NaN, infinite, or so large that what is computed with it may not be finite."""
+    if name.startswith(MEANS):
+        tensor = tensor[..., :MEAN_STEP_BYTES].contiguous().view(torch.float16)
     # As a number of Python: in 16 bits the limit itself would be infinite.
     return not tensor.is_floating_point() or not tensor.numel() or tensor.abs().max().item() <= LARGEST
 
@@ -149,6 +155,10 @@ def _spec(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> PartSpec:
 def _raw_width(unit: PageUnit) -> int:
     """Columns of a unit that are no integer codes."""
     return unit.segment.latents if unit.segment.lossless else unit.segment.raw
+
+
+def _means_shape(unit: PageUnit, batch: int, paged: int) -> tuple[int, int, int]:
+    return (batch, -(-paged // unit.segment.page_tokens), 0 if unit.means is None else unit.means.size)
 
 
 def _raw_dtype(unit: PageUnit, exact: torch.dtype) -> torch.dtype:

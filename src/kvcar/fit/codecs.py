@@ -231,5 +231,5 @@ def _fitted(
     scales = "static" if options.structure is None else options.structure.scales
     if scales == "dynamic":
         quantizer = DynamicQuantizer(groups[0].bits)
-    planned = Block(codec=block.codec, slots=block.slots, groups=groups, scales=scales)
+    planned = Block(codec=block.codec, slots=block.slots, groups=groups, scales=scales, page_means=block.page_means)
     return FittedBlock(planned, CodedBlock(codec, quantizer), expected_kl)

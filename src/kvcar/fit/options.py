@@ -31,6 +31,7 @@ class Profile:
         entropy_coded: whether sizes are those of a stored context, whose codes take their entropy.
         fit_tokens: tokens to fit on by default: blocks of thousands of elements at small sizes need many.
         memory_tokens: tokens in memory, of all sequences together, that share the bytes of codecs by default.
+        page_means: whether pages store what the errors of their tokens have in common.
     """
 
     widest_elements: int
@@ -40,6 +41,7 @@ class Profile:
     entropy_coded: bool = False
     fit_tokens: int = 24_576
     memory_tokens: int = 65_536
+    page_means: bool = True
 
 
 PROFILES = {
@@ -47,7 +49,12 @@ PROFILES = {
     "balanced": Profile(2048, 1200, "a few adjacent layers to a block", memory_tokens=32_768),
     "small": Profile(8192, None, "many or all layers to a block, for capacity", memory_tokens=524_288),
     "stored": Profile(
-        8192, None, "contexts saved to disk, where codes take their entropy", entropy_coded=True, fit_tokens=65_536
+        8192,
+        None,
+        "contexts saved to disk, where codes take their entropy",
+        entropy_coded=True,
+        fit_tokens=65_536,
+        page_means=False,
     ),
 }
 
@@ -70,6 +77,7 @@ class Structure:
         metric: what a block's directions are chosen by: "std" (each element over its standard deviation) or "effect" (the
             measured effect of errors on the model's output; bits and latents of all blocks then share one budget).
         steps: training steps of an autoencoder, per block.
+        page_means: whether pages store what the errors of their tokens have in common; for the linear8 codec.
 
     Raises:
         InputError: values that are out of range or exclude each other.
@@ -87,6 +95,7 @@ class Structure:
     scales: Scales = "static"
     metric: Metric = "std"
     steps: int = 200
+    page_means: bool = False
 
     def __post_init__(self) -> None:
         require(str, codec=self.codec, scales=self.scales, metric=self.metric)
@@ -113,6 +122,9 @@ class Structure:
                 "the linear8 codec is made of the measured effect of errors and gives latents whole bits: ask for metric='effect', "
                 "and for a size in place of key_latents and value_latents"
             )
+        require(bool, page_means=self.page_means)
+        if self.page_means and self.codec != "linear8":
+            raise InputError(f"page_means needs the linear8 codec, which knows what errors cost; got {self.codec!r}")
         if self.steps < 0:
             raise InputError(f"training steps must not be negative, got {self.steps}")
         self._check_latents()
@@ -212,6 +224,15 @@ class FitOptions:
     def codec(self) -> str:
         """Codec of every block."""
         return "linear8" if self.structure is None else self.structure.codec
+
+    @property
+    def page_means(self) -> bool:
+        """Whether pages store what the errors of their tokens have in common."""
+        return (
+            self.limits.page_means
+            if self.limits is not None
+            else self.structure is not None and self.structure.page_means
+        )
 
     @property
     def metric(self) -> Metric:

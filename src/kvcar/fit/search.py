@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def empty_plan(geometry: KVGeometry, blocks: Sequence[Slots], options: FitOption
     """The plan whose blocks have no bits yet."""
     return Plan.checked(
         geometry=geometry,
-        blocks=tuple(Block(codec=options.codec, slots=slots) for slots in blocks),
+        blocks=tuple(Block(codec=options.codec, slots=slots, page_means=options.page_means) for slots in blocks),
         reuses=() if options.structure is None else options.structure.reuses,
         cache=options.cache,
     )
@@ -172,7 +173,11 @@ class _Measure:
 
     @torch.no_grad()
     def __call__(self, solved: Solved) -> float:
-        codes = {i: coded.round_trip for i, coded in enumerate(solved.blocks)}
+        tokens = [solved.plan.page_tokens if block.page_means else None for block in solved.plan.blocks]
+        codes = {
+            i: partial(coded.round_trip, mean_tokens=n)
+            for i, (coded, n) in enumerate(zip(solved.blocks, tokens, strict=True))
+        }
         with self._passes:
             parts = [float(kl_divergence(self._passes.read(p, codes), p.logits)) for p in self._prefilled]
         return sum(parts) / len(parts)

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from ...layout import SegmentLayout
 from ..native import native_library
 from ..pack.cpu import NativePlane
+from ..page_means import PageMeans
 from ..rotary import RotaryTable
 from .inputs import PagedPast, Reader, RoundedDecoder, pick
 
@@ -43,6 +44,7 @@ class NativeReader(ctypes.Structure):
         *((name, _POINTER) for name in ("head", "matrix", "half")),
         ("matrix_stride", _I64), ("half_stride", _I64), ("decoder", _POINTER), ("decoder_stride", _I64),
         *((name, _POINTER) for name in ("scale", "bias", "stops", "query", "constant", "sums")),
+        ("means", _I64), *((name, _POINTER) for name in ("mean_place", "mean_scale", "shifts")),
     ]  # fmt: skip
 
 
@@ -193,7 +195,18 @@ class NativeDecoders:
         )
         if order is not None:
             self._point(native, self._ordered(self._decoder(reader), order), latent_bits(reader.segment))
+        if reader.means is not None:
+            # Keys that do not turn meet queries in the model's order.
+            self._point_to_means(native, reader.means, torch.arange(self._head_dim) if order is None else order)
         return native
+
+    def _point_to_means(self, native: NativeReader, means: PageMeans, order: Tensor) -> None:
+        """Say where elements of heads, in ``order`` and padded with those of scale 0, lie among the page's mean errors."""
+        places = torch.arange(means.layout.width, dtype=torch.int32)[means.columns]
+        extra = (0, self._width - self._head_dim)
+        native.means = means.layout.offset
+        native.mean_place = self._keep(pad(places.view(-1, self._head_dim)[:, order], extra).contiguous())
+        native.mean_scale = self._keep(pad(means.scale.view(-1, self._head_dim)[:, order], extra).float().contiguous())
 
     def _point(self, native: NativeReader, decoder: RoundedDecoder, bits: Tensor) -> None:
         exact, rounded = decoder.exact, decoder.decoder

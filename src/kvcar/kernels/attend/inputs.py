@@ -13,6 +13,7 @@ from torch import Tensor
 from ...layout import SegmentLayout
 from ..backend import Operation
 from ..pack import unpack
+from ..page_means import PageMeans
 from ..rotary import RotaryTable
 
 # A step has few query tokens (decoding), a chunk has many (prefill), or there are no pages yet.
@@ -64,6 +65,7 @@ class Reader:
         rotated: keys are stored after RoPE and need no rotation.
         exact_dtype: dtype of the elements of a lossless segment.
         rounded: the same decoder as ``affine`` as it lies in memory in 8 bits, where it does.
+        means: what each page adds to what is decoded of it, where pages store that.
     """
 
     segment: SegmentLayout
@@ -74,6 +76,7 @@ class Reader:
     rotated: bool
     exact_dtype: torch.dtype
     rounded: RoundedDecoder | None = None
+    means: PageMeans | None = None
 
     @property
     def is_affine(self) -> bool:
@@ -97,6 +100,8 @@ class Reader:
         tensors = [] if self.affine is None else [*self.affine]
         if self.rounded is not None:
             tensors += [self.rounded.exact, self.rounded.decoder, self.rounded.scale, self.rounded.bias]
+        if self.means is not None:
+            tensors.append(self.means.scale)
         return tensors + [t for own in self.kept.values() if isinstance(own, KeepsTensors) for t in own.tensors()]
 
     @cached_property
@@ -119,6 +124,13 @@ class Reader:
         """Unpack and restore ``tokens`` of the same pages: what ``decode`` takes, float32 ``[B, N, R]``."""
         u = self.stored(*pages)[:, tokens]
         return u if self.restore is None else self.restore(u)
+
+    def vectors(self, restored: Tensor, pages: Sequence[Tensor], tokens: slice = slice(None)) -> Tensor:
+        """Decode what ``restored`` gave of the same pages and tokens, float32 ``[B, N, len(heads) * D]``, means added."""
+        decoded = self.decode(restored)
+        if self.means is None:
+            return decoded
+        return decoded + self.means.of(pages).repeat_interleave(self.segment.page_tokens, dim=1)[:, tokens]
 
 
 class Buffered(NamedTuple):
@@ -232,11 +244,11 @@ def pick(x: Tensor, heads: tuple[int, ...]) -> Tensor:
     return x if heads == tuple(range(x.shape[1])) else x[:, list(heads)]
 
 
-def all_heads(readers: tuple[Reader, ...], restored: Callable[[Reader], Tensor]) -> Tensor:
-    """Decode vectors ``[B, H, N, D]`` of all heads; ``restored`` gives what a reader decodes, ``[B, N, R]``."""
+def all_heads(readers: tuple[Reader, ...], vectors: Callable[[Reader], Tensor]) -> Tensor:
+    """Join vectors ``[B, H, N, D]`` of all heads; ``vectors`` gives those of a reader, ``[B, N, len(heads) * D]``."""
     parts: dict[int, Tensor] = {}
     for reader in readers:
-        own = reader.decode(restored(reader)).unflatten(-1, (len(reader.heads), -1))
+        own = vectors(reader).unflatten(-1, (len(reader.heads), -1))
         parts |= {head: own[:, :, place] for place, head in enumerate(reader.heads)}
     return torch.stack([parts[head] for head in range(len(parts))], dim=1)
 

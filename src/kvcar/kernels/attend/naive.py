@@ -59,8 +59,8 @@ def _decode_all(paged: PagedPast) -> tuple[Tensor, Tensor]:
     """Decode keys and values ``[B, H, N, D]`` of all pages."""
     pages, there = torch.cat(list(paged.tiles), dim=1), slice(paged.tokens)
 
-    def restored(reader: Reader) -> Tensor:
-        return reader.restored(pages, tokens=there)
+    def vectors(reader: Reader) -> Tensor:
+        return reader.vectors(reader.restored(pages, tokens=there), [pages], there)
 
-    keys = turned_keys(paged, all_heads(paged.key_readers, restored), 0)
-    return keys, all_heads(paged.value_readers, restored)
+    keys = turned_keys(paged, all_heads(paged.key_readers, vectors), 0)
+    return keys, all_heads(paged.value_readers, vectors)

@@ -12,10 +12,10 @@ exist. The fused operation returns the log-sum-exp of its scores, with which a t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .inputs import ATTENTION, ExactPast, PagedPast, Reader, all_heads, pick, turned_keys
 
@@ -98,8 +98,12 @@ def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, softcap: float
             u = _restored_once(reader, pages, count, stored)
             if _sums_latents(q, reader):
                 state.add_latents(weights, reader, u)
+                if reader.means is not None:
+                    mass = _mass_of_pages(weights, paged.page_tokens)
+                    means = reader.means.of(pages)[:, : mass.shape[-1]].unflatten(-1, (len(reader.heads), -1))
+                    state.add_decoded(mass, reader.heads, means.transpose(1, 2))
             else:
-                values = reader.decode(u).unflatten(-1, (len(reader.heads), -1)).transpose(1, 2)
+                values = reader.vectors(u, pages, slice(count)).unflatten(-1, (len(reader.heads), -1)).transpose(1, 2)
                 state.add_decoded(weights, reader.heads, values)
 
 
@@ -119,6 +123,11 @@ def _tiles(paged: PagedPast, longest: int) -> Iterator[tuple[int, tuple[Tensor, 
                 taken += pages.shape[1]
     if taken:
         yield start, tuple(tile), left
+
+
+def _mass_of_pages(weights: Tensor, page_tokens: int) -> Tensor:
+    """Sum weights ``[B, H, Q, S]`` of the tokens of every page, the last of which may be partly filled: ``[B, H, Q, pages]``."""
+    return pad(weights, (0, -weights.shape[-1] % page_tokens)).unflatten(-1, (-1, page_tokens)).sum(-1)
 
 
 def _restored_once(reader: Reader, pages: tuple[Tensor, ...], count: int, stored: dict[int, Tensor]) -> Tensor:
@@ -144,21 +153,25 @@ def _scores(
         if reader in key_folds:
             folded, constant = key_folds[reader]
             flat = folded.flatten(1, 2) @ u.transpose(1, 2)
-            parts.append(flat.view(*folded.shape[:3], -1) + constant)
+            scores = flat.view(*folded.shape[:3], -1) + constant
+            if reader.means is not None:
+                means = reader.means.of(pages).unflatten(-1, (len(reader.heads), -1)).permute(0, 2, 3, 1)
+                scores += (pick(q, reader.heads) @ means).repeat_interleave(paged.page_tokens, dim=-1)[..., :count]
+            parts.append(scores)
         else:
-            keys = _decode_keys(reader, paged, u, start)
+            keys = _rotated_keys(reader, paged, reader.vectors(u, pages, slice(count)), start)
             parts.append(pick(q, reader.heads) @ keys.transpose(2, 3))
     order = [head for reader in paged.key_readers for head in reader.heads]
     scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return scores if order == sorted(order) else scores[:, torch.argsort(torch.tensor(order))]
 
 
-def _decode_keys(reader: Reader, paged: PagedPast, u: Tensor, start: int) -> Tensor:
-    """Decode and rotate keys ``[B, len(heads), S, D]`` of a tile's stored values ``[B, S, R]``."""
-    keys = reader.decode(u).unflatten(-1, (len(reader.heads), -1)).transpose(1, 2)
+def _rotated_keys(reader: Reader, paged: PagedPast, vectors: Tensor, start: int) -> Tensor:
+    """Rotate a tile's decoded keys ``[B, S, len(heads) * D]`` to ``[B, len(heads), S, D]``."""
+    keys = vectors.unflatten(-1, (len(reader.heads), -1)).transpose(1, 2)
     if paged.rotary is None or reader.rotated:
         return keys
-    return paged.rotary.rotate(keys, paged.token_index(start, u.shape[1]) - paged.offset[:, None])
+    return paged.rotary.rotate(keys, paged.token_index(start, vectors.shape[1]) - paged.offset[:, None])
 
 
 def _sums_latents(q: Tensor, reader: Reader) -> bool:
@@ -190,9 +203,13 @@ def _attend_tile(
     q: Tensor, paged: PagedPast, pages: tuple[Tensor, ...], start: int, count: int, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Attend to one tile, fused; see ``_attend_fused``."""
-    restored = partial(_restored_once, pages=pages, count=count, stored={})
-    keys = turned_keys(paged, all_heads(paged.key_readers, restored), start)
-    return _attend_fused(q, keys, all_heads(paged.value_readers, restored), mask)
+    stored: dict[int, Tensor] = {}
+
+    def vectors(reader: Reader) -> Tensor:
+        return reader.vectors(_restored_once(reader, pages, count, stored), pages, slice(count))
+
+    keys = turned_keys(paged, all_heads(paged.key_readers, vectors), start)
+    return _attend_fused(q, keys, all_heads(paged.value_readers, vectors), mask)
 
 
 def _attend_fused(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

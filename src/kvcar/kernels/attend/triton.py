@@ -45,8 +45,6 @@ def unsupported(query: Tensor, paged: PagedPast | None) -> str | None:
         return None
     if query.dtype != torch.float32 and not multiplies_subnormals(query.device):
         return "the device takes subnormal float16 numbers, which codes are, for zero"
-    if paged is not None and paged.shown is not None:
-        return "some pages are finer"
     if _REASON not in paged.kept:
         paged.kept[_REASON] = _unsupported_past(paged)
     return paged.kept[_REASON]  # pyright: ignore[reportReturnType]
@@ -65,6 +63,8 @@ def _unsupported_reader(reader: Reader, paged: PagedPast) -> str | None:
         return "lossless keys are stored before RoPE" if unrotated else None
     if not reader.is_affine:
         return "the decoder is not affine"
+    if reader.means is not None and reader in paged.key_readers and paged.rotary is None:
+        return "pages have mean errors of keys that do not rotate"
     if reader.restore is not None:
         return "scales are stored with every token (dynamic), and dequantisation must fold into the decoder"
     return None
@@ -169,7 +169,7 @@ def merge(out: Tensor, exact: Piece, parts: list[SplitSums]) -> None:
         out.copy_(exact.total / torch.where(mass > 0.0, mass, 1.0))
         return
     batch, layer_heads, rows, head_dim = out.shape
-    for bank, items, block_q, sums, stats in parts:
+    for bank, items, block_q, sums, stats, *means in parts:
         heads = bank.keep(("merge", rows, block_q), lambda b=bank, q=block_q: _merge_items(b, rows, q))
         decoder = bank.keep("value decoder", lambda b=bank: value_decoder(b, head_dim))
         splits, block = sums.shape[1], sums.shape[4]
@@ -177,7 +177,7 @@ def merge(out: Tensor, exact: Piece, parts: list[SplitSums]) -> None:
         columns = min(padded_columns(head_dim), block, max(8, _PRODUCTS // (padded * block)))
         merge_pieces[(len(heads), -(-rows // padded) * -(-head_dim // columns), batch)](
             out, sums, stats, *exact, heads, decoder.matrix, decoder.bias, decoder.places, decoder.latent_of,
-            splits, len(items), rows, layer_heads, stats[0].numel(), CODED=bank.coded, ROUNDED=bank.rounded,
+            *(stats if each is None else each for each in means), splits, len(items), rows, layer_heads, stats[0].numel(), CODED=bank.coded, HAS_MEANS=bank.has_means, ROUNDED=bank.rounded,
             EXACT=ELEMENT_TYPES[decoder.exact_dtype], HEAD_DIM=head_dim, ITEM_ROWS=block_q, BLOCK_R=block,
             SPLITS=max(1, _PRODUCTS // (padded * block)), ROWS=padded, COLUMNS=columns,
             num_warps=WARPS,  # pyright: ignore[reportCallIssue]

@@ -111,6 +111,22 @@ def _decoder_rows(part, exact_part, below, OPERAND: tl.constexpr, HAS_EXACT: tl.
 
 
 @triton.jit
+def _page_mean(address, offset, place, scale):
+    """Read the mean errors float32 of some elements in the page at ``address``; see ``page_means.py``."""
+    # Integers are added before they become a pointer, so that the page's address is one number.
+    step = tl.load((address + offset).to(tl.pointer_type(tl.float16))).to(tl.float32)
+    byte = tl.load((address + offset + 2 + place // 4).to(tl.pointer_type(tl.uint8))).to(tl.int32)
+    return (((byte >> (2 * (place % 4))) & 3).to(tl.float32) - 1.5) * step * scale
+
+
+@triton.jit
+def _shown(shown, page_count, batch, token, seen, PAGE_TOKENS: tl.constexpr):
+    """Which of the tokens that may be seen are read from their pages' codes; ``shown`` int64 ``[B, page_count]`` says how many."""
+    count = tl.load(shown + batch * page_count + token // PAGE_TOKENS, mask=seen, other=0)
+    return seen & (token % PAGE_TOKENS < count)
+
+
+@triton.jit
 def decode_scores(
     scores,
     pages,
@@ -128,6 +144,10 @@ def decode_scores(
     coarse,
     first,
     offset,
+    shown,
+    mean_offset,
+    mean_place,
+    mean_scale,
     start,
     stop,
     page_count,
@@ -137,6 +157,8 @@ def decode_scores(
     coarse_rows,
     softcap,
     HAS_CAP: tl.constexpr,
+    HAS_SHOWN: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -179,6 +201,10 @@ def decode_scores(
         fine, coarse: float32 ``[2, FINE or coarse_rows, PAIRS]`` cosines and sines.
         SCORED: dtype of decoded keys and queries in their product.
         first, offset: int64 ``[B]``.
+        shown: int64 ``[B, page_count]``, where HAS_SHOWN: tokens of each page that are attended.
+        mean_offset: int32 ``[I]``, where HAS_MEANS: bytes into the page where the mean errors of an item's unit lie.
+        mean_place, mean_scale: int32 and float32 ``[I, 2 * BLOCK_PAIRS + BLOCK_REST]``, where HAS_MEANS: which of them is added
+            to a column, and its scale, 0 for none.
     """
     item = items + tl.program_id(1) * 4
     block_start, head_start = tl.load(item), tl.load(item + 1)
@@ -203,6 +229,13 @@ def decode_scores(
         exact_part += column[None, :]
         pair_unit = tl.load(unit + tl.program_id(1) * COLUMNS + column)
         rest_unit = tl.load(unit + tl.program_id(1) * COLUMNS + 2 * BLOCK_PAIRS + rest_column) if REST else 0.0
+    if HAS_MEANS:
+        at_means = tl.load(mean_offset + tl.program_id(1))
+        own_means = tl.program_id(1) * COLUMNS
+        pair_place, pair_scale = tl.load(mean_place + own_means + column), tl.load(mean_scale + own_means + column)
+        own_means += 2 * BLOCK_PAIRS
+        rest_place = tl.load(mean_place + own_means + rest_column) if REST else 0
+        rest_scale = tl.load(mean_scale + own_means + rest_column) if REST else 0.0
     pair_column = tl.arange(0, BLOCK_PAIRS)
     pair = pair_column % PAIRS
     kept, kept_rest, kept_places = (), (), ()
@@ -221,6 +254,8 @@ def decode_scores(
         begin = start + (tl.program_id(0) * TILES + tile) * BLOCK_N
         token = begin + tl.arange(0, BLOCK_N)
         seen = (token >= first_token) & (token < stop)
+        if HAS_SHOWN:
+            seen = _shown(shown, page_count, batch, token, seen, PAGE_TOKENS)
         keys = tl.zeros([BLOCK_N, 2 * BLOCK_PAIRS], tl.float32)
         if not ROUNDED:
             keys += pair_bias[None, :]
@@ -264,6 +299,12 @@ def decode_scores(
             keys = keys * pair_unit[None, :] + pair_bias[None, :]
             if REST:
                 rest = rest * rest_unit[None, :] + rest_bias[None, :]
+        if HAS_MEANS:
+            # All tokens of a tile are of one page.
+            address = tl.load(pages + batch * page_count + tl.minimum(begin, stop - 1) // PAGE_TOKENS)
+            keys += (_page_mean(address, at_means, pair_place, pair_scale) / SCALE)[None, :]
+            if REST:
+                rest += (_page_mean(address, at_means, rest_place, rest_scale) / SCALE)[None, :]
 
         # Keys turn by their place in the tile alone, and queries back by the position of its first token.
         at = turns + tl.arange(0, BLOCK_N)[:, None] * PAIRS + pair[None, :]
@@ -309,6 +350,7 @@ def direct_scores(
     operand,
     constant,
     first,
+    shown,
     start,
     stop,
     page_count,
@@ -318,6 +360,7 @@ def direct_scores(
     operand_size,
     softcap,
     HAS_CAP: tl.constexpr,
+    HAS_SHOWN: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -343,6 +386,8 @@ def direct_scores(
     begin = start + tl.program_id(0) * BLOCK_N
     token = begin + tl.arange(0, BLOCK_N)
     seen = (token >= tl.load(first + batch)) & (token < stop)
+    if HAS_SHOWN:
+        seen = _shown(shown, page_count, batch, token, seen, PAGE_TOKENS)
     row = tl.load(item + 3) + tl.arange(0, BLOCK_Q)
     row_ok = row < head_count * query_rows
     layer_row = _layer_row(heads, head_start, row, row_ok, batch, layer_heads, query_rows)
@@ -442,3 +487,74 @@ def latent_sums(
     tl.store(stats + own, maximum)
     tl.store(masses + own, tl.sum(mass, 1))
     tl.store(own_sums, tl.trans(total) * code_scale(WORDS, OPERAND))
+
+
+@triton.jit
+def mean_sums(
+    sums,
+    maxima,
+    scores,
+    pages,
+    heads,
+    mean_offset,
+    mean_place,
+    mean_scale,
+    start,
+    stop,
+    split_start,
+    splits,
+    page_count,
+    count,
+    query_rows,
+    layer_heads,
+    PAGE_TOKENS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+):
+    """Sum the mean errors of the pages' values under the softmax of one split's scores, as ``latent_sums`` does their codes.
+
+    Args:
+        sums: float32 ``[B, splits, layer_heads, query_rows, HEAD_DIM]``, written for ``heads``: weights are
+            ``exp(score - maximum)``.
+        maxima: float32 ``[B, splits, layer_heads, query_rows]``, written.
+        scores, start, stop, split_start: as of ``latent_sums``.
+        heads: int32 ``[count]``.
+        mean_offset, mean_place, mean_scale: int32 ``[count]``, int32 and float32 ``[count, HEAD_DIM]``; see ``decode_scores``.
+    """
+    entry = tl.program_id(1) % count
+    head = tl.load(heads + entry)
+    batch = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(1) // count * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row_ok = row < query_rows
+    column = tl.arange(0, BLOCK_D)
+    column_ok = column < HEAD_DIM
+    at_means = tl.load(mean_offset + entry)
+    place = tl.load(mean_place + entry * HEAD_DIM + column, mask=column_ok, other=0)
+    scale = tl.load(mean_scale + entry * HEAD_DIM + column, mask=column_ok, other=0.0)
+    layer_row = (batch * layer_heads + head) * query_rows + row
+
+    maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    begin = start + tl.program_id(0) * (TILES * BLOCK_N)
+    for tile in range(TILES):
+        first = begin + tile * BLOCK_N
+        token = first + tl.arange(0, BLOCK_N)
+        score = tl.load(
+            scores + layer_row[:, None] * (stop - start) + (token - start)[None, :],
+            mask=row_ok[:, None] & (token < stop)[None, :],
+            other=float("-inf"),
+        )
+        higher = tl.maximum(maximum, tl.max(score, 1))
+        anchor = anchor_of(higher)
+        mass = tl.sum(tl.exp(score - anchor[:, None]), 1)
+        # All tokens of a tile are of one page; behind the last one nothing has mass.
+        address = tl.load(pages + batch * page_count + tl.minimum(first, stop - 1) // PAGE_TOKENS)
+        mean = _page_mean(address, at_means, place, scale)
+        total = total * tl.exp(maximum - anchor)[:, None] + mass[:, None] * mean[None, :]
+        maximum = higher
+    own = ((batch * splits + split_start + tl.program_id(0)) * layer_heads + head) * query_rows + row
+    tl.store(maxima + own, maximum, mask=row_ok)
+    tl.store(sums + own[:, None] * HEAD_DIM + column[None, :], total, mask=row_ok[:, None] & column_ok[None, :])

@@ -141,12 +141,15 @@ def merge_pieces(
     bias,
     decoders,
     latent_of,
+    mean_sums,
+    mean_maxima,
     splits,
     items,
     query_rows,
     layer_heads,
     mass_offset,
     CODED: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
     ROUNDED: tl.constexpr,
     EXACT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -171,6 +174,8 @@ def merge_pieces(
         decoders: int64 ``[N, 5]``, where ROUNDED, of each head: addresses of its decoder int8 ``[groups, HEAD_DIM, 4]``, of the
             rows of dtype EXACT of the latents before those, and of the steps float32 ``[HEAD_DIM]`` of the former; how many rows
             of EXACT there are, and elements from one to the next.
+        mean_sums, mean_maxima: float32 ``[B, splits, layer_heads, query_rows, HEAD_DIM]`` and without the last, where HAS_MEANS:
+            of ``mean_sums``.
         latent_of: int32 ``[rows]``, where ROUNDED: the latent of each slot, -1 for none.
     """
     entry = heads + tl.program_id(0) * 5
@@ -225,6 +230,12 @@ def merge_pieces(
             # Few rows: products of floats, where matrix units would want 16 of them and round.
             total += tl.sum(u[:, :, None] * part[None, :, :], 1)
             block += 1
+        if HAS_MEANS:
+            all_rows = layer_heads * query_rows
+            total += _split_sums(
+                mean_sums, mean_maxima, batch * splits * all_rows + head * query_rows + row, all_rows, splits, row_ok, anchor, column,
+                column_ok, SPLITS, ROWS, COLUMNS, HEAD_DIM,
+            )  # fmt: skip
     else:
         block = (tl.program_id(1) // row_blocks) * COLUMNS // BLOCK_R
         total = _split_sums(

@@ -13,16 +13,19 @@ from ...sizes import FINE_POSITIONS
 from ..rotary import RotaryTable
 from ..triton_unpack import HALF_SCALE
 from .inputs import PagedPast
-from .triton_kernels import decode_scores, direct_scores, latent_sums
+from .triton_kernels import decode_scores, direct_scores, latent_sums, mean_sums
 from .triton_tables import (
     LONGEST_BLOCK,
     LONGEST_WORD_BLOCK,
     Bank,
+    MeanTable,
     angle_tables,
     banks,
     key_decoder,
+    padded_columns,
     split_pairs,
     turn_table,
+    value_means,
     whole_pages,
 )
 
@@ -61,6 +64,11 @@ class Call:
     def page_tokens(self) -> int:
         """Tokens of a page."""
         return self.paged.page_tokens
+
+    @property
+    def shown(self) -> Tensor:
+        """Tokens of each page that are attended, int64 ``[B, pages]``; any tensor where they all are."""
+        return self.paged.first if self.paged.shown is None else self.paged.shown
 
     @property
     def precision(self) -> str:
@@ -103,10 +111,11 @@ class Scorer:
         tiles = tiles_of_a_program(programs(call.q.device), *programs_here)
         decode_scores[(-(-(stop - start) // (block * tiles)), len(decoder.items), batch)](
             scores, call.addresses, planes, table.present, decoder.items, bank.heads, decoder.matrix, decoder.bias,
-            decoder.exact, decoder.unit, self._turned, turns, fine, coarse, call.paged.first, call.paged.offset, start, stop,
+            decoder.exact, decoder.unit, self._turned, turns, fine, coarse, call.paged.first, call.paged.offset, call.shown,
+            *_mean_tensors(decoder.means, decoder.items), start, stop,
             call.addresses.shape[1], table.latents, rows, heads, coarse.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
-            OPERAND=tl.float16 if half else tl.float32, SCORED=tl.float16 if half and bank.keys_fit_float16 else tl.float32,
+            HAS_CAP=call.softcap is not None, HAS_SHOWN=call.paged.shown is not None, HAS_MEANS=decoder.means is not None,
+            PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths, OPERAND=tl.float16 if half else tl.float32, SCORED=tl.float16 if half and bank.keys_fit_float16 else tl.float32,
             PRECISION=call.precision, PAIRS=rotary.width // 2, REST=head_dim - rotary.width, FINE=FINE_POSITIONS, TILES=tiles,
             ROUNDED=bank.rounded, EXACT_BLOCKS=decoder.exact_blocks,
             KEEP=half and table.blocks <= _KEPT_BLOCKS, BLOCKS=table.blocks, ROW_BLOCKS=-(-block_rows // block_q),
@@ -123,9 +132,9 @@ class Scorer:
         block = tile_tokens(call, keys=False)
         planes, by_words = bank.planes(block, call.page_tokens)
         direct_scores[(-(-(stop - start) // block), len(items), batch)](
-            scores, call.addresses, planes, table.present, items, bank.heads, operand, constant, call.paged.first,
+            scores, call.addresses, planes, table.present, items, bank.heads, operand, constant, call.paged.first, call.shown,
             start, stop, call.addresses.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
+            HAS_CAP=call.softcap is not None, HAS_SHOWN=call.paged.shown is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
             ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
             BLOCK_Q=block_q, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
@@ -140,6 +149,7 @@ class SplitSums(NamedTuple):
         block_q: query rows of an item.
         sums: float32 ``[B, splits, items, block_q, block]``.
         stats: float32 ``[2, B, splits, items, block_q]``, maxima and masses.
+        mean_sums, mean_maxima: of the pages' mean errors, as the kernel ``mean_sums`` writes them; None where there are none.
     """
 
     bank: Bank
@@ -147,6 +157,8 @@ class SplitSums(NamedTuple):
     block_q: int
     sums: Tensor
     stats: Tensor
+    mean_sums: Tensor | None = None
+    mean_maxima: Tensor | None = None
 
 
 class ValueSums:
@@ -176,13 +188,21 @@ class ValueSums:
         for bank, items, block_q in parts:
             shape = (batch, self._splits, len(items), block_q)
             sums = torch.empty(*shape, bank.table.block, device=device)
-            self.parts.append(SplitSums(bank, items, block_q, sums, torch.empty(2, *shape, device=device)))
+            own = SplitSums(bank, items, block_q, sums, torch.empty(2, *shape, device=device))
+            if bank.has_means:
+                shape = (batch, self._splits, *call.q.shape[1:3])
+                own = own._replace(
+                    mean_sums=torch.empty(*shape, call.q.shape[3], device=device),
+                    mean_maxima=torch.empty(shape, device=device),
+                )
+            self.parts.append(own)
 
     def add(self, scores: Tensor, start: int, stop: int) -> None:
         """Take in tokens ``start`` (the first of a split) to ``stop`` with scores ``[B, H * Q, stop - start]``."""
         call = self._call
         batch, heads, rows = call.q.shape[:3]
-        for bank, items, block_q, sums, stats in self.parts:
+        for part in self.parts:
+            bank, items, block_q, sums, stats, *_ = part
             # Codes and 16-bit latents are exact in float16; lossless elements may not be.
             half = call.half and bank.coded
             planes, by_words = bank.planes(tile_tokens(call, keys=False), call.page_tokens)
@@ -196,6 +216,28 @@ class ValueSums:
                 num_warps=WARPS,  # pyright: ignore[reportCallIssue]
                 maxnreg=_REGISTERS if by_words else None,  # pyright: ignore[reportCallIssue]
             )  # fmt: skip
+            if part.mean_sums is not None and part.mean_maxima is not None:
+                self._add_means(bank, part.mean_sums, part.mean_maxima, scores, start, stop)
+
+    def _add_means(self, bank: Bank, sums: Tensor, maxima: Tensor, scores: Tensor, start: int, stop: int) -> None:
+        """Take in the mean errors of the same pages."""
+        call = self._call
+        batch, _, rows, head_dim = call.q.shape
+        means = bank.keep("value means", lambda: value_means(bank, head_dim))
+        # All tokens of a tile are of one page, as those of keys.
+        tile, block_q, count = gpu_tile_tokens(call, keys=True), query_block(rows), len(bank.heads)
+        grid = (-(-(stop - start) // self.split_tokens), count * -(-rows // block_q), batch)
+        mean_sums[grid](
+            sums, maxima, scores, call.addresses, bank.heads, means.offset, means.place, means.scale, start, stop,
+            start // self.split_tokens, self._splits, call.addresses.shape[1], count, rows, call.q.shape[1],
+            PAGE_TOKENS=call.page_tokens, HEAD_DIM=head_dim, BLOCK_D=padded_columns(head_dim),
+            TILES=self.split_tokens // tile, BLOCK_N=tile, BLOCK_Q=block_q,
+        )  # fmt: skip
+
+
+def _mean_tensors(means: MeanTable | None, nothing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A table as kernels take it, or what they do not read."""
+    return (nothing, nothing, nothing) if means is None else (means.offset, means.place, means.scale)
 
 
 def _in_pairs(q: Tensor, rotary: RotaryTable) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...layout import SEGMENT_ALIGNMENT_BYTES, SegmentLayout
 from ...sizes import rotary_table_entries
+from ..page_means import PageMeans
 from ..plane_table import (
     PlaneTable,
     block_latents,
@@ -59,6 +60,7 @@ class Group:
         affine: matrix ``[slots, len(heads) * D]`` and bias of a decoder in floats.
         rounded: the decoder in 8 bits, where it lies; without either the latents are the one head itself.
         slots: of the latents of a decoder in 8 bits, int64 ``[R]``.
+        means: what pages add to the decoded vectors.
     """
 
     heads: tuple[int, ...]
@@ -66,11 +68,20 @@ class Group:
     affine: tuple[Tensor, Tensor] | None
     rounded: RoundedDecoder | None = None
     slots: Tensor | None = None
+    means: PageMeans | None = None
 
     @property
     def latents(self) -> int:
         """Slots read."""
         return self.fields.shape[-1]
+
+    def mean_rows(self) -> tuple[int, Tensor, Tensor]:
+        """Bytes into the page where mean errors lie; which of them each column has and their scales, ``[1, len(heads) * D]``."""
+        if self.means is None:
+            width = self.matrix_and_bias()[1].shape[-1]
+            return 0, torch.zeros(1, width, dtype=torch.int32), torch.zeros(1, width)
+        places = torch.arange(self.means.layout.width, dtype=torch.int32)[self.means.columns]
+        return self.means.layout.offset, places[None], self.means.scale[None]
 
     def matrix_and_bias(self) -> tuple[Tensor, Tensor]:
         """Matrix float32 ``[slots, len(heads) * D]`` and bias of the decoder; of one in 8 bits made anew."""
@@ -181,6 +192,11 @@ class Bank:
         counts = [len(group.heads) for group in self.groups]
         return [sum(counts[:index]) for index in range(len(counts))]
 
+    @property
+    def has_means(self) -> bool:
+        """Whether pages add mean errors to vectors of any group."""
+        return any(group.means is not None for group in self.groups)
+
     def blocks(self, group: int) -> int:
         """Blocks of latents that a group fills; the table has ``table.blocks`` for every group."""
         return -(-self.groups[group].latents // self.table.block)
@@ -210,7 +226,7 @@ class KeyDecoder:
     """Decoders of a bank's keys, their columns in the order of the decoding kernel.
 
     Attributes:
-        items, matrix, bias, exact, unit: as ``decode_scores`` takes them.
+        items, matrix, bias, exact, unit, means: as ``decode_scores`` takes them; no means where pages have none.
         exact_blocks: first blocks of latents of an item that have rows in ``exact``.
         heads_together: heads of the item that has most.
         block_pairs, block_rest: columns, padded, of the pairs' elements and of the rest.
@@ -225,6 +241,16 @@ class KeyDecoder:
     heads_together: int
     block_pairs: int
     block_rest: int
+    means: MeanTable | None
+
+
+@dataclass(frozen=True, eq=False)
+class MeanTable:
+    """Where mean errors of pages lie for each row of a table, ``[n]``, and for its columns: which of them, and their scales."""
+
+    offset: Tensor
+    place: Tensor
+    scale: Tensor
 
 
 _ANGLES: weakref.WeakKeyDictionary[RotaryTable, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
@@ -287,9 +313,9 @@ def _coded_group(reader: Reader) -> Group:
     slots = word_slots(reader.segment)
     fields = spread(segment_fields(reader.segment), slots)
     if reader.rounded is not None:
-        return Group(reader.heads, fields, None, reader.rounded, slots)
+        return Group(reader.heads, fields, None, reader.rounded, slots, reader.means)
     matrix, bias = reader.matrix_and_bias()
-    return Group(reader.heads, fields, (in_slots(matrix, slots, fields.shape[-1]), bias))
+    return Group(reader.heads, fields, (in_slots(matrix, slots, fields.shape[-1]), bias), means=reader.means)
 
 
 def _lossless_groups(reader: Reader) -> list[Group]:
@@ -316,9 +342,10 @@ def _make_key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: tor
     block_pairs, block_rest = padded_columns(together * pairs), padded_columns(together * rest) if rest else 0
     blocks, block = bank.table.blocks, bank.table.block
     exact_blocks = max(-(-group.exact_slots // block) for group in bank.groups)
-    items, parts = [], []
+    items, parts, offsets, means = [], [], [], []
     for index, group in enumerate(bank.groups):
         matrix, bias = group.matrix_and_bias()
+        at_means, *of_means = group.mean_rows() if bank.has_means else (0,)
         whole = (matrix.to(dtype), bias[None])
         if bank.rounded:
             in8, exact, unit = group.rows_in_8_bits()
@@ -329,6 +356,8 @@ def _make_key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: tor
             rows = len(items) * blocks
             items.append((index * blocks, bank.head_starts[index] + first, count, rows))
             parts.append([_columns(part[:, wanted], count, rotary, block_pairs, block_rest) for part in whole])
+            means.append([_columns(part[:, wanted], count, rotary, block_pairs, block_rest) for part in of_means])
+            offsets.append(at_means)
     heights = (blocks * block, 1, exact_blocks * block, 1)
     filled = [
         torch.cat([torch.nn.functional.pad(part, (0, 0, 0, height - len(part))) for part in own])
@@ -336,7 +365,23 @@ def _make_key_decoder(bank: Bank, rotary: RotaryTable, head_dim: int, dtype: tor
     ]
     matrix, bias, exact, unit = filled if bank.rounded else (*filled, *filled)
     table = torch.tensor(items, dtype=torch.int32, device=bank.device)
-    return KeyDecoder(table, matrix, bias, exact, unit, exact_blocks, together, block_pairs, block_rest)
+    own_means = _mean_table(offsets, means, bank.device) if bank.has_means else None
+    return KeyDecoder(table, matrix, bias, exact, unit, exact_blocks, together, block_pairs, block_rest, own_means)
+
+
+def value_means(bank: Bank, head_dim: int) -> MeanTable:
+    """Mean errors of a bank's values, a row for each of its heads."""
+    offsets, means = [], []
+    for group in bank.groups:
+        offset, *parts = group.mean_rows()
+        offsets += [offset] * len(group.heads)
+        means += zip(*(part.split(head_dim, dim=1) for part in parts), strict=True)
+    return _mean_table(offsets, means, bank.device)
+
+
+def _mean_table(offsets: list[int], rows: Sequence[Sequence[Tensor]], device: torch.device) -> MeanTable:
+    place, scale = (torch.cat([part.to(device) for part in own]) for own in zip(*rows, strict=True))
+    return MeanTable(torch.tensor(offsets, dtype=torch.int32, device=device), place.contiguous(), scale.contiguous())
 
 
 def _columns(matrix: Tensor, heads: int, rotary: RotaryTable, block_pairs: int, block_rest: int) -> Tensor:

@@ -36,7 +36,10 @@ typedef struct {
  * [batch][heads of the layer][rows][padded head dim], unscaled.
  * Keys that do not rotate have no decoder: `query` [batch][heads of the layer][rows][latents] holds it already and `constant`
  * [batch][heads of the layer][rows] is what its bias adds to a score.
- * Values: `sums` [batch][splits][heads * rows][padded latents] is written. */
+ * Values: `sums` [batch][splits][heads * rows][padded latents] is written.
+ * Where `mean_scale` is given, every page adds a mean error to its vectors, at `means` bytes into the page: a float16 step and codes of 2
+ * bits. Element `d` of a head is the unit's element `mean_place[d]`, over the scale `mean_scale[d]`, both [heads][padded head dim]. Of values
+ * these are summed too, in `shifts` [batch][splits][heads * rows][padded head dim]. */
 typedef struct {
     int32_t segment, heads, exact, groups;
     const int32_t *head;
@@ -49,6 +52,10 @@ typedef struct {
     const int32_t *stops;
     const float *query, *constant;
     float *sums;
+    int64_t means;
+    const int32_t *mean_place;
+    const float *mean_scale;
+    float *shifts;
 } Reader;
 
 typedef struct {
@@ -107,6 +114,7 @@ typedef struct {
     float *shrink;     /* [heads * rows] */
     void *rounded;     /* [heads * rows] weights as in sums8.h */
     float *decoded;    /* [rows][padded head dim] */
+    float *mean;       /* [padded head dim] of a page and head */
     int of_floats, of_mixed;
 } Scratch;
 
@@ -116,6 +124,10 @@ static int64_t stride_of(const Job *job, const Reader *reader) { return padded(l
 static int64_t size_of_sums(const Job *job, const Reader *reader)
 {
     return (int64_t)reader->heads * job->rows * stride_of(job, reader);
+}
+static int64_t size_of_shifts(const Job *job, const Reader *reader)
+{
+    return reader->mean_scale ? (int64_t)reader->heads * job->rows * rounded_up(job->head_dim) : 0;
 }
 
 /* Where a page begins and, in `end`, where it ends. */
@@ -253,6 +265,29 @@ static Decoder8 decoder_of(const Job *job, const Reader *reader, int h)
     };
 }
 
+/* A float16 number; 65536 and more for infinity and NaN. */
+static inline float float_of(uint16_t half)
+{
+    union { uint32_t i; float f; } x = { .i = (uint32_t)(half & 0x7fff) << 13 };
+    x.f *= 0x1p112f;
+    x.i |= (uint32_t)(half & 0x8000) << 16;
+    return x.f;
+}
+
+/* What the page at `data` adds to the vectors of the `h`-th head of a reader. */
+static void read_mean(const Job *job, const Reader *reader, int h, const uint8_t *data, float *restrict out)
+{
+    const int width = rounded_up(job->head_dim);
+    const int32_t *place = reader->mean_place + (long)h * width;
+    const float *scale = reader->mean_scale + (long)h * width;
+    uint16_t half;
+    memcpy(&half, data + reader->means, sizeof half);
+    const uint8_t *codes = data + reader->means + sizeof half;
+    const float step = float_of(half);
+    for (int d = 0; d < width; d++)
+        out[d] = ((float)(codes[place[d] >> 2] >> 2 * (place[d] & 3) & 3) - 1.5f) * step * scale[d];
+}
+
 /* Codes of a reader's segment as floats. */
 static const float *floats_of(const Job *job, const Reader *reader, int tokens, Scratch *s)
 {
@@ -262,13 +297,20 @@ static const float *floats_of(const Job *job, const Reader *reader, int tokens, 
     return s->floats;
 }
 
-static void decode_and_score(const Job *job, const Reader *reader, int b, int64_t position, int low, int high, Scratch *s)
+static void decode_and_score(
+    const Job *job, const Reader *reader, int b, const uint8_t *data, int64_t position, int low, int high, Scratch *s)
 {
     const int width = rounded_up(job->head_dim), stride = (int)stride_of(job, reader), some = high - low;
     float *keys = s->tile + (long)low * width;
     for (int h = 0; h < reader->heads; h++) {
         const int head = reader->head[h];
-        const Decoder8 by = decoder_of(job, reader, h);
+        Decoder8 by = decoder_of(job, reader, h);
+        if (reader->mean_scale) {
+            read_mean(job, reader, h, data, s->mean);
+            for (int d = 0; d < width; d++)
+                s->mean[d] += by.bias[d];
+            by.bias = s->mean;
+        }
         if (by.groups)
             decode8(some, &by, s->codes + job->segment[reader->segment].place, stride, keys);
         else
@@ -282,18 +324,21 @@ static void decode_and_score(const Job *job, const Reader *reader, int b, int64_
 }
 
 /* Scores without decoding: the queries have the decoder already. */
-static void score_folded(const Job *job, const Reader *reader, int b, int low, int high, Scratch *s)
+static void score_folded(const Job *job, const Reader *reader, int b, const uint8_t *data, int low, int high, Scratch *s)
 {
     const int latents = (int)latents_of(job, reader);
     const long stride = stride_of(job, reader);
     const float *codes = floats_of(job, reader, high - low, s);
     for (int h = 0; h < reader->heads; h++) {
         const long at = ((long)b * job->heads + reader->head[h]) * job->rows;
+        if (reader->mean_scale)
+            read_mean(job, reader, h, data, s->mean);
         for (int row = 0; row < job->rows; row++) {
             const float *q = reader->query + (at + row) * latents;
+            const float mean = reader->mean_scale ? dot(job->head_dim, job->query + (at + row) * job->head_dim, s->mean) : 0;
             float *scores = s->weights + ((long)reader->head[h] * job->rows + row) * TILE;
             for (int t = low; t < high; t++)
-                scores[t] = job->scaling * (dot(latents, q, codes + (t - low) * stride) + reader->constant[at + row]);
+                scores[t] = job->scaling * (dot(latents, q, codes + (t - low) * stride) + reader->constant[at + row] + mean);
         }
     }
 }
@@ -353,6 +398,23 @@ static void sum_values(const Job *job, const Reader *reader, int low, int high, 
                 sums + (long)h * rows * stride + l, stride);
 }
 
+/* Add a page's mean errors under the mass of a tile's weights. */
+static void sum_means(const Job *job, const Reader *reader, const uint8_t *data, int low, int high, Scratch *s, float *shifts)
+{
+    const int width = rounded_up(job->head_dim), rows = job->rows;
+    for (int h = 0; h < reader->heads; h++) {
+        read_mean(job, reader, h, data, s->mean);
+        for (int row = 0; row < rows; row++) {
+            const long at = (long)reader->head[h] * rows + row;
+            float *own = shifts + ((long)h * rows + row) * width, mass = 0;
+            for (int t = low; t < high; t++)
+                mass += s->weights[at * TILE + t];
+            for (int d = 0; d < width; d++)
+                own[d] = own[d] * s->shrink[at] + mass * s->mean[d];
+        }
+    }
+}
+
 /* The weights of all rows of a tile in the form that sums in integers take. */
 static void round_all_weights(const Job *job, int low, int high, Scratch *s, float *mass)
 {
@@ -409,9 +471,9 @@ static void attend_page(const Job *job, int b, int split, int64_t page, int more
         for (int r = 0; r < job->key_readers; r++) {
             const Reader *reader = job->keys + r;
             if (reader->constant)
-                score_folded(job, reader, b, low, high, s);
+                score_folded(job, reader, b, data, low, high, s);
             else
-                decode_and_score(job, reader, b, start - job->offset[b], low, high, s);
+                decode_and_score(job, reader, b, data, start - job->offset[b], low, high, s);
         }
         for (int row = 0; row < all; row++)
             s->shrink[row] = soften(s->weights + (long)row * TILE, low, high, job->softcap, maximum + row, mass + row);
@@ -424,6 +486,8 @@ static void attend_page(const Job *job, int b, int split, int64_t page, int more
                 sum_rounded(job, reader, (int)(high - low), s, sums);
             else
                 sum_values(job, reader, low, high, s, sums);
+            if (reader->mean_scale)
+                sum_means(job, reader, data, low, high, s, reader->shifts + ((long)b * job->splits + split) * size_of_shifts(job, reader));
         }
     }
 }
@@ -455,6 +519,7 @@ static int64_t lay_out_room(const Job *job, float *room, Scratch *s)
     s->tile = at, at += TILE * width;
     s->turned = at, at += job->rows * width;
     s->decoded = at, at += job->rows * width;
+    s->mean = at, at += width;
     s->weights = at, at += all * TILE;
     s->shrink = at, at += all;
 #if HAS_SUMS8
@@ -473,6 +538,9 @@ static void attend_split(const Job *job, int b, int split, Scratch *s)
     for (int r = 0; r < job->value_readers; r++) {
         const int64_t size = size_of_sums(job, job->values + r);
         memset(job->values[r].sums + ((long)b * job->splits + split) * size, 0, size * sizeof(float));
+        const int64_t shifts = size_of_shifts(job, job->values + r);
+        if (shifts)
+            memset(job->values[r].shifts + ((long)b * job->splits + split) * shifts, 0, shifts * sizeof(float));
     }
     const int64_t pages = pages_of(job), stop = pages * (split + 1) / job->splits;
     for (int64_t page = pages * split / job->splits; page < stop; page++)
@@ -485,16 +553,7 @@ static void attend_split(const Job *job, int b, int split, Scratch *s)
 #endif
 }
 
-/* A float16 number; 65536 and more for infinity and NaN. */
-static inline float float_of(uint16_t half)
-{
-    union { uint32_t i; float f; } x = { .i = (uint32_t)(half & 0x7fff) << 13 };
-    x.f *= 0x1p112f;
-    x.i |= (uint32_t)(half & 0x8000) << 16;
-    return x.f;
-}
-
-/* The same, with infinity and NaN as they are. */
+/* The same as `float_of`, with infinity and NaN as they are. */
 static inline float any_float_of(uint16_t half)
 {
     union { float f; uint32_t i; } x = { .f = float_of(half) };
@@ -569,6 +628,18 @@ static int attend_exact(const Job *job, int b)
     return 0;
 }
 
+/* to[heads * rows][stride] = to mine + (what lies `other` behind) theirs, by the rows of all heads. */
+static void merge_sums(
+    const Job *job, const Reader *reader, long stride, float *to, long other, const float *mine, const float *theirs)
+{
+    for (int h = 0; h < reader->heads; h++)
+        for (int row = 0; row < job->rows; row++) {
+            const long at = ((long)h * job->rows + row) * stride, place = (long)reader->head[h] * job->rows + row;
+            for (int l = 0; l < stride; l++)
+                to[at + l] = to[at + l] * mine[place] + to[other + at + l] * theirs[place];
+        }
+}
+
 /* Bring the sums of all splits of a sequence to one maximum and add them up in the first split's place. */
 static void merge(const Job *job, int b)
 {
@@ -587,14 +658,12 @@ static void merge(const Job *job, int b)
         }
         for (int r = 0; r < job->value_readers; r++) {
             const Reader *reader = job->values + r;
-            const long stride = stride_of(job, reader), size = size_of_sums(job, reader);
-            float *to = reader->sums + (long)b * splits * size, *from = to + split * size;
-            for (int h = 0; h < reader->heads; h++)
-                for (int row = 0; row < job->rows; row++) {
-                    const long at = ((long)h * job->rows + row) * stride, place = (long)split * all + (long)reader->head[h] * job->rows + row;
-                    for (int l = 0; l < stride; l++)
-                        to[at + l] = to[at + l] * mass[place] + from[at + l] * maximum[place];
-                }
+            const float *mine = mass + (long)split * all, *theirs = maximum + (long)split * all;
+            const int64_t size = size_of_sums(job, reader), shifts = size_of_shifts(job, reader);
+            merge_sums(job, reader, stride_of(job, reader), reader->sums + (long)b * splits * size, split * size, mine, theirs);
+            if (shifts)
+                merge_sums(
+                    job, reader, rounded_up(job->head_dim), reader->shifts + (long)b * splits * shifts, split * shifts, mine, theirs);
         }
     }
 }
@@ -605,9 +674,10 @@ static void decode_sums(const Job *job, const Reader *reader, int b, int h, cons
     const int width = rounded_up(job->head_dim), stride = (int)stride_of(job, reader), rows = job->rows;
     const float *sums = reader->sums + ((long)b * job->splits * reader->heads + h) * rows * stride;
     const Decoder8 by = decoder_of(job, reader, h);
+    const float *shifts = reader->mean_scale ? reader->shifts + ((long)b * job->splits * reader->heads + h) * rows * width : 0;
     for (int row = 0; row < rows; row++)
         for (int d = 0; d < width; d++)
-            decoded[(long)row * width + d] = mass[row] * by.bias[d];
+            decoded[(long)row * width + d] = mass[row] * by.bias[d] + (shifts ? shifts[(long)row * width + d] : 0);
     for (int d = 0; d < width; d += COLUMNS)
         rows_product(rows, by.exact, sums, stride, by.matrix + d, (int)by.matrix_stride, 0, decoded + d, width);
     if (by.groups)
@@ -650,8 +720,11 @@ static int64_t lay_out(Job *job, float *scratch)
     }
     job->room = lay_out_room(job, scratch, &unused);
     job->rooms = at, at += job->threads * job->room;
-    for (int r = 0; r < job->value_readers; r++)
-        job->values[r].sums = at, at += (int64_t)job->batch * job->splits * size_of_sums(job, job->values + r);
+    for (int r = 0; r < job->value_readers; r++) {
+        Reader *reader = job->values + r;
+        reader->sums = at, at += (int64_t)job->batch * job->splits * size_of_sums(job, reader);
+        reader->shifts = at, at += (int64_t)job->batch * job->splits * size_of_shifts(job, reader);
+    }
     for (int r = 0; r < job->key_readers + job->value_readers; r++) {
         Reader *reader = r < job->key_readers ? job->keys + r : job->values + r - job->key_readers;
         if (reader->half)
