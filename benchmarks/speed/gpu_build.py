@@ -125,14 +125,16 @@ def decode_step(
     from kvcar.kernels.attend import triton as backend
     from kvcar.kernels.attend import triton_paged
     from kvcar.kernels.attend.inputs import ExactPast, PagedPast, Reader
+    from kvcar.kernels.page_means import PageMeans
     from kvcar.kernels.rotary import RotaryTable
-    from kvcar.layout import aligned, coded_segment
+    from kvcar.layout import MeansLayout, aligned, coded_segment
 
     launches: list[Launch] = []
     for module, name in [
         (triton_paged, "decode_scores"),
         (triton_paged, "direct_scores"),
         (triton_paged, "latent_sums"),
+        (triton_paged, "mean_sums"),
         (backend, "exact_piece"),
         (backend, "merge_pieces"),
     ]:
@@ -146,15 +148,18 @@ def decode_step(
         for first in range(0, kv_heads, heads_per_block):
             segment = coded_segment(groups, 64, aligned(end))
             end, width = segment.end, heads_per_block * head_dim
+            means = PageMeans(MeansLayout(end, width), slice(0, width), torch.ones(width)) if rounded else None
+            end = end if means is None else means.layout.end
             heads = tuple(range(first, first + heads_per_block))
             decoder = _random_decoder(segment, heads_per_block, head_dim) if rounded else None
             affine = None if rounded else (torch.randn(segment.latents, width), torch.zeros(width))
-            readers.append(Reader(segment, heads, None, lambda u: u, affine, False, dtype, decoder))
+            readers.append(Reader(segment, heads, None, lambda u: u, affine, False, dtype, decoder, means))
     half = len(readers) // 2
     pages = torch.zeros(1, -(-tokens // 64), aligned(end), dtype=torch.uint8)
     zero = torch.zeros(1, dtype=torch.int64)
     table = RotaryTable(torch.ones(head_dim // 2, dtype=torch.float64), 1.0, "half") if rotary else None
-    paged = PagedPast([pages], tokens, zero, 0, zero, tuple(readers[:half]), tuple(readers[half:]), table)
+    shown = torch.full(pages.shape[:2], 64) if rounded else None
+    paged = PagedPast([pages], tokens, zero, 0, zero, tuple(readers[:half]), tuple(readers[half:]), table, shown)
     window = torch.zeros(1, kv_heads, 132, head_dim, dtype=dtype)
     exact = ExactPast(window, window, torch.ones(1, 1, 1, 132, dtype=torch.bool))
     backend.attend(torch.zeros(1, query_heads, 1, head_dim, dtype=dtype), exact, paged, 0.1, None)

@@ -1,6 +1,7 @@
 """Pages that would cost too much are kept exactly, whatever is done to the cache."""
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from kvcar.fit.page_costs import page_costs
 
 TINY, PAGE = 1e-12, 32
 KERNELS = ["cpu", "torch", "naive"]
+# The extra is not among the core dependencies that these tests run with too.
+EVERY_KERNEL = [*KERNELS, *(["triton"] if find_spec("triton") else [])]
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +63,14 @@ def test_with_all_pages_finer_the_model_says_what_it_does_without(kernels, famil
 def test_kernels_agree_where_some_pages_of_some_sequences_are_finer(llama, monkeypatch):
     ids, found = token_ids(184, batch=3), {}
     bundle = coarse(llama, typical_limit(llama, ids))
-    for kernels in KERNELS:
+    for kernels in EVERY_KERNEL:
         monkeypatch.setenv("KVCAR_KERNELS", kernels)
         with kvcar.attach(llama, bundle) as attached:
             cache = attached.new_cache()
             found[kernels] = logits(llama, ids, cache)
             assert 0.1 < cache.finer_page_share() < 0.9
     # Sums in another order round a latent to its neighbouring code now and then; tests/kernels compares attention alone.
-    assert error(found["torch"], found["naive"]) < 0.1
-    assert error(found["cpu"], found["naive"]) < 0.1
+    assert max(error(each, found["naive"]) for each in found.values()) < 0.1
 
 
 def test_decoded_pages_give_the_same(llama):

@@ -1,6 +1,7 @@
 """Pages that store what the errors of their tokens have in common."""
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from kvcar.errors import BundleError, InputError
 from kvcar.layout import MEAN_STEP_BYTES, page_layout
 from kvcar.sizes import times_smaller
 
-KERNELS = ["cpu", "torch", "naive", "triton"]
+# The extra triton is not among the core dependencies that these tests run with too.
+KERNELS = ["cpu", "torch", "naive", *(["triton"] if find_spec("triton") else [])]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,9 @@ def llama():
 
 
 def coarse(model, **options):
-    return fitted(model, codec="linear8", metric="effect", times_smaller=6, page_means=True, max_page_cost=None, **options)
+    return fitted(
+        model, codec="linear8", metric="effect", times_smaller=6, page_means=True, max_page_cost=None, **options
+    )
 
 
 def logits(model, ids, cache, sizes=(70, 1, 60, 1, 1, 50, 1), **given):
@@ -49,9 +53,7 @@ def test_kernels_agree(family, monkeypatch):
         monkeypatch.setenv("KVCAR_KERNELS", kernels)
         with kvcar.attach(model, bundle) as attached:
             found[kernels] = logits(model, ids, attached.new_cache())
-    for kernels in KERNELS[:-2]:
-        assert error(found[kernels], found["naive"]) < 2e-3
-    assert error(found["triton"], found["naive"]) < 2e-3
+    assert max(error(each, found["naive"]) for each in found.values()) < 2e-3
 
 
 def test_a_page_is_read_better_with_its_mean(llama):
@@ -141,7 +143,9 @@ def test_a_bundle_keeps_them(llama, tmp_path):
 def coarse_without(model):
     bundle = coarse(model)
     blocks = tuple(block.model_copy(update={"page_means": False}) for block in bundle.plan.blocks)
-    return Bundle(bundle.plan.model_copy(update={"blocks": blocks}), bundle.blocks, bundle.fingerprint, bundle.model, bundle.fit)
+    return Bundle(
+        bundle.plan.model_copy(update={"blocks": blocks}), bundle.blocks, bundle.fingerprint, bundle.model, bundle.fit
+    )
 
 
 def test_codecs_that_do_not_know_what_errors_cost_have_none(llama, tmp_path):

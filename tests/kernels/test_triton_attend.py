@@ -255,6 +255,7 @@ def test_the_kernels_compile_for_an_h100(tmp_path):
         "decode_scores",
         "direct_scores",
         "latent_sums",
+        "mean_sums",
         "exact_piece",
         "merge_pieces",
         "encode_block",

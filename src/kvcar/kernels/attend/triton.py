@@ -169,7 +169,7 @@ def merge(out: Tensor, exact: Piece, parts: list[SplitSums]) -> None:
         out.copy_(exact.total / torch.where(mass > 0.0, mass, 1.0))
         return
     batch, layer_heads, rows, head_dim = out.shape
-    for bank, items, block_q, sums, stats, *means in parts:
+    for bank, items, block_q, sums, stats, mean_sums, mean_maxima in parts:
         heads = bank.keep(("merge", rows, block_q), lambda b=bank, q=block_q: _merge_items(b, rows, q))
         decoder = bank.keep("value decoder", lambda b=bank: value_decoder(b, head_dim))
         splits, block = sums.shape[1], sums.shape[4]
@@ -177,7 +177,7 @@ def merge(out: Tensor, exact: Piece, parts: list[SplitSums]) -> None:
         columns = min(padded_columns(head_dim), block, max(8, _PRODUCTS // (padded * block)))
         merge_pieces[(len(heads), -(-rows // padded) * -(-head_dim // columns), batch)](
             out, sums, stats, *exact, heads, decoder.matrix, decoder.bias, decoder.places, decoder.latent_of,
-            *(stats if each is None else each for each in means), splits, len(items), rows, layer_heads, stats[0].numel(), CODED=bank.coded, HAS_MEANS=bank.has_means, ROUNDED=bank.rounded,
+            stats if mean_sums is None else mean_sums, stats if mean_maxima is None else mean_maxima, splits, len(items), rows, layer_heads, stats[0].numel(), CODED=bank.coded, HAS_MEANS=bank.has_means, ROUNDED=bank.rounded,
             EXACT=ELEMENT_TYPES[decoder.exact_dtype], HEAD_DIM=head_dim, ITEM_ROWS=block_q, BLOCK_R=block,
             SPLITS=max(1, _PRODUCTS // (padded * block)), ROWS=padded, COLUMNS=columns,
             num_warps=WARPS,  # pyright: ignore[reportCallIssue]

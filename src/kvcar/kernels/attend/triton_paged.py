@@ -232,6 +232,7 @@ class ValueSums:
             start // self.split_tokens, self._splits, call.addresses.shape[1], count, rows, call.q.shape[1],
             PAGE_TOKENS=call.page_tokens, HEAD_DIM=head_dim, BLOCK_D=padded_columns(head_dim),
             TILES=self.split_tokens // tile, BLOCK_N=tile, BLOCK_Q=block_q,
+            num_warps=WARPS // 2,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
 
 
