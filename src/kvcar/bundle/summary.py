@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..geometry import BFLOAT16_BYTES, KINDS, Kind, KVGeometry, Slot
+from ..layout import MeansLayout
 from ..plan import Block, Plan
 
 
@@ -91,4 +92,6 @@ def ranges(numbers: Iterable[int]) -> str:
 def _slot_bits(plan: Plan, block: Block, exact_bits: int) -> float:
     if block.lossless:
         return float(exact_bits)
-    return block.bits_per_token / (len(block.slots) * plan.geometry.head_dim)
+    width = len(block.slots) * plan.geometry.head_dim
+    means = 8 * MeansLayout(0, width).size / plan.page_tokens if block.page_means else 0
+    return (block.bits_per_token + means) / width
