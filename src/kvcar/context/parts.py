@@ -140,8 +140,8 @@ def decode_part(part: Part, data: memoryview, bits: Sequence[int]) -> Tensor:
     return tensor
 
 
-def is_sound(name: str, tensor: Tensor) -> bool:
-    """Whether no element is NaN, infinite, or so large that what is computed with it may not be finite."""
+def is_sound(tensor: Tensor, name: str = "") -> bool:
+    """Whether no element is NaN, infinite, or so large that what is computed with it may not be finite; ``name`` of a part."""
     if name.startswith(MEANS):
         tensor = tensor[..., :MEAN_STEP_BYTES].contiguous().view(torch.float16)
     # As a number of Python: in 16 bits the limit itself would be infinite.

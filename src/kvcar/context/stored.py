@@ -81,7 +81,7 @@ def save_context(
     if token_ids is not None:
         _check_token_ids(token_ids, len(contents.padding), contents.tokens)
     tensors, bits = tensors_of(contents, token_ids), code_bits(cache.plan)
-    bad = [name for name, tensor in tensors.items() if not is_sound(name, tensor)]
+    bad = [name for name, tensor in tensors.items() if not is_sound(tensor, name)]
     if bad:
         raise CacheStateError(
             f"{', '.join(bad)} of the cache hold NaN, infinite values or numbers beyond 2^30; reset the cache"
@@ -225,7 +225,7 @@ def _listed(specs: Mapping[str, PartSpec], names: Sequence[str]) -> str:
 
 def _decoded(path: Path, part: Part, data: memoryview, bits: Sequence[int]) -> Tensor:
     tensor = decode_part(part, data, bits)
-    if not is_sound(part.name, tensor):
+    if not is_sound(tensor, part.name):
         raise ContextError(
             f"{path} holds NaN, infinite values or numbers beyond 2^30 in {part.name}; save the context again"
         )

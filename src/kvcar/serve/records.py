@@ -176,8 +176,12 @@ def _contents(unit: UnitCoder, stored: Tensor) -> UnitContents:
     """Stored values ``[1, T, S]`` in dtypes as narrow as what they hold."""
     segment = unit.unit.segment
     if segment.lossless:
-        return UnitContents(stored, torch.empty(*stored.shape[:2], 0, dtype=torch.uint8, device=stored.device))
-    return UnitContents(stored[..., : segment.raw].to(torch.float16), stored[..., segment.raw :].to(torch.uint8))
+        return UnitContents(
+            stored, torch.empty(*stored.shape[:2], 0, dtype=torch.uint8, device=stored.device), stored[..., :0]
+        )
+    raw, codes = stored[..., : segment.raw].to(torch.float16), stored[..., segment.raw :].to(torch.uint8)
+    # A record's pages are not the cache's, and have no mean errors.
+    return UnitContents(raw, codes, codes[..., :0])
 
 
 def _exact_parts(coder: RecordCoder, keys: Tensor, values: Tensor, exact: int) -> dict[str, Tensor]:

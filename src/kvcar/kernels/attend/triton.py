@@ -63,8 +63,6 @@ def _unsupported_reader(reader: Reader, paged: PagedPast) -> str | None:
         return "lossless keys are stored before RoPE" if unrotated else None
     if not reader.is_affine:
         return "the decoder is not affine"
-    if reader.means is not None and reader in paged.key_readers and paged.rotary is None:
-        return "pages have mean errors of keys that do not rotate"
     if reader.restore is not None:
         return "scales are stored with every token (dynamic), and dequantisation must fold into the decoder"
     return None

@@ -349,6 +349,7 @@ def direct_scores(
     heads,
     operand,
     constant,
+    of_means,
     first,
     shown,
     start,
@@ -361,6 +362,7 @@ def direct_scores(
     softcap,
     HAS_CAP: tl.constexpr,
     HAS_SHOWN: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     WIDTHS: tl.constexpr,
@@ -379,6 +381,7 @@ def direct_scores(
             group's queries in ``operand``.
         operand: float32 ``[B, operand_size]``: for each group ``[rows, BLOCKS * BLOCK_R]``.
         constant: float32 ``[B, layer_heads * query_rows]``, added to the scores.
+        of_means: float32 ``[B, layer_heads * query_rows, page_count]``, where HAS_MEANS: what each page's mean error adds.
     """
     item = items + tl.program_id(1) * 5
     block_start, head_start, head_count = tl.load(item), tl.load(item + 1), tl.load(item + 2)
@@ -404,6 +407,9 @@ def direct_scores(
         q_block = tl.load(q + latent[None, :], mask=row_ok[:, None], other=0.0)
         score = tl.dot(q_block, tl.trans(u), score, input_precision=PRECISION)
     score += tl.load(constant + layer_row, mask=row_ok, other=0.0)[:, None]
+    if HAS_MEANS:
+        at = layer_row[:, None] * page_count + (token // PAGE_TOKENS)[None, :]
+        score += tl.load(of_means + at, mask=row_ok[:, None] & seen[None, :], other=0.0)
     _store_scores(scores, score, layer_row, row_ok, token, seen, start, stop, softcap, HAS_CAP)
 
 

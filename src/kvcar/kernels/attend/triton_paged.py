@@ -83,6 +83,7 @@ class Scorer:
         self._call = call
         self._banks = banks(call.paged.key_readers, call.q.device, LONGEST_BLOCK)
         self._folded = {bank: _fold(call, bank) for bank in self._banks if not _decodes(call, bank)}
+        self._means: dict[Bank, Tensor] = {}
         rotary = call.paged.rotary
         self._turned = None
         if rotary is not None and len(self._folded) < len(self._banks):
@@ -132,12 +133,27 @@ class Scorer:
         block = tile_tokens(call, keys=False)
         planes, by_words = bank.planes(block, call.page_tokens)
         direct_scores[(-(-(stop - start) // block), len(items), batch)](
-            scores, call.addresses, planes, table.present, items, bank.heads, operand, constant, call.paged.first, call.shown,
+            scores, call.addresses, planes, table.present, items, bank.heads, operand, constant, self._of_means(bank), call.paged.first, call.shown,
             start, stop, call.addresses.shape[1], table.latents, rows, heads, operand.shape[1], call.softcap or 0.0,
-            HAS_CAP=call.softcap is not None, HAS_SHOWN=call.paged.shown is not None, PAGE_TOKENS=call.page_tokens, WORDS=by_words, WIDTHS=table.widths,
-            ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
+            HAS_CAP=call.softcap is not None, HAS_SHOWN=call.paged.shown is not None, HAS_MEANS=bank.has_means, PAGE_TOKENS=call.page_tokens, WORDS=by_words,
+            WIDTHS=table.widths, ELEMENT=ELEMENT_TYPES[bank.element], PRECISION=call.precision, BLOCKS=table.blocks, BLOCK_N=block, BLOCK_R=table.block,
             BLOCK_Q=block_q, num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
+
+    def _of_means(self, bank: Bank) -> Tensor:
+        """What the mean error of every page adds to scores of keys that do not turn, ``[B, H * Q, pages]``; any tensor without."""
+        call = self._call
+        if not bank.has_means:
+            return call.q
+        if bank not in self._means:
+            scores = call.q.new_zeros(*call.q.shape[:3], call.addresses.shape[1])
+            for group in bank.groups:
+                if group.means is not None:
+                    means = group.means.of(call.paged.tiles).unflatten(-1, (len(group.heads), -1)).permute(0, 2, 3, 1)
+                    index = bank.index(group)
+                    scores.index_copy_(1, index, call.q.index_select(1, index) @ means)
+            self._means[bank] = scores
+        return self._means[bank]
 
 
 class SplitSums(NamedTuple):
