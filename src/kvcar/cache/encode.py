@@ -15,7 +15,7 @@ from ..geometry import KINDS, Slot
 from ..kernels.rotary import RotaryTable
 from .coder import PageCoder, UnitCoder
 from .layer import CodedLayer
-from .pages import PageStore
+from .pages import PageStores
 from .sequence import SequenceState
 
 _log = logging.getLogger("kvcar")
@@ -27,7 +27,7 @@ RotaryOf = Callable[[int], RotaryTable | None]
 
 def encode_oldest(
     layers: Mapping[int, CodedLayer],
-    pages: PageStore,
+    pages: PageStores,
     coder: PageCoder,
     state: SequenceState,
     rotary_of: RotaryOf,
