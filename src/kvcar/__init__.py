@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .evaluate.fidelity import Fidelity as Fidelity
     from .evaluate.fidelity import evaluate as evaluate
     from .evaluate.fidelity import measure_fidelity as measure_fidelity
+    from .evaluate.recall import Recall as Recall
+    from .evaluate.recall import evaluate_recall as evaluate_recall
     from .fit.fit import fit as fit
     from .fit.fit import fit_bundles as fit_bundles
     from .fit.fit import lossless as lossless
@@ -42,10 +44,12 @@ _HOMES = {
     "KVCarCache": ".cache.cache",
     "KVCarError": ".errors",
     "Plan": ".plan",
+    "Recall": ".evaluate.recall",
     "Structure": ".fit.options",
     "__version__": ".version",
     "attach": ".cache.attach",
     "detach": ".cache.attach",
+    "evaluate_recall": ".evaluate.recall",
     "fit_bundles": ".fit.fit",
     "lossless": ".fit.fit",
     "load_model": ".models.load",
@@ -65,11 +69,13 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "KVCarCache",
     "KVCarError",
     "Plan",
+    "Recall",
     "Structure",
     "__version__",
     "attach",
     "detach",
     "evaluate",
+    "evaluate_recall",
     "fit",
     "fit_bundles",
     "load_model",

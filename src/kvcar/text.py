@@ -171,7 +171,7 @@ def token_windows(tokenizer: Any, text: str, context: int, windows: int) -> Tens
     require(int, context=context, windows=windows)
     if context < 2 or windows < 1:
         raise InputError(f"needed: a context of at least 2 tokens and at least 1 window; got {context} and {windows}")
-    bos = _default_bos(tokenizer)
+    bos = default_bos(tokenizer)
     taken = context - len(bos)
     # verbose=False: the whole text is longer than any model's limit, and is cut below.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -221,7 +221,8 @@ def up_to_windows(tokenizer: Any, text: str, context: int, maximum: int) -> Tens
     return found
 
 
-def _default_bos(tokenizer: Any) -> list[int]:
+def default_bos(tokenizer: Any) -> list[int]:
+    """Tokens that a tokenizer begins every text with by default: its BOS token, or none."""
     ids = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return [bos] if bos is not None and ids and ids[0] == bos else []

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from ..errors import InputError
 from .app import app
 from .arguments import BundleSource, Context, Device, Dtype, Json, Model, Text, Window, Windows
 from .console import check_writable, errors, out, progress_bars
+from .recall import run_suite
 
 if TYPE_CHECKING:
     from ..bundle import Bundle
@@ -25,6 +29,8 @@ _EXAMPLES = """Measure a bundle against MODEL's own full cache, stepped through 
   kvcar eval demo --bundle demo-5x --text test.txt --context 4096 --windows 4 --json figures.json
 
   kvcar eval demo --bundle demo-5x --window 0
+
+  kvcar eval demo --bundle demo-5x --suite recall --items 60
 """
 
 
@@ -36,11 +42,32 @@ def evaluate(
     context: Context = None,
     windows: Windows = 2,
     window: Window = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="recall",
+            help="Instead of a text, generated items: whether what lies far back is still found. --context is the longest passage then.",
+        ),
+    ] = None,
+    items: Annotated[int, typer.Option(help="Questions of each task of a suite.")] = 60,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            help="Of a suite: copy, pairs, passkey, needles, repeated, turns; may be repeated.",
+        ),
+    ] = None,
     json: Json = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
     """Evaluate a bundle; the examples in the help text say the rest."""
+    if suite is not None:
+        if text is not None:
+            raise InputError("a suite writes its own text; leave out --text or --suite")
+        run_suite(suite, model, bundle, items, only, context, window, json, dtype, device)
+        return
     from .. import evaluate as measure
     from ..bundle import Bundle
     from ..evaluate.fidelity import evaluation_context, fidelity_figures
