@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from kvcar.bundle import Bundle
 from kvcar.cli import app
 from kvcar.cli.app import PANELS
+from kvcar.cli.recall import recall_in_words
 from kvcar.errors import KVCarError
+from kvcar.evaluate.recall import Recall, RecallItem
 from kvcar.record import write_text
 
 
@@ -245,3 +247,40 @@ def test_errors_are_messages_not_tracebacks(tmp_path):
     version = subprocess.run([sys.executable, "-m", "kvcar", "--version"], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"kvcar \d+\.\d+\.\d+\S*\n", version.stdout)
     assert Path(sys.executable).exists()
+
+
+def test_eval_runs_a_suite_of_generated_items(bundle, model_folder, tmp_path):
+    path = tmp_path / "recall.json"
+    given = ("-b", bundle, "--suite", "recall", "--items", 3, "--context", 300, "--task", "copy", "--task", "turns")
+    printed = " ".join(run("eval", model_folder, *given, "--json", path).split())
+    data = json.loads(path.read_text())
+    assert set(data["tasks"]) == {"copy", "turns"}
+    assert data["asked"] == len(data["items"]) >= 6
+    assert data["counted"] == sum(item["full_right"] for item in data["items"])
+    assert data["config"]["suite"] == "recall"
+    said = "the full cache fails all" if not data["counted"] else f"of {data['counted']} items lost"
+    assert said in printed
+    assert "points lost" in printed
+
+
+def test_what_a_suite_cannot_do_is_refused_before_the_model_is_loaded(bundle, text_file, tmp_path):
+    for given, message in (
+        (("--suite", "sums"), "no suite 'sums'; known are: recall"),
+        (("--suite", "recall", "--text", text_file), "leave out --text or --suite"),
+        (("--suite", "recall", "--context", 9999), "the model has 512 positions"),
+        (("--suite", "recall", "--context", 150), "too short for recall"),
+        (("--suite", "recall", "--task", "sums"), "unknown recall task 'sums'"),
+        (("--suite", "recall", "--items", 0), "at least 1 item"),
+    ):
+        assert message in error_of("eval", tmp_path / "no-model", "-b", bundle, *given)
+
+
+def test_recall_is_said_in_words():
+    items = [RecallItem("copy", 1, p, True, p > 0, 0.1) for p in range(4)] + [
+        RecallItem("copy", 1, 9, False, True, 1.0)
+    ]
+    assert recall_in_words(Recall(tuple(items))) == (
+        "1 of 4 items lost, 25.00 ± 25.00 points below the full cache; 1 that the full cache fails are left out, 1 of which this "
+        "cache gets right"
+    )
+    assert "fails all 1 items" in recall_in_words(Recall(tuple(items[4:])))
