@@ -59,7 +59,7 @@ def paged_past(
 ) -> PagedPast:
     """Pages of random tokens on the coder's device; the first 4 tokens after the padding are not attended (sinks)."""
     generator = torch.Generator().manual_seed(tokens)
-    store = PageStore(coder.units, coder.layout.page_bytes, coder.plan.page_tokens)
+    store = PageStore(coder.units, coder.layouts[0].page_bytes, coder.plan.page_tokens)
 
     def fetch(slot, before_rope):
         del slot, before_rope

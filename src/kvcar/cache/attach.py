@@ -26,7 +26,7 @@ from ..errors import AttachError, InputError, UnsupportedModelError
 from ..geometry import BFLOAT16_BYTES
 from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
-from ..models.interface import base_of, implementation_of, switch
+from ..models.interface import base_of, implementation_of, stood_in_for, switch
 from ..models.structure import (
     CACHE_NAME,
     CACHE_NAMES,
@@ -36,7 +36,7 @@ from ..models.structure import (
     model_of,
     own_cache_layers,
 )
-from ..models.weights import active_adapters, weights_state
+from ..models.weights import active_adapters, device_of, weights_state
 from ..progress import OnProgress, counter, silent
 from ..sizes import size_in_words, stored_bytes
 from . import guard
@@ -86,6 +86,7 @@ class Attachment:
         self._codable = {types[layer] for layer in first if layer < len(types)}
         self.new_cache()  # a bad window is refused now, not in the first generate
         self._stand_in = stand_in_for(base_of(self._parts.decoder))
+        self._stood_in_for = stood_in_for(self._parts.decoder)
         self._rotations, expected = guard.look_at(model, bundle)
         self._handles = [
             *(m.register_forward_pre_hook(self._before_entry, with_kwargs=True) for m in self._parts.entries[:-1]),
@@ -154,6 +155,7 @@ class Attachment:
             f"{type(self.model).__name__}: at {tokens:,} tokens {size}; codecs of "
             f"{self.bundle.codec_bytes / 1e6:.1f} MB, kernels: {backend_for(self._parts.device)}, exact layers: "
             + (", ".join(map(str, exact)) or "none")
+            + (f"; attention is kvcar's own, not {self._stood_in_for}" if self._stood_in_for else "")
         )
 
     # What caches ask (the ``Host`` of ``cache.py``)
@@ -329,7 +331,7 @@ def prefill(
 ) -> None:
     """Feed ``ids`` int64 ``[B, tokens]`` to ``model`` over ``cache``, ``chunk`` tokens at once, just for the cache."""
     count = counter(on_progress, "prefill", ids.shape[1])
-    for part in ids.to(model.device).split(chunk, dim=1):
+    for part in ids.to(device_of(model)).split(chunk, dim=1):
         model(input_ids=part, **cache_argument(model, cache), use_cache=True, logits_to_keep=1)
         count(part.shape[1])
 

@@ -20,8 +20,10 @@ from ..bundle import Bundle, CodedBlock
 from ..errors import KVCarError, UnsupportedModelError
 from ..geometry import KINDS, Slot
 from ..kernels.rotary import RotaryTable
+from ..models.interface import base_of, switched
 from ..models.rotation import learn_rotations, look_at_rotations
-from ..models.structure import cache_argument, evaluating
+from ..models.structure import cache_argument, evaluating, find_decoder
+from ..models.weights import device_of
 from ..plan import Block, CacheConfig, Plan
 from .attention import STAND_IN_PREFIX
 from .cache import KVCarCache
@@ -52,6 +54,13 @@ def look_at(model: PreTrainedModel, bundle: Bundle) -> tuple[dict[int, RotaryTab
     Raises:
         UnsupportedModelError: the model cannot be run over its own cache, or computes NaN.
     """
+    decoder = find_decoder(model).decoder
+    # Not by flash or flex attention, which attached models do not use and which need not be there.
+    with switched(decoder, base_of(decoder)):
+        return _looked_at(model, bundle)
+
+
+def _looked_at(model: PreTrainedModel, bundle: Bundle) -> tuple[dict[int, RotaryTable], Tensor | None]:
     geometry = bundle.plan.geometry
     tried = _key(model, bundle) in _tried.get(model, ())
     if tried or sum(_CHUNKS_TOKENS) > geometry.max_positions:  # or too short a model for pages to matter
@@ -141,7 +150,7 @@ def _window(model: PreTrainedModel) -> dict[str, Tensor]:
     """What a model is given to say something to: two sequences, one of them padded."""
     total = sum(_CHUNKS_TOKENS)
     vocabulary = model.config.get_text_config().vocab_size
-    places = torch.arange(2 * total, device=model.device).view(2, total)
+    places = torch.arange(2 * total, device=device_of(model)).view(2, total)
     # Without chance, and without the special tokens that stand first in most vocabularies.
     ids = (places * 7919 + 11) % max(vocabulary - 8, 1) + min(7, vocabulary - 1)
     mask = torch.ones_like(ids)

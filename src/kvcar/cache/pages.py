@@ -258,6 +258,11 @@ class PageStores:
         self.tokens = 0
 
     @property
+    def arenas(self) -> list[Tensor]:
+        """The arenas of all groups."""
+        return [arena for store in self._stores for arena in store.arenas]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all arenas."""
         return sum(store.nbytes for store in self._stores)

@@ -22,6 +22,7 @@ from ..cache.attach import attach, attachment_of
 from ..cache.cache import KVCarCache
 from ..errors import InputError, require
 from ..models.structure import cache_argument, model_of
+from ..models.weights import device_of
 from ..progress import OnProgress, counter, silent
 from ..text import Texts, checked_token_ids, evaluation_texts, token_windows
 from .memory import bfloat16_bytes, kept_bytes
@@ -273,7 +274,7 @@ def measure_fidelity(
     for window in windows:
         full = DynamicCache(config=model.config)
         stepped = {name: make() for name, make in caches.items()}
-        for ids, targets in _chunks(window.to(model.device), chunk):
+        for ids, targets in _chunks(window.to(device_of(model)), chunk):
             reference = step_logits(model, ids, full)[: len(targets)]
             for name, cache in stepped.items():
                 logits = step_logits(model, ids, cache)[: len(targets)]

@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ..cache.attach import PREFILL_CHUNK_TOKENS, prefill
 from ..cache.cache import KVCarCache
 from ..errors import InputError
+from ..models.weights import device_of
 from .fidelity import CHUNK_TOKENS, Estimate, TokenScores, estimate_figures, mean_of, ratio_of, step_logits
 from .memory import bfloat16_bytes
 
@@ -103,7 +104,7 @@ def measure_continuation(
             f"least {context + 2} tokens in each"
         )
     scores, file_bytes, full_bytes = TokenScores(), 0.0, 0.0
-    for index, window in enumerate(windows.to(model.device)):
+    for index, window in enumerate(windows.to(device_of(model))):
         full, cache = DynamicCache(config=model.config), new_cache()
         for each in (full, cache):
             prefill(model, each, window[None, :context], prefill_chunk)

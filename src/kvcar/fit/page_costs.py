@@ -12,6 +12,7 @@ from ..bundle import Bundle
 from ..cache.attach import attach
 from ..cache.cache import KVCarCache
 from ..evaluate.fidelity import CHUNK_TOKENS, step_logits
+from ..models.weights import device_of
 from ..progress import OnProgress, counter, silent
 
 # Above what pages of ordinary text cost, of kinds that the fit has not seen too: 5.3 times the median of what it has at most, but for
@@ -45,7 +46,7 @@ def page_costs(model: PreTrainedModel, bundle: Bundle, windows: Tensor, on_progr
     """What every page of ``windows`` int64 ``[N, T]`` costs, nats a token, float32 ``[pages]``; the bundle must have a limit."""
     on_chunk, found = counter(on_progress, "measure what pages cost", windows.numel()), []
     with attach(model, bundle):
-        for window in windows.to(model.device):
+        for window in windows.to(device_of(model)):
             cache = KVCarCache(bundle)
             cache.page_costs = found
             for part in window.split(CHUNK_TOKENS):

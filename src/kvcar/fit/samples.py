@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..models.structure import cache_argument
+from ..models.weights import device_of
 from ..progress import OnProgress, counter, silent
 
 PASSAGE_TOKENS = 256
@@ -108,7 +109,7 @@ def sample_windows(
     cache, drawn, ends = _roomy_cache(model, length), [0] * passages, _ends(model, tokenizer)
     for place in range(length):
         ids[:, place] = torch.tensor([row.next(token, ends) for row, token in zip(rows, drawn, strict=True)])
-        given = ids[:, place : place + 1].to(model.device)
+        given = ids[:, place : place + 1].to(device_of(model))
         logits = model(input_ids=given, use_cache=True, **cache_argument(model, cache)).logits[:, -1]
         drawn = _drawn(logits, generator)
         count(1)

@@ -41,7 +41,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     Raises:
         UnsupportedModelError: the weights are not loaded (meta device) or none is a floating-point number.
     """
-    used = weights_in_use(model)
+    used = weights_in_use(model, offloaded=True)
     parameters = sorted((n, p) for n, p in used.parameters.items() if p.is_floating_point() and p.numel())
     if not parameters:
         raise UnsupportedModelError(f"{type(model).__name__} has no floating-point weights to recognise it by")

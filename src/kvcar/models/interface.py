@@ -31,6 +31,12 @@ def base_of(decoder: nn.Module) -> str:
     return "sdpa" if getattr(decoder, "_supports_sdpa", False) else "eager"
 
 
+def stood_in_for(decoder: nn.Module) -> str | None:
+    """Name the implementation that a decoder's config asks for and that ours takes the place of altogether, as its masks are not tensors."""
+    named = implementation_of(decoder)
+    return None if named is None or named in _BASES or named.startswith("kvcar_") else named
+
+
 def implementation_of(decoder: nn.Module) -> str | None:
     """Name the attention implementation that a decoder uses now."""
     configs = _configs(decoder)

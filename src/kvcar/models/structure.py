@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -22,6 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from ..errors import KVCarError, UnsupportedModelError
 from .interface import base_function, base_of, honoured, register, switched
+from .weights import device_of, is_offloaded
 
 TRANSFORMERS_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 CACHE_NAMES = ("cache", "past_key_values")
@@ -77,7 +78,7 @@ class DecoderParts:
     @property
     def device(self) -> torch.device:
         """Where the keys and values are computed."""
-        return next(p.device for module in self.attention.values() for p in module.parameters())
+        return device_of(next(iter(self.attention.values())))
 
 
 def model_of(model: object, what: str) -> PreTrainedModel:
@@ -220,8 +221,7 @@ class _Probe:
     def parts(self) -> DecoderParts:
         """Find everything, or say why not."""
         name = type(self.model).__name__
-        if any(p.device.type == "meta" for p in self.model.parameters()):
-            raise UnsupportedModelError(f"{name} is not loaded (meta device); load the model first")
+        _refuse_unloaded(self.model)
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise UnsupportedModelError(
                 f"{name} is an encoder-decoder; kvcar compresses the cache of decoder-only models"
@@ -233,6 +233,7 @@ class _Probe:
                 f"{name} keeps states of a fixed size and no keys and values; nothing of it grows"
             )
         entries = self._run(name)
+        _refuse_several_devices(name, {key.device for _, key, _ in self.cache.writes})
         kinds: tuple[LayerKind, ...] = tuple(kind_of(layer) for layer in layers)
         written = Counter(layer for layer, _, _ in self.cache.writes)
         shapes, attention, reasons = {}, {}, {}
@@ -269,7 +270,7 @@ class _Probe:
         handles = [
             m.register_forward_pre_hook(note, with_kwargs=True) for m in self.model.modules() if _takes_inputs(m)
         ]
-        device = torch.device(self.model.device)
+        device = device_of(self.model)
         vocabulary = self.model.config.get_text_config(decoder=True).vocab_size
         ids = torch.full((1, _PROBE_TOKENS), vocabulary // 2, dtype=torch.int64, device=device)
         base = base_of(self.model)
@@ -306,6 +307,23 @@ class _Probe:
             return f"its keys have {key.shape[3]} elements and its values {value.shape[3]}"
         unknown = sorted({name for read in reads for name in read.unknown})
         return f"its attention asks for {', '.join(unknown)}" if unknown else None
+
+
+def _refuse_unloaded(model: nn.Module) -> None:
+    """Weights on the meta device are nowhere, unless something brings them when they are needed."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta" and not is_offloaded(module, name):
+                raise UnsupportedModelError(f"{type(model).__name__} is not loaded (meta device); load the model first")
+
+
+def _refuse_several_devices(name: str, devices: Collection[torch.device]) -> None:
+    if len(devices) > 1:
+        raise UnsupportedModelError(
+            f"layers of {name} compute on several devices ({', '.join(sorted(map(str, devices)))}), and pages of all layers lie "
+            "together on one; load it on one device (device_map={'': 0}), with the weights that do not fit on the CPU or on disk "
+            "(device_map='auto' with max_memory)"
+        )
 
 
 class _Local(threading.local):

@@ -29,16 +29,49 @@ class WeightsInUse(NamedTuple):
     scales: dict[str, float]
 
 
-def weights_in_use(model: nn.Module) -> WeightsInUse:
-    """Find the parameters and scales that play a part in the model's output."""
+def weights_in_use(model: nn.Module, offloaded: bool = False) -> WeightsInUse:
+    """Find the parameters and scales that play a part in the model's output.
+
+    Args:
+        model: to look at.
+        offloaded: give weights that accelerate keeps elsewhere until they are needed (``device_map``) as they lie there, instead
+            of what stands in their places.
+    """
     found, seen = WeightsInUse({}, {}), set[int]()
-    for name, value in _walk(model, ""):
+    for name, value in _walk(model, "", offloaded):
         if not isinstance(value, Tensor):
             found.scales[name] = value
-        elif id(value) not in seen:
-            seen.add(id(value))
+            continue
+        # What is kept elsewhere is another tensor at every look, but in the same place where it is shared.
+        known = value.data_ptr() if offloaded and not isinstance(value, nn.Parameter) else id(value)
+        if known not in seen:
+            seen.add(known)
             found.parameters[name] = value
     return found
+
+
+def offload_hooks(module: nn.Module) -> list[Any]:
+    """The hooks by which accelerate brings a module's weights to where they are computed with, and takes them away again."""
+    hook = module.__dict__.get("_hf_hook")
+    hooks = getattr(hook, "hooks", (hook,))
+    return [own for own in hooks if getattr(own, "offload", False) and getattr(own, "weights_map", None) is not None]
+
+
+def is_offloaded(module: nn.Module, name: str) -> bool:
+    """Whether a parameter of a module's own is kept elsewhere until it is needed."""
+    return any(name in hook.weights_map for hook in offload_hooks(module))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or are brought to."""
+    for part in module.modules():
+        for hook in offload_hooks(part):
+            if hook.execution_device is not None:
+                return torch.device(hook.execution_device)
+        for parameter in part._parameters.values():
+            if parameter is not None and parameter.device.type != "meta":
+                return parameter.device
+    return torch.device("meta")
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -58,11 +91,16 @@ def weights_state(model: nn.Module) -> tuple[object, ...]:
     merging an adapter does, leaves no other trace.
     """
     used = weights_in_use(model)
-    places = tuple((name, id(p), p.data_ptr(), p.dtype, _version(p)) for name, p in used.parameters.items())
+    places = tuple((name, *_place(p), p.dtype, _version(p)) for name, p in used.parameters.items())
     return places, tuple(used.scales.items()), active_adapters(model), _elements(used.parameters)
 
 
-def _walk(module: Any, prefix: str) -> Iterator[tuple[str, Tensor | float]]:
+def _place(parameter: Tensor) -> tuple[int, int]:
+    """Which tensor it is, and where; none in particular of one that is brought from elsewhere in every pass."""
+    return (0, 0) if parameter.device.type == "meta" else (id(parameter), parameter.data_ptr())
+
+
+def _walk(module: Any, prefix: str, offloaded: bool) -> Iterator[tuple[str, Tensor | float]]:
     """Parameters and scales in use by name; one that is shared comes once for each of its names."""
     layers: tuple[str, ...] = ()
     on: tuple[str, ...] = ()
@@ -71,24 +109,33 @@ def _walk(module: Any, prefix: str) -> Iterator[tuple[str, Tensor | float]]:
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict):
             yield from ((f"{prefix}scaling.{place}", float(scaling[n])) for place, n in enumerate(on) if n in scaling)
-    yield from ((prefix + name, p) for name, p in module._parameters.items() if p is not None)
+    yield from ((prefix + n, _lying(module, n, p, offloaded)) for n, p in module._parameters.items() if p is not None)
     for name, child in module._modules.items():
         if child is None or (on and name == "original_module" and _REPLACES in layers):
             continue
         if name in layers:
-            yield from _of_adapters(child, on, f"{prefix}{name}.")
+            yield from _of_adapters(child, on, f"{prefix}{name}.", offloaded)
         else:
-            yield from _walk(child, prefix if layers and name in _WRAPPED else f"{prefix}{name}.")
+            yield from _walk(child, prefix if layers and name in _WRAPPED else f"{prefix}{name}.", offloaded)
 
 
-def _of_adapters(container: Any, on: tuple[str, ...], prefix: str) -> Iterator[tuple[str, Tensor | float]]:
+def _lying(module: nn.Module, name: str, parameter: Tensor, offloaded: bool) -> Tensor:
+    """A parameter of a module, or what is kept elsewhere of it, where that is asked for."""
+    if not offloaded or parameter.device.type != "meta":
+        return parameter
+    return next((hook.weights_map[name] for hook in offload_hooks(module) if name in hook.weights_map), parameter)
+
+
+def _of_adapters(
+    container: Any, on: tuple[str, ...], prefix: str, offloaded: bool
+) -> Iterator[tuple[str, Tensor | float]]:
     """What a dictionary of modules or parameters holds of the adapters that are on, by their place and not their name."""
     for place, name in enumerate(on):
         if name not in container:
             continue
         own = container[name]
         if isinstance(own, nn.Module):
-            yield from _walk(own, f"{prefix}{place}.")
+            yield from _walk(own, f"{prefix}{place}.", offloaded)
         else:
             yield f"{prefix}{place}", own
 
