@@ -114,7 +114,7 @@ def test_a_page_that_would_cost_too_much_is_exact(llama):
     for limit, same in ((1e9, False), (1e-9, True)):
         coder = coder_of(model, limited(bundle, limit))
         key = keys_of(coder, ids)[0]
-        keys, values = decode_record(coder, encode_record(coder, *page(sides), key), key)
+        _, values = decode_record(coder, encode_record(coder, *page(sides), key), key)
         assert torch.equal(values, page(sides)[1].to(coder.pages.dtype).float()) == same
 
 
@@ -142,7 +142,7 @@ def test_ids_that_are_none_are_refused(ids):
 
 @pytest.mark.parametrize("change", ["text", "position", "bundle", "dtype", "model"])
 def test_foreign_records_are_refused(llama, coder, key, record, change):
-    model, ids, *sides = llama
+    model, ids = llama[:2]
     if change == "text":
         key = keys_of(coder, ids.flip(1))[0]
     elif change == "position":

@@ -51,8 +51,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     for name, parameter in parameters:
         if parameter.device.type == "meta":
             raise UnsupportedModelError(f"the weight {name} is not loaded (meta device); load the model first")
-        # Places spread over the tensor by a step that shares no pattern with its rows.
-        places = (torch.arange(each, dtype=torch.int64) * 7919 + 17) % parameter.numel()
+        places = sampled_places(parameter.numel(), each)
         sample = parameter.flatten()[places.to(parameter.device)].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)} {places.tolist()}".encode())
         digest.update(sample.numpy().tobytes())
@@ -62,6 +61,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         values.append(torch.tensor([scale]))
     dtype = str(parameters[0][1].dtype).removeprefix("torch.")
     return Fingerprint(torch.cat(values), dtype, digest.hexdigest(), active_adapters(model))
+
+
+def sampled_places(elements: int, count: int) -> Tensor:
+    """Where ``count`` of a flat tensor's elements are sampled, int64, by a step that shares no pattern with its rows."""
+    return (torch.arange(count, dtype=torch.int64) * 7919 + 17) % elements
 
 
 def mismatch(bundle: Fingerprint, model: Fingerprint) -> str | None:

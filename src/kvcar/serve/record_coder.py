@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -106,20 +107,32 @@ class RecordCoder:
 
     def decoded(self, unit: UnitCoder, stored: Tensor) -> Tensor:
         """Vectors ``[T, W]`` of stored values ``[T, S]``, keys before RoPE unless the unit is lossless."""
-        affine = self._affine.get(id(unit))
         if unit.coded.codec is None or unit.coded.quantizer is None:
             return stored
+        whole = self._whole.get(id(unit))
+        if whole is not None:
+            return whole(stored)
+        affine = self._affine.get(id(unit))
         if affine is not None:
             return torch.addmm(affine[1], stored.float(), affine[0])
         return unit.coded.codec.decode(unit.coded.quantizer.latents(stored.float()))
 
     @cached_property
+    def _whole(self) -> dict[int, WholeNumberDecoder]:
+        """Decoders in 8 bits, on CPUs."""
+        if self.device.type != "cpu":
+            return {}
+        return {id(unit): made for unit in self.pages.units if (made := WholeNumberDecoder.of(unit)) is not None}
+
+    @cached_property
     def _affine(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Decoders that are one matrix, in float and with the quantiser's steps in them, made once."""
+        """Other decoders that are one matrix, in float and with the quantiser's steps in them, made once."""
         found = {}
         for unit in self.pages.units:
-            affine = unit.coded.codec.affine_decoder() if unit.coded.codec is not None else None
-            folded = unit.coded.quantizer.folded(*affine) if affine and unit.coded.quantizer is not None else None
+            if id(unit) in self._whole or unit.coded.codec is None or unit.coded.quantizer is None:
+                continue
+            affine = unit.coded.codec.affine_decoder()
+            folded = unit.coded.quantizer.folded(*affine) if affine else None
             if folded is not None:
                 found[id(unit)] = folded
         return found
@@ -137,3 +150,52 @@ class RecordCoder:
             turned = turn(table, out[layers], positions[None].expand(len(layers), -1))
             out = turned if len(layers) == len(keys) else out.index_copy(0, torch.tensor(layers), turned)
         return out
+
+
+@dataclass(frozen=True)
+class WholeNumberDecoder:
+    """A decoder in 8 bits as products of whole numbers: codes times codes, which CPUs do four times as fast as in float.
+
+    Attributes:
+        exact: float32 ``[E, W]``, of the first latents.
+        decoder: int8 ``[n, W]``, of the others; ``n`` is a multiple of four.
+        scale: float32 ``[W]``, of the decoder's columns.
+        middle: float32 ``[n]``: what is taken off codes so that they fit in 8 bits with a sign.
+        bias: float32 ``[W]``.
+    """
+
+    exact: Tensor
+    decoder: Tensor
+    scale: Tensor
+    middle: Tensor
+    bias: Tensor
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """Vectors float32 ``[T, W]`` of codes ``[T, R]``."""
+        count = len(self.exact)
+        others = torch.nn.functional.pad(codes[:, count:], (0, len(self.middle) - codes.shape[1] + count))
+        products = torch._int_mm((others - self.middle).to(torch.int8), self.decoder)
+        out = torch.addcmul(self.bias, products, self.scale)
+        return out.addmm_(codes[:, :count].float(), self.exact) if count else out
+
+    @classmethod
+    def of(cls, unit: UnitCoder) -> WholeNumberDecoder | None:
+        """Of a unit whose codes are latents but for a shift; None where they are not, or its decoder is not in 8 bits."""
+        codec, quantizer = unit.coded.codec, unit.coded.quantizer
+        rounded = codec.rounded_decoder() if codec is not None else None
+        steps = quantizer.steps() if quantizer is not None else None
+        if (
+            codec is None
+            or rounded is None
+            or steps is None
+            or not bool((steps[0] == 1).all())
+            or unit.unit.segment.raw
+        ):
+            return None
+        slots, groups, dim, together = rounded.decoder.shape
+        decoder = rounded.decoder.permute(1, 3, 0, 2).reshape(groups * together, slots * dim).contiguous()
+        count, middle = len(rounded.exact), torch.zeros(len(decoder))
+        middle[: unit.unit.segment.latents - count] = 128.0
+        shifted = steps[1].clone()
+        shifted[count:] += 128.0
+        return cls(rounded.exact.float(), decoder, rounded.scale, middle, codec.decode(shifted))
