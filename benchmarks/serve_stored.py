@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """A stored prefix in vLLM: bytes of its records, time to first token from them against a prefill, and what is generated.
 
     python benchmarks/serve_stored.py BUNDLE wikitext-2/test.txt --name NAME
@@ -81,9 +82,10 @@ def first_tokens(llm: Any, prompt: list[int], repeats: int) -> tuple[dict[str, l
 @torch.no_grad()
 def by_transformers(model: Path, bundle: Bundle, prompt: list[int], prefix: int, tokens: int) -> list[int]:
     """Greedy tokens of transformers after keys and values that went through records in this process, without vLLM."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     coder = RecordCoder(bundle, learn_rotations(loaded, bundle.plan.geometry).get, torch.float32)
     exact, ids = DynamicCache(), torch.tensor([prompt])
+    coder.bundle.check_model(loaded)
     for start in range(0, prefix, 512):
         loaded.model(input_ids=ids[:, start : start + 512], past_key_values=exact)
     cache = DynamicCache()
@@ -92,7 +94,7 @@ def by_transformers(model: Path, bundle: Bundle, prompt: list[int], prefix: int,
         sides = [torch.stack([getattr(layer, side)[0] for layer in exact.layers]) for side in ("keys", "values")]
         assert key.position is not None
         own = [side[:, :, key.position : key.position + PAGE_TOKENS] for side in sides]
-        pages.append(decode_record(coder, encode_record(coder, *own, key), key))
+        pages.append(decode_record(coder, encode_record(coder, own[0], own[1], key), key))
     for layer in range(bundle.plan.geometry.layers):
         keys, values = (torch.cat([page[side][layer] for page in pages], dim=1)[None] for side in (0, 1))
         cache.update(keys, values, layer)

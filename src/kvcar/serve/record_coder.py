@@ -46,7 +46,7 @@ class RecordCoder:
         if dtype not in DTYPES:
             raise InputError(f"records hold keys and values of float32, bfloat16 or float16, got {dtype}")
         geometry = bundle.plan.geometry
-        if len(geometry.codable_layers) != geometry.layers:
+        if len(geometry.codable_layers) != geometry.layers or geometry.windowed_layers:
             raise UnsupportedModelError(
                 "records hold keys and values of all layers, but this model has sliding windows, states, or layers without a "
                 "cache of their own; serve it without stored prefixes"

@@ -1,4 +1,4 @@
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """Stored prefixes in vLLM: a KV connector that writes pages of 256 tokens as records and loads them instead of a prefill.
 
     vllm serve M --kv-transfer-config '{"kv_connector": "KVCarConnector",
