@@ -177,7 +177,7 @@ def quantized_contenders(
     found, missing = [], {}
     for name in names:
         setting = QUANTIZED[name]
-        if geometry.sliding_layers:
+        if geometry.sliding_layers or geometry.windowed_layers:
             missing[name] = "transformers' QuantizedCache takes no model with sliding-window layers"
             continue
         if not setting.installed:

@@ -38,6 +38,7 @@ from kvcar.text import TextSource
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS, MEMORY_BYTES = 120, 3 << 30
+_PATIENCE = 20  # times as long on the clock, where others use the machine too
 CACHE = CacheConfig(window=32, sinks=4, page_tokens=32)
 CHUNKS = (70, 40, 25, 1, 1, 1)
 PADDING = 9
@@ -165,9 +166,10 @@ def limited(name: str) -> dict[str, Any]:
     process.start()
     sending.close()
     try:
-        found = receiving.recv() if receiving.poll(SECONDS) else {"result": "too slow", "message": f"{SECONDS} s"}
+        patience = _PATIENCE * SECONDS
+        found = receiving.recv() if receiving.poll(patience) else {"result": "too slow", "message": f"{patience} s"}
     except EOFError:
-        found = {"result": "ended", "message": "its process ended without a word"}
+        found = {"result": "ended", "message": f"its process ended, or took more than {SECONDS} s of a core"}
     process.kill()
     process.join()
     return {"name": name, "seconds": round(time.perf_counter() - started, 1)} | found
@@ -175,6 +177,7 @@ def limited(name: str) -> dict[str, Any]:
 
 def _child(name: str, sending: Any) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     sending.send(family(name))
 
 

@@ -87,6 +87,11 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "llama4_text": {"attention_chunk_size": 32, "no_rope_layers": [1, 0, 1, 0], "layer_types": None, "floor_scale": 16},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    # Where all layers attend to one, a window that is worth coding.
+    "kolibri1": {"sliding_window": 512},
+    "ministral": {"sliding_window": 512},
+    "mistral": {"sliding_window": 512},
+    "moshi": {"sliding_window": 512},
     "minimax": {"layer_types": _LINEAR_AND_FULL},
     "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "mlp", "mamba", "attention"], "num_hidden_layers": 6},
     "olmo3": {"layer_types": _FULL_AND_SLIDING},

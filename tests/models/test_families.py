@@ -51,7 +51,7 @@ def test_latents_in_place_of_keys_and_values_are_refused_before_a_fit():
 
 
 def test_attention_out_of_reach_is_refused_with_the_reason():
-    with pytest.raises(UnsupportedModelError, match="does not take named attention functions"):
+    with pytest.raises(UnsupportedModelError, match="computes attention in its own code instead of by name"):
         geometry_of(tiny_family("bloom"))
 
 

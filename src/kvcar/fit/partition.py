@@ -98,8 +98,8 @@ def regular_blocks(geometry: KVGeometry, layers_per_block: int, heads_per_block:
     heads = geometry.kv_heads if heads_per_block is None else heads_per_block
     if not groups:
         raise InputError(
-            "every layer of this model attends to a short sliding window; what they keep does not grow, so there is nothing to "
-            "compress"
+            f"every layer of this model attends to a sliding window of {geometry.sliding_window} tokens and keeps no more: there is "
+            "nothing to compress below 512; run it with its own cache"
         )
     if not 1 <= layers_per_block <= max(map(len, groups)):
         raise InputError(

@@ -18,6 +18,7 @@ _POSITIONS = (
 )  # fmt: skip
 FEWEST_WINDOW_TOKENS = 512
 """Tokens of the smallest window whose layers are compressed: sinks and recent tokens stay exact, and are most of a smaller one."""
+_INSTEAD = "run it with its own cache"
 _NO_LIMIT = 1 << 20
 """Positions of a model whose config names no limit (ALiBi, or none at all)."""
 
@@ -32,10 +33,9 @@ def read_geometry(config: PreTrainedConfig) -> KVGeometry:
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind} is an encoder-decoder; kvcar compresses the cache of decoder-only models")
     text = config.get_text_config(decoder=True)
-    if _has_latents(text):
-        raise UnsupportedModelError(
-            f"the cache of {kind} holds latents in place of keys and values (MLA); it is small already"
-        )
+    with_latents = _with_latents(text)
+    if with_latents is not None:
+        raise UnsupportedModelError(f"the cache of {kind} {_mla_in_words(with_latents)}; {_INSTEAD}")
     layers = own_cache_layers(config)
     kinds: list[LayerKind] = [kind_of(layer) for layer in layers]
     windows = {index: layer.sliding_window for index, layer in enumerate(layers) if kinds[index] == "sliding"}
@@ -52,8 +52,9 @@ def geometry_of(model: PreTrainedModel) -> KVGeometry:
     parts = find_decoder(model)
     text = model.config.get_text_config(decoder=True)
     reasons = parts.reasons
-    if _has_latents(text):
-        reasons = dict.fromkeys(reasons, "its cache holds latents in place of keys and values (MLA), small already")
+    with_latents = _with_latents(text)
+    if with_latents is not None:
+        reasons = dict.fromkeys(reasons, _mla_in_words(with_latents))
     return _geometry(type(model).__name__, text, parts.kinds, parts.windows, parts.shapes, reasons)
 
 
@@ -74,7 +75,9 @@ def _geometry(
     full = {layer: shapes[layer] for layer, kind in enumerate(kinds) if kind == "full" and layer in shapes}
     sliding = {layer: windows[layer] for layer in windows if layer in shapes}
     if not full and not sliding:
-        raise UnsupportedModelError(f"{name} has nothing that kvcar could compress: {_in_words(kinds, reasons)}")
+        raise UnsupportedModelError(
+            f"{name} has nothing that kvcar could compress: {_in_words(kinds, reasons)}; {_INSTEAD}"
+        )
     shape = _largest(full.values()) if full else _largest(shapes[layer] for layer in sliding)
     window = Counter(sliding.values()).most_common(1)[0][0] if sliding else 0
     codable = {layer for layer, own in full.items() if own == shape}
@@ -106,10 +109,10 @@ def _is_chunked(text: PreTrainedConfig, layer: int) -> bool:
     return getattr(text, "sliding_window", None) is None and getattr(text, "attention_chunk_size", None) is not None
 
 
-def _has_latents(text: PreTrainedConfig) -> bool:
-    """Whether some layer has multi-head latent attention; configs may differ by layer."""
+def _with_latents(text: PreTrainedConfig) -> PreTrainedConfig | None:
+    """The config of the first layer that has multi-head latent attention; configs may differ by layer. None where none has."""
     by_layer = getattr(text, "per_layer_config", None) or [text]
-    return any(getattr(own, "kv_lora_rank", None) is not None for own in by_layer)
+    return next((own for own in by_layer if getattr(own, "kv_lora_rank", None) is not None), None)
 
 
 def _elements(shape: LayerShape) -> int:
@@ -123,12 +126,37 @@ def _largest(shapes: Iterable[LayerShape]) -> LayerShape:
 
 
 def _in_words(kinds: list[LayerKind], reasons: Mapping[int, str]) -> str:
-    """Why no layer can be compressed."""
-    own = kinds.count("own")
-    said = [f"layer {layer}: {reason}" for layer, reason in sorted(reasons.items())][:2]
-    if own:
-        said.append(f"{own} of {len(kinds)} layers keep states of their own kind")
+    """Why no layer can be compressed; layers of one reason together."""
+    layers: dict[str, list[int]] = {}
+    for layer, reason in sorted(reasons.items()):
+        layers.setdefault(reason, []).append(layer)
+    said = [
+        f"{'layer' if len(own) == 1 else 'each of layers'} {_listed(own)} {reason}"
+        for reason, own in list(layers.items())[:2]
+    ]
+    others = [layer for layer, kind in enumerate(kinds) if kind == "own" and layer not in reasons]
+    if others:
+        said.append(f"{len(others)} of {len(kinds)} layers keep states of a fixed size, or nothing")
     return "; ".join(said) or "no layer keeps keys and values"
+
+
+def _listed(layers: list[int]) -> str:
+    """A few layers by number, and how many more there are."""
+    more = f" and {len(layers) - 4} more" if len(layers) > 4 else ""
+    return ", ".join(map(str, layers[:4])) + more
+
+
+def _mla_in_words(own: PreTrainedConfig) -> str:
+    """What a cache of latents holds, and how much less it is than keys and values would be."""
+    said = "holds latents in place of keys and values (MLA)"
+    sizes = [
+        getattr(own, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+    ]
+    heads = getattr(own, "num_attention_heads", None)
+    if type(heads) is not int or not all(type(size) is int for size in sizes):
+        return f"{said}, already a fraction of what those would take"
+    rank, rotated, plain, value = sizes
+    return f"{said}, {rank + rotated:,} elements a token where those would take {heads * (rotated + plain + value):,}"
 
 
 def _shape(text: PreTrainedConfig, layer: int) -> LayerShape:

@@ -230,7 +230,7 @@ class _Probe:
         layers = self.cache.layers
         if not any(isinstance(layer, CacheLayerMixin) for layer in layers):
             raise UnsupportedModelError(
-                f"{name} keeps states of a fixed size and no keys and values; nothing of it grows"
+                f"{name} keeps states of a fixed size and no keys and values; nothing of it grows, so there is nothing to compress"
             )
         entries = self._run(name)
         _refuse_several_devices(name, {key.device for _, key, _ in self.cache.writes})
@@ -253,7 +253,9 @@ class _Probe:
             raise UnsupportedModelError(f"{name} writes no keys and values to the cache that it is given")
         if not self.reads:
             raise UnsupportedModelError(
-                f"{name} does not take named attention functions (AttentionInterface), so that its attention cannot be reached"
+                f"{name} computes attention in its own code instead of by name (AttentionInterface of transformers), so that it "
+                "cannot be reached without patching the model; run it with its own cache, or take a version of transformers that "
+                "has brought it to that interface"
             )
         windows = {i: own.sliding_window for i, own in enumerate(layers) if isinstance(own, DynamicSlidingWindowLayer)}
         return DecoderParts(entries[-1], tuple(entries), kinds, windows, shapes, attention, readers, reasons)
@@ -291,22 +293,25 @@ class _Probe:
                 handle.remove()
         if not entries:
             raise UnsupportedModelError(
-                f"no module of {name} takes a cache ({' or '.join(CACHE_NAMES)}) beside its inputs"
+                f"no module of {name} takes a cache of transformers ({' or '.join(CACHE_NAMES)}) beside its inputs: it was written "
+                "before there was one, or needs none; run it as it is"
             )
         return entries
 
     def _reason(self, times: int, key: Tensor, value: Tensor, reads: list[_Read]) -> str | None:
         """Why a layer that was written to cannot be compressed; None where it can."""
         if times > 1:
-            return f"it writes {times} times in one pass"
+            return f"writes {times} times in one pass"
         if not reads:
-            return "its keys or values are changed between the cache and attention"
+            return "gives attention other keys or values than it gives the cache, so that decoded ones cannot take their place"
         if key.ndim != 4 or key.shape[:3] != value.shape[:3]:
-            return f"its keys {tuple(key.shape)} and values {tuple(value.shape)} are not those of attention heads"
+            return (
+                f"keeps keys {tuple(key.shape)} and values {tuple(value.shape)}, which are not those of attention heads"
+            )
         if key.shape[3] != value.shape[3]:
-            return f"its keys have {key.shape[3]} elements and its values {value.shape[3]}"
+            return f"has keys of {key.shape[3]} elements and values of {value.shape[3]}, where a plan has one width"
         unknown = sorted({name for read in reads for name in read.unknown})
-        return f"its attention asks for {', '.join(unknown)}" if unknown else None
+        return f"asks attention for {', '.join(unknown)}, which kvcar's does not know" if unknown else None
 
 
 def _refuse_unloaded(model: nn.Module) -> None:
