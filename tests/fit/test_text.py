@@ -11,7 +11,8 @@ from tiny import tiny_model
 
 import kvcar
 from kvcar.errors import InputError
-from kvcar.fit.samples import CHAT, OPENINGS, sample_windows
+from kvcar.fit.openings import CHAT, OPENINGS
+from kvcar.fit.samples import sample_windows
 from kvcar.text import EMBEDDED_NAME, TextSource, given_texts, read_text, split_text, token_windows
 
 

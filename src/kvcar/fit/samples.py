@@ -17,68 +17,10 @@ from transformers.cache_utils import DynamicLayer
 from ..models.structure import cache_argument
 from ..models.weights import device_of
 from ..progress import OnProgress, counter, silent
+from .openings import CHAT, OPENINGS
 
 PASSAGE_TOKENS = 256
 _OTHER_KIND = 7  # openings further on: what follows an end is of another kind
-
-# Written for this purpose; each is continued by the model. Of those that begin with CHAT the rest is a user's turn.
-CHAT = "chat: "
-OPENINGS = (
-    "The old bridge across the river was closed in the spring, and people from both villages",
-    'def merge_intervals(intervals):\n    """Join the intervals that overlap."""\n',
-    "Margaret Ellis (born 12 May 1871) was a painter and teacher whose early work",
-    CHAT + "A train leaves at 14:20 and arrives at 17:05. How long does it take? Explain step by step.",
-    '{"orders": [{"id": 1041, "customer": "A. Novak", "items": [{"sku": "K-220", "count": 3, "price": 12.5}',
-    "Our shop opened in 2009 with a simple idea: to make",
-    "Der Vertrag wurde am Montag unterzeichnet. Nach Angaben der Stadt sollen die Arbeiten",
-    "2024-03-11 08:14:02,117 INFO  [worker-3] request id=9f31 path=/api/items status=200 ms=41\n2024-03-11 08:14:02,",
-    "The regiment landed on the island in August and was ordered to",
-    "La reunión empezó con retraso porque algunos de los invitados",
-    "17 + 28 = 45\n36 + 49 = 85\n128 - 59 = 69\n12 * 11 = ",
-    "Hi everyone, I have a question about my washing machine. Since last week it",
-    "#include <stdio.h>\n#include <stdlib.h>\n\nstatic int compare(const void *a, const void *b)\n{\n",
-    CHAT + "Write a short letter to a neighbour about the noise at night.",
-    "Researchers have found that birds which live near busy roads",
-    "| city | inhabitants | area in km2 |\n|---|---|---|\n| Graz | 291,000 | 127.6 |\n| Brno |",
-    "中国的城市在过去二十年里发生了很大的变化，许多人",
-    "I bought this tent for a trip with my two sons and",
-    "okay okay okay okay okay okay okay okay okay okay okay okay okay okay okay okay okay okay okay okay okay okay okay",
-    "<html>\n<head><title>Opening hours</title></head>\n<body>\n<ul>\n<li>Monday: ",
-    "The second album by the band was recorded in",
-    "SELECT customer.name, COUNT(*) AS orders\nFROM customer\nJOIN",
-    "Shopping list:\n- two lemons\n- flour\n- ",
-    "Police said on Thursday that a man had been",
-    "In this paper we study the stability of solutions of the equation under small changes of",
-    CHAT + "What is the difference between a list and a tuple in Python? Give an example.",
-    "To change the settings of your account, first open",
-    "import { useState } from 'react';\n\nexport function Counter({ start = 0 }) {\n",
-    "Le conseil municipal a décidé hier soir de",
-    "Heavy rain fell over the coast as the storm moved north, and by the evening of",
-    "hahahahahahahahahahahahahahahahahahahahahahahahahahahahahahahahahahahahahaha",
-    "3.14159 2.71828 1.41421 0.57721 1.61803 31 41 59 26 53 58 97 93 23 84 62 64 33 83 27 95 02 88 41 97 16 93 99 37 51",
-    "The species is found in dry forests of southern",
-    "https://example.org/docs/index.html?page=2&sort=name\nhttps://example.org/img/logo.png\nhttps://",
-    "#!/bin/sh\nset -e\nfor file in *.tar.gz; do\n",
-    "In the third quarter the company's revenue rose by",
-    "aGVsbG8gd29ybGQgdGhpcyBpcyBhIHRlc3Qgb2YgYmFzZTY0IHRleHQ=\nU29tZSBtb3JlIGxpbmVz",
-    "😀 😃 😄 😁 😆 😅 😂 🙂 🙃 😉 😊 😇 😍 😘 😋 😎",
-    "Thank you for your interest in our summer school. This year",
-    "Chapter 1\n\nIt was late when Anna heard the door. She put down the book and",
-    CHAT + "Fasse in drei Sätzen zusammen, warum es im Herbst kälter wird.",
-    "She had not seen her brother since the war, and when the letter came she",
-    "The committee met on 4 June. Present: Ms Okafor (chair), Mr Lindqvist, Dr Rao. Apologies:",
-    "x\n\n\n\n    \n\n\t\t\n        y\n\n\n\n        z\n\n",
-    "The game was released in Japan in",
-    "Once the dough has rested, heat the oven to 220 degrees and",
-    'Traceback (most recent call last):\n  File "app.py", line 31, in <module>\n    main()\n  File',
-    "If you are looking for a quiet place to stay near the lake,",
-    "Die Bahnstrecke wurde 1898 eröffnet und verbindet seitdem",
-    "Mit dem Befehl können Dateien kopiert werden. Folgende Optionen stehen zur Verfügung:\n\n-a, --alles\n    ",
-    "Le musée, ouvert en 1934, présente",
-    "class Stack:\n    def __init__(self):\n        self.items = []\n\n    def push(self, item):\n",
-    "import argparse\nimport os\nimport sys\n\n\ndef main():\n    parser = argparse.ArgumentParser(",
-    "El río nace en las montañas y",
-)
 
 
 @torch.no_grad()
