@@ -33,6 +33,9 @@ def main(
     folder: Annotated[Path, typer.Argument(help="Of the bundles; those that are there are not fitted again.")],
     default: Annotated[Path, typer.Option(help="A bundle of a fit without --text, to the same size.")],
     fit: Annotated[list[str] | None, typer.Option(help="KIND=FILE, fitted on; Python's library is always.")] = None,
+    bundle: Annotated[
+        list[str] | None, typer.Option("--bundle", "-b", help="NAME=BUNDLE, a column that is fitted already.")
+    ] = None,
     text: Annotated[
         list[str] | None, typer.Option(help="KIND=FILE, measured on, besides what this machine has.")
     ] = None,
@@ -50,6 +53,7 @@ def main(
     }
     columns[MIX] = ["\n\n".join(texts) for texts in columns.values()]
     bundles = {DEFAULT: kvcar.Bundle.from_pretrained(default)}
+    bundles |= {name: kvcar.Bundle.from_pretrained(path) for name, path in _pairs(bundle).items()}
     for kind, texts in columns.items():
         path = folder / kind.replace(" ", "-")
         if not path.exists():

@@ -64,7 +64,7 @@ def main(
             asked = measure_recall(loaded.model, [passage], caches, count, together=1 if baseline else 8)
             for row, recall in asked.items():
                 found[row] += [replace(item, passage=index) for item in recall.items]
-            if index % 5 == 4 or index == len(passages) - 1:
+            if index % 2 or index == len(passages) - 1:
                 rows = {contender.name: _row(contender, found[contender.name], size) for contender, size in contenders}
                 config = common | {"passages": index + 1, "passages_planned": len(passages)}
                 Record("recall", {"caches": rows}, config).write(RESULTS / f"recall-{name}.json")

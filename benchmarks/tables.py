@@ -18,6 +18,7 @@ from kinds_of_text_tables import kinds_of_text_page
 from memory_tables import memory_page
 from pages import load
 from paper_tables import paper_page
+from recall_tables import recall_pages
 from tests_tables import tests_page
 
 HERE = Path(__file__).parent
@@ -66,7 +67,9 @@ PAGES = {
 
 def pages() -> dict[str, str]:
     """File name below ``docs/results`` -> content, of every page."""
-    return {name: make() for name, make in PAGES.items()} | compare_pages() | decode_pages() | gpu_pages()
+    return (
+        {name: make() for name, make in PAGES.items()} | compare_pages() | decode_pages() | gpu_pages() | recall_pages()
+    )
 
 
 def with_figures(text: str) -> str:

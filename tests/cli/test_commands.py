@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from bundles import fitted
 from commands import error_of, run, words
 from tiny import tiny_model
 from typer.testing import CliRunner
@@ -67,6 +68,17 @@ def test_eval_says_whether_the_text_fits(promised, said, bundle, model_folder, t
     )
     printed = run("eval", model_folder, "--bundle", tmp_path / "b", "--text", text_file, "--context", 300)
     assert said in " ".join(printed.split())
+
+
+def test_eval_names_the_layers_that_cost_most_where_a_text_costs_more(bundle, model_folder, text_file, tmp_path):
+    made = fitted(tiny_model("llama"), codec="linear8", metric="effect", bits=2, layers_per_block=2)
+    promised = Bundle.from_pretrained(bundle).figures["held_out"] | {"kl_divergence": 1e-9}
+    made.with_figures({"held_out": promised}).save_pretrained(tmp_path / "b")
+    printed = " ".join(run("eval", model_folder, "-b", tmp_path / "b", "--text", text_file, "--context", 300).split())
+    named = re.search(r"its codes are expected to cost: (layers \d to \d.*?), (layers .*?), (layers .*?%)", printed)
+    shares = [int(re.search(r"(\d+) %", each)[1]) for each in named.groups()]
+    assert shares == sorted(shares, reverse=True)
+    assert 50 < sum(shares) <= 100
 
 
 def test_a_smaller_window_stores_less(bundle, model_folder, text_file, tmp_path):

@@ -16,9 +16,11 @@ from .recall import run_suite
 if TYPE_CHECKING:
     from ..bundle import Bundle
     from ..evaluate.fidelity import Fidelity
+    from ..models.load import LoadedModel
 
 # Divergence on a text over the one that the fit measured, up to which the text counts as one of its kind.
 _FITS_WELL = 1.5
+_JUDGED_TOKENS, _NAMED_BLOCKS = 1024, 3
 
 _EXAMPLES = """Measure a bundle against MODEL's own full cache, stepped through both.
 
@@ -98,7 +100,8 @@ def evaluate(
         out.print(f"at {result.context:,} tokens this cache is {size}", highlight=False)
     out.print(codecs_in_words(plan, fitted.codec_bytes), highlight=False)
     _print_worst(result)
-    _print_verdict(fitted, result)
+    if not _print_verdict(fitted, result):
+        _print_dearest(loaded, fitted, source.text, context)
     if json is not None:
         config = {
             "model": model, "bundle": Path(bundle).name, "text": source.name, "text_sha256": source.sha256,
@@ -109,8 +112,8 @@ def evaluate(
         Record("fidelity", figures, config).write(json)
 
 
-def _print_verdict(bundle: Bundle, result: Fidelity) -> None:
-    """Say in plain words whether the bundle keeps on this text what the fit promised."""
+def _print_verdict(bundle: Bundle, result: Fidelity) -> bool:
+    """Say in plain words whether the bundle keeps on this text what the fit promised; False where it does not."""
     if result.finer_page_share:
         out.print(
             f"{100 * result.finer_page_share:.1f} % of the coded tokens are kept exactly, as their pages would have cost more than "
@@ -119,19 +122,34 @@ def _print_verdict(bundle: Bundle, result: Fidelity) -> None:
         )
     promised = (bundle.figures.get("held_out") or {}).get("kl_divergence")
     if not promised:
-        return
+        return True
     found = result.kl_divergence.value
     if found <= _FITS_WELL * promised:
         out.print(
             f"fits this text well: {found:.5f} nats per token, where the fit measured {promised:.5f}", highlight=False
         )
-        return
+        return True
     out.print(
         f"[yellow]costs more on this text than the fit measured on its own:[/] {found:.5f} nats per token instead of "
         f"{promised:.5f}, {found / promised:.1f} times as much. Fit again with --text on text of this kind, or to a larger cache "
         "(a smaller --times-smaller)",
         highlight=False,
     )
+    return False
+
+
+def _print_dearest(loaded: LoadedModel, bundle: Bundle, text: str, context: int) -> None:
+    """Name the layers that cost most on this text, where the codecs know it."""
+    from ..evaluate.layers import block_costs
+    from ..text import up_to_windows
+
+    tokens = min(context, _JUDGED_TOKENS)
+    if tokens < bundle.plan.page_tokens:
+        return
+    costs = block_costs(loaded.model, bundle, up_to_windows(loaded.tokenizer, text, tokens, 1))
+    if costs:
+        named = ", ".join(map(str, costs[:_NAMED_BLOCKS]))
+        out.print(f"of what its codes are expected to cost: {named}", highlight=False)
 
 
 def _print_worst(result: Fidelity) -> None:
