@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,9 +84,8 @@ def _unit_cost(unit: UnitCoder, attached: Attachment, own: DynamicCache, page: i
     """Nats a token, the mean over tokens of ``own`` that are no sinks."""
 
     def fetch(slot: Slot, before_rope: bool) -> Tensor:
-        layer = own.layers[slot.layer]
-        side = layer.keys if slot.kind == "key" else layer.values
-        assert side is not None
+        layer: Any = own.layers[slot.layer]
+        side: Tensor = layer.keys if slot.kind == "key" else layer.values
         rotary = attached.rotary(slot.layer)
         if slot.kind == "key" and before_rope and rotary is not None:
             side = rotary.unrotate(side, torch.arange(side.shape[2], device=side.device).expand(side.shape[0], -1))
