@@ -19,6 +19,7 @@ from memory_tables import memory_page
 from pages import load
 from paper_tables import paper_page
 from recall_tables import recall_pages
+from serve_vllm_tables import serve_vllm_pages
 from tests_tables import tests_page
 
 HERE = Path(__file__).parent
@@ -68,7 +69,12 @@ PAGES = {
 def pages() -> dict[str, str]:
     """File name below ``docs/results`` -> content, of every page."""
     return (
-        {name: make() for name, make in PAGES.items()} | compare_pages() | decode_pages() | gpu_pages() | recall_pages()
+        {name: make() for name, make in PAGES.items()}
+        | compare_pages()
+        | decode_pages()
+        | gpu_pages()
+        | recall_pages()
+        | serve_vllm_pages()
     )
 
 

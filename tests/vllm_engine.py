@@ -45,6 +45,12 @@ class Engine(NamedTuple):
         outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         return Generated([list(o.outputs[0].token_ids) for o in outputs], [o.num_cached_tokens for o in outputs])
 
+    def scores(self, prompts: list[list[int]]) -> list[dict[int, float]]:
+        """Log-probabilities of the likeliest first tokens after every prompt."""
+        sampling = SamplingParams(temperature=0, max_tokens=1, detokenize=False, logprobs=5)
+        outputs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
+        return [{token: own.logprob for token, own in o.outputs[0].logprobs[0].items()} for o in outputs]
+
     def forget(self) -> None:
         """Empty the prefix cache."""
         assert self.llm.reset_prefix_cache()

@@ -74,6 +74,24 @@ ROTARIES = {
 }
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "naive"])
+@pytest.mark.parametrize("count", [1, 40])
+def test_pages_that_lie_in_no_order_are_the_same(backend, count):
+    coder = PageCoder(STRUCTURES["blocks over layers"](), torch.device("cpu"), torch.float32)
+    paged = paged_past(coder, 0, 300, 2, rotary("half"), [0, 9])
+    pages = torch.cat(list(paged.tiles), dim=1)
+    # All sequences' pages in one pool among others, wider than a page, as an engine has them.
+    places = torch.randperm(pages[..., 0].numel() + 5, generator=torch.Generator().manual_seed(1))[
+        : pages[..., 0].numel()
+    ]
+    pool = torch.full((1, len(places) + 5, pages.shape[2] + 48), 255, dtype=torch.uint8)[..., : pages.shape[2]]
+    pool[0, places] = pages.flatten(0, 1)
+    scattered = replace(paged, tiles=[pool], table=places.view(pages.shape[:2]))
+    query, exact = torch.randn(2, 4, count, HEAD_DIM), exact_past(count)
+    expected = attend(query, exact, paged, 0.3, backend=backend)
+    assert torch.equal(attend(query, exact, scattered, 0.3, backend=backend), expected)
+
+
 @pytest.mark.parametrize("turning", ROTARIES)
 @pytest.mark.parametrize(("tokens", "count"), [(1, 1), (33, 1), (63, 7), (1000, 1), (1000, 3)])
 def test_it_is_the_specification(structure, tokens, count, turning):

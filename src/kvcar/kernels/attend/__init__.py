@@ -7,7 +7,17 @@ from torch import Tensor
 from ..backend import Backend, backend_for
 from . import naive as naive
 from . import tiled as tiled
-from .inputs import ATTENTION, Buffered, ExactPast, PagedPast, Reader, RoundedDecoder, all_heads, turned_keys
+from .inputs import (
+    ATTENTION,
+    READ_TABLES,
+    Buffered,
+    ExactPast,
+    PagedPast,
+    Reader,
+    RoundedDecoder,
+    all_heads,
+    turned_keys,
+)
 
 __all__ = [
     "ATTENTION",
@@ -40,6 +50,8 @@ def attend(
     run = ATTENTION.choose(
         backend or backend_for(query.device), case_of(query, exact.keys.shape[1], stepwise), query, paged
     )
+    if paged is not None and paged.table is not None and run not in READ_TABLES:
+        paged = paged.in_order()
     return run(query, exact, paged, scaling, softcap, sinks)
 
 

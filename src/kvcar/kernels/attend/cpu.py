@@ -17,7 +17,7 @@ from torch import Tensor
 from ...errors import KernelError
 from ..native import native_library
 from .cpu_decoders import NativeDecoders
-from .inputs import ATTENTION, Buffered, ExactPast, PagedPast, Reader
+from .inputs import ATTENTION, READ_TABLES, Buffered, ExactPast, PagedPast, Reader
 
 # Products in integers double the speed of what takes longest; see cpu_decoders.py.
 IN_8_BITS = True
@@ -56,6 +56,9 @@ def attend(
     """
     out = _job(paged, query).run(query.float().contiguous(), exact, paged, scaling, softcap, sinks)
     return out.to(query.dtype)
+
+
+READ_TABLES.add(attend)
 
 
 def _job(paged: PagedPast, query: Tensor) -> NativeJob:
@@ -101,6 +104,7 @@ class _Job(ctypes.Structure):
         ("mask_batch_stride", _I64), ("mask_row_stride", _I64), ("mask_token_stride", _I64),
         *((name, _I32) for name in ("mask_rows", "parts", "sums_in_8_bits", "spare")),
         *((name, _POINTER) for name in ("out", "maximum", "mass", "rooms")), ("room", _I64), ("sinks", _POINTER),
+        ("table", _POINTER), ("table_stride", _I64),
     ]  # fmt: skip
 
 
@@ -221,15 +225,17 @@ class NativeJob:
         job.tokens, job.first, job.offset = paged.tokens, first.data_ptr(), offset.data_ptr()
         shown = None if paged.shown is None else paged.shown.contiguous()
         job.shown, job.shown_stride = (None, 0) if shown is None else (shown.data_ptr(), shown.shape[1])
+        table = None if paged.table is None else paged.table.contiguous()
+        job.table, job.table_stride = (None, 0) if table is None else (table.data_ptr(), table.shape[1])
         arenas = self._arenas_of(paged.tiles)
         job.arenas, job.arena = len(arenas), ctypes.addressof(arenas)
         if paged.rotary is None:
-            return first, offset, shown, arenas
+            return first, offset, shown, table, arenas
         fine, coarse = paged.rotary.tables(paged.positions)
         job.positions = len(fine[0]) * len(coarse[0])
         job.fine_cos, job.fine_sin = fine[0].data_ptr(), fine[1].data_ptr()
         job.coarse_cos, job.coarse_sin = coarse[0].data_ptr(), coarse[1].data_ptr()
-        return first, offset, shown, arenas, fine, coarse
+        return first, offset, shown, table, arenas, fine, coarse
 
     def _arenas_of(self, tiles: Sequence[Tensor]) -> ctypes.Array[_Arena]:
         """Return where the tiles lie; the same from step to step until one is added or replaced."""

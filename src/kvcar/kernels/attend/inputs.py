@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +18,8 @@ from ..rotary import RotaryTable
 
 # A step has few query tokens (decoding), a chunk has many (prefill), or there are no pages yet.
 ATTENTION = Operation("attention", __package__ or "", cases=("step", "chunk"))
+READ_TABLES: set[Callable[..., Tensor]] = set()
+"""Implementations that follow ``PagedPast.table``; the others are given pages in order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +188,8 @@ class PagedPast:
         shown: int64 ``[B, pages or more]``: so many tokens at a page's beginning are attended here; None for all of them.
         since: first token that each query attends to, int64 ``[B or 1, T]``, in layers that keep a window; None for ``first``.
         largest_since: a bound of those, known without asking the device.
+        table: where pages lie in no order, as an engine hands them out: int64 ``[B, pages]``, for each page of a sequence which
+            of the pages of the only tile, ``[1, pages of all, page_bytes]``, it is; None where they lie one after the other.
     """
 
     tiles: Sequence[Tensor]
@@ -199,6 +203,13 @@ class PagedPast:
     shown: Tensor | None = None
     since: Tensor | None = None
     largest_since: int = 0
+    table: Tensor | None = None
+
+    def in_order(self) -> PagedPast:
+        """Return the same past with its pages one after the other: a copy, where there is a table."""
+        if self.table is None:
+            return self
+        return replace(self, tiles=[self.tiles[0][0, self.table]], table=None)
 
     @property
     def page_tokens(self) -> int:

@@ -101,6 +101,8 @@ typedef struct {
     float *rooms;                                      /* of threads, [threads][room] */
     int64_t room;
     const float *sinks;                                /* [heads][rows] scores that no value belongs to, or null */
+    const int64_t *table;                              /* [batch][pages] by a stride: pages of the first arena, null: in their order */
+    int64_t table_stride;
 } Job;
 
 /* What a thread works in. Codes of segments are [TILE][padded latents] from the tile's first token that is attended. */
@@ -133,6 +135,11 @@ static int64_t size_of_shifts(const Job *job, const Reader *reader)
 /* Where a page begins and, in `end`, where it ends. */
 static const uint8_t *page_at(const Job *job, int b, int64_t page, const uint8_t **end)
 {
+    if (job->table) {
+        const uint8_t *data = job->arena->base + job->table[b * job->table_stride + page] * job->arena->page_stride;
+        *end = data + job->arena->page_bytes;
+        return data;
+    }
     for (int a = 0; a < job->arenas; a++) {
         const Arena *arena = job->arena + a;
         if (page < arena->pages) {
