@@ -2,6 +2,7 @@
 
 python benchmarks/families.py              # all of them; writes the record
 python benchmarks/families.py qwen3_next   # some of them, printed
+python benchmarks/families.py bloom --update   # some of them, anew in the record that is there; it says which and when
 
 Each family runs in a process of its own with limits on time and memory: lossless pages against the model's own cache over a prefill in
 chunks, steps and a padded batch; rotations taken back; then a fit, and a coded bundle that is run.
@@ -17,7 +18,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,7 @@ from kvcar.fit.fit import fit_bundles
 from kvcar.fit.options import FitOptions, Structure
 from kvcar.models.structure import cache_argument, evaluating
 from kvcar.plan import CacheConfig
-from kvcar.record import Record
+from kvcar.record import Record, provenance
 from kvcar.text import TextSource
 
 RESULTS = Path(__file__).parent / "results"
@@ -182,8 +183,13 @@ def _child(name: str, sending: Any) -> None:
 
 
 def main(
-    names: Annotated[list[str] | None, typer.Argument(help="Some of them; nothing is recorded then.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Some of them; nothing is recorded without --update.")
+    ] = None,
     images: Annotated[bool, typer.Option(help="Models of images and text, too.")] = True,
+    update: Annotated[
+        bool, typer.Option("--update", help="Put those that are named into the record that is there.")
+    ] = False,
     output: Path = RESULTS,
 ) -> None:
     """Try families and write what was seen."""
@@ -199,13 +205,30 @@ def main(
                 each = limited(name)
                 found[mapping].append(each)
                 print(f"{name:28} {each['result']:12} {each['seconds']:5} {each.get('message', '')[:200]}", flush=True)
+    config: dict[str, Any] = {
+        "chunks": CHUNKS, "padding": PADDING, "lossless_noise": LOSSLESS_NOISE, "largest_kl": LARGEST_KL
+    }  # fmt: skip
+    whole = None
+    if names and update:
+        before = json.loads((output / "families.json").read_text(encoding="utf-8"))
+        found, config, whole = updated(before, found), before["config"], before["provenance"]
+        now = {key: value for key, value in provenance().items() if key in ("commit", "date", "transformers")}
+        config["updated"] = [*config.get("updated", []), now | {"names": sorted(names)}]
     counts = {mapping: dict(Counter(each["result"] for each in own)) for mapping, own in found.items()}
     print(json.dumps(counts, indent=1))
-    if names:
+    if names and not update:
         return
-    config = {"chunks": CHUNKS, "padding": PADDING, "lossless_noise": LOSSLESS_NOISE, "largest_kl": LARGEST_KL}
-    record = Record(kind="families", config=config, figures={"counts": counts, "families": found})
+    figures = {"counts": counts, "families": found}
+    record = Record("families", figures, config) if whole is None else Record("families", figures, config, whole)
     record.write(output / "families.json")
+
+
+def updated(before: Mapping[str, Any], found: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of a record with those that were ``found`` anew in their places."""
+    return {
+        mapping: [next((new for new in found.get(mapping, []) if new["name"] == old["name"]), old) for old in rows]
+        for mapping, rows in before["families"].items()
+    }
 
 
 if __name__ == "__main__":
