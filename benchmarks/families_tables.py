@@ -17,7 +17,9 @@ batch; then a fit, and codes of 8 bits run the same way.
 - **refused**: said before anything is captured, with the reason.
 - **does not run by itself**: not over the cache of transformers, or not without packages or sizes that this table does without.
 
-Layers that slide over fewer than 512 tokens, and layers that keep a state (linear attention, Mamba, convolutions), stay the model's own; their cache does not grow."""
+Layers that slide over fewer than 512 tokens, and layers that keep a state (linear attention, Mamba, convolutions), stay the model's own; their
+cache does not grow. Tiny models slide over 32, but for those of Mistral, Ministral, Moshi and Kolibri, whose layers all do: they slide over 512,
+which is coded."""
 
 _ORDER = (
     "works",
@@ -41,6 +43,9 @@ def families_page() -> str:
 
 def _parts(r: dict[str, Any]) -> list[str]:
     parts = []
+    for own in r["config"].get("updated", []):
+        names = ", ".join(f"`{name}`" for name in own["names"])
+        parts.append(f"Tried anew on {own['date'][:10]}, at commit {str(own['commit'])[:7]}: {names}.")
     for mapping, found in r["families"].items():
         if not found:
             continue
