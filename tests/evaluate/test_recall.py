@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from bundles import fitted
-from tiny import tiny_model, token_ids
+from tiny import FAMILIES, tiny_model, token_ids
+from tiny_families import tiny_family
 from transformers import DynamicCache
 
 import kvcar
@@ -280,3 +281,13 @@ def test_by_bundle_as_by_hand():
         assert kvcar.evaluate_recall(model, bundle, tokenizer, items=4, tasks=["copy", "turns"], longest=300) == found
     assert set(found.tasks) == {"copy", "turns"}
     assert "on 0 items" in repr(found)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3", "lfm2", "falcon_h1"])
+def test_models_of_other_kinds_lose_nothing_in_a_lossless_cache(family):
+    model = tiny_model(family) if family in FAMILIES else tiny_family(family)
+    with kvcar.attach(model, kvcar.lossless(model, window=0)) as attached:
+        found = measure_recall(model, own_passages(model, count=2), {"x": attached.new_cache})["x"]
+    assert len(found.counted) == 10
+    assert found.points_lost.value == 0
+    assert found.kl_divergence.value < 1e-5
