@@ -36,7 +36,7 @@ def main(
     memory: Annotated[str, typer.Option(help="For the cache, where capacity is asked.")] = "1GiB",
     model_tokens: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 8192,
     load_memory: Annotated[str, typer.Option(help="For the cache under load.")] = "96MiB",
-    requests: int = 16,
+    requests: Annotated[int, typer.Option(help="Of the load; 0 for capacity alone.")] = 16,
     prompt_tokens: int = 768,
     new_tokens: int = 128,
     dtype: str = "bfloat16",
@@ -84,12 +84,18 @@ def _in_process(given: dict[str, Any]) -> dict[str, Any]:
 
 def contender(given: dict[str, Any]) -> dict[str, Any]:
     """Start engines for one contender and measure."""
-    from transformers import AutoTokenizer
-    from vllm import SamplingParams
-
     first = _engine(given, given["memory"], given["model_tokens"])
     tokens, sequences = _capacity(first)
     first.llm_engine.engine_core.shutdown()
+    found = {"capacity_tokens": tokens, "capacity_sequences": sequences}
+    return found | (_load(given) if given["requests"] else {})
+
+
+def _load(given: dict[str, Any]) -> dict[str, Any]:
+    """Serve all requests at once, greedily."""
+    from transformers import AutoTokenizer
+    from vllm import SamplingParams
+
     llm = _engine(given, given["load_memory"], given["prompt_tokens"] + given["new_tokens"])
     ids = AutoTokenizer.from_pretrained(given["model"])(read_text(Path(given["text"])).text[:4_000_000])["input_ids"]
     count = given["prompt_tokens"]
@@ -103,7 +109,7 @@ def contender(given: dict[str, Any]) -> dict[str, Any]:
     made = sum(len(o.outputs[0].token_ids) for o in outputs)
     waits = sorted(o.metrics.first_token_latency for o in outputs if o.metrics is not None)
     return {
-        "capacity_tokens": tokens, "capacity_sequences": sequences, "load_capacity_tokens": _capacity(llm)[0],
+        "load_capacity_tokens": _capacity(llm)[0],
         "preemptions": _preemptions(llm) - before, "seconds": seconds, "new_tokens_per_second": made / seconds,
         "tokens_per_second": (made + count * len(prompts)) / seconds,
         "median_seconds_to_first_token": waits[len(waits) // 2] if waits else None,

@@ -10,7 +10,7 @@ from tiny import tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/engines makes an environment for these tests")
 
-from vllm_engine import DIVERGING, MANY, PLAIN, POSITIONS, engine, expected_of, saved, slots
+from vllm_engine import DIVERGING, MANY, PLAIN, POSITIONS, engine, expected_of, prompt, saved, slots
 
 import kvcar
 from kvcar.bundle import CodedBlock
@@ -119,6 +119,16 @@ def test_a_pass_of_more_tokens_reads_more_exactly(coded, ours_coded):
     assert difference(large[:3], ours_coded["alone"][:3]) < ROUNDING
     assert difference(large[6:7], exact[6:7]) < ROUNDING
     assert difference(large[6:7], ours_coded["alone"][6:7]) > 3 * ROUNDING
+
+
+def test_a_load_for_which_vllms_own_cache_is_too_small_fits(coded):
+    prompts = [prompt(600, seed) for seed in range(30, 38)]
+    with engine(coded[0]) as own:
+        own.generate(prompts, 64)
+        assert own.preemptions > 0
+    with engine(*coded) as ours:
+        ours.generate(prompts, 64)
+        assert ours.preemptions == 0
 
 
 def test_ruined_codecs_change_the_text(model, coded, folder, ours_coded):
