@@ -41,6 +41,7 @@ def main(
     new_tokens: int = 128,
     dtype: str = "bfloat16",
     tokens_of_a_pass: Annotated[str, typer.Option(help="Of kvcar's contenders; with commas for several.")] = "64",
+    fp8: Annotated[bool, typer.Option(help="Also vLLM's own cache in 8 bits.")] = True,
     threads: int = 2,
     output: Annotated[Path, typer.Option(help="Folder of the record.")] = RESULTS,
 ) -> None:
@@ -50,7 +51,7 @@ def main(
         "requests": requests, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "dtype": dtype, "threads": threads,
         "text": str(text),
     }  # fmt: skip
-    contenders: dict[str, dict[str, Any]] = {"vLLM": {}, "vLLM fp8": {"kv_cache_dtype": "fp8"}}
+    contenders: dict[str, dict[str, Any]] = {"vLLM": {}} | ({"vLLM fp8": {"kv_cache_dtype": "fp8"}} if fp8 else {})
     for each in bundle or []:
         label, folder = each.split("=", 1)
         for tokens in map(int, tokens_of_a_pass.split(",")):
