@@ -18,11 +18,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..bundle import Bundle
-from ..errors import AttachError, InputError, UnsupportedModelError
+from ..errors import AttachError, CacheStateError, InputError, UnsupportedModelError
 from ..geometry import BFLOAT16_BYTES
 from ..kernels.backend import backend_for
 from ..kernels.rotary import RotaryTable
@@ -40,7 +40,7 @@ from ..models.weights import active_adapters, device_of, weights_state
 from ..progress import OnProgress, counter, silent
 from ..sizes import size_in_words, stored_bytes
 from . import guard
-from .attention import Current, set_current, stand_in_for, uncompiled
+from .attention import Current, is_attached, set_current, stand_in_for, uncompiled
 from .cache import KVCarCache
 from .coder import PageCoder
 from .encode import stored_plainly
@@ -68,6 +68,10 @@ class Attachment:
     def __init__(self, model: PreTrainedModel, bundle: Bundle, window: int | None, prefill_chunk: int) -> None:
         bundle.check_model(model)
         prepare = getattr(type(model), _PREPARE, None)
+        if prepare is None and not isinstance(model, GenerationMixin):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} cannot generate; attach the causal language model around it"
+            )
         if prepare is None:
             raise UnsupportedModelError(
                 f"this version of transformers prepares caches in a way kvcar does not know ({_PREPARE} is gone); "
@@ -80,6 +84,8 @@ class Attachment:
         self._coders: dict[str, PageCoder] = {}
         self._current = Current()
         self._parts = find_decoder(model)
+        if any(is_attached(module) for module in self._parts.readers):
+            raise AttachError("layers of this model are part of another one that is attached; detach that first")
         types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()
         # Masks of layers that keep everything show all of the padding.
         first = next(iter(bundle.plan.geometry.codable_groups), ())
@@ -200,14 +206,16 @@ class Attachment:
 
     def _before_entry(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A module around the decoder may make the decoder's mask: what it was given itself says more."""
-        del module
         if _given_cache(args, kwargs) is not None:
-            self._note_mask(kwargs.get("attention_mask"))
+            self._note_mask(module, kwargs.get("attention_mask"))
 
     @uncompiled
-    def _note_mask(self, mask: object) -> None:
-        if isinstance(mask, Tensor) and mask.ndim == 2:
-            self._current.mask = mask
+    def _note_mask(self, module: nn.Module, mask: object) -> None:
+        plain = isinstance(mask, Tensor) and mask.ndim == 2
+        if (
+            plain or module is self._parts.entries[0]
+        ):  # nothing is left of a pass that failed before it came to the decoder
+            self._current.mask = mask if plain else None
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A compiled pass over another cache has nothing of kvcar's in it, and may be one graph.
@@ -217,8 +225,8 @@ class Attachment:
     @uncompiled
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = _given_cache(args, kwargs)
-        self._current.cache = None
         if cache is None:
+            self._current.enter(None)
             return
         self._refuse_switched()
         if kwargs.get("output_attentions", self.model.config.get_text_config().output_attentions):
@@ -239,7 +247,7 @@ class Attachment:
         with stored_plainly(self._parts.device):
             cache.begin_pass(self, inputs.shape[0], inputs.shape[1], mask, text_positions(kwargs.get("position_ids")))
         try:
-            self._current.cache = cache
+            self._current.enter(cache)
         except AttachError:
             cache.leave_pass()
             raise
@@ -256,11 +264,17 @@ class Attachment:
     def _after_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         del module
         if not torch.compiler.is_compiling() or _given_cache(args, kwargs) is not None:
-            self._end(output)
+            self._end(_given_cache(args, kwargs), output)
 
     @uncompiled
-    def _end(self, output: object) -> None:
-        cache, self._current.cache = self._current.cache, None
+    def _end(self, cache: KVCarCache | None, output: object) -> None:
+        if not self._current.leave(cache):
+            if cache is not None and output is not None:
+                raise CacheStateError(
+                    "another pass over this cache ran within this one, whose tokens are lost; reset the cache, and give each "
+                    "pass a cache of its own (cache.fork() shares pages)"
+                )
+            return
         if cache is None:
             return
         try:
@@ -297,7 +311,9 @@ def attach(
         raise InputError(f"prefill_chunk must be at least 1 token, got {prefill_chunk!r}")
     model = model_of(model, "attach")
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.from_pretrained(bundle)
-    with _attaching:
+    # What is learned and tried here holds for passes outside of autocast, too.
+    device = model.device.type if torch.amp.is_autocast_available(model.device.type) else "cpu"
+    with _attaching, torch.autocast(device, enabled=False):
         if attachment_of(model) is not None:
             raise AttachError("this model is attached already; detach it first")
         attachment = Attachment(model, bundle, window, prefill_chunk)
@@ -355,7 +371,7 @@ def _refuse_known_prompt(cache: KVCarCache, model_kwargs: Mapping[str, Any]) -> 
     # Both are of the whole prompt where ``generate`` made them; positions that a caller gave may be of its end alone.
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     whole = mask if isinstance(mask, Tensor) else positions
-    if not isinstance(whole, Tensor) or (whole is positions and whole.min() > 0):
+    if not isinstance(whole, Tensor) or not whole.numel() or (whole is positions and whole.min() > 0):
         return
     if cache.tokens >= whole.shape[-1]:
         raise InputError(

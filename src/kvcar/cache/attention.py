@@ -8,6 +8,7 @@ one opaque operator, whose handle says where the cache of the pass is; what the 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from itertools import count
 from typing import Any, NoReturn, SupportsIndex, TypeVar, cast
@@ -31,6 +32,10 @@ _alive: WeakValueDictionary[int, Current] = WeakValueDictionary()
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _no_cache() -> None:
+    """Stand for a pass over no cache of kvcar's."""
+
+
 def uncompiled(function: F) -> F:
     """Keep ``torch.compile`` out of a function: never traced, nor what it calls.
 
@@ -41,6 +46,8 @@ def uncompiled(function: F) -> F:
 
 class Current:
     """The cache of an attached model's pass, one for each thread that runs the model.
+
+    A pass may begin within another (in a hook, say), over another cache or none; the outer one goes on with its own afterwards.
 
     Attributes:
         handle: by which the operator finds this object.
@@ -55,18 +62,43 @@ class Current:
     @property
     def cache(self) -> KVCarCache | None:
         """The cache; None outside of a pass, and where the model was given another cache."""
-        return getattr(self._by_thread, "cache", None)
+        passes = self._passes()
+        return passes[-1]() if passes else None
 
-    @cache.setter
-    def cache(self, cache: KVCarCache | None) -> None:
+    def enter(self, cache: KVCarCache | None) -> None:
+        """Begin a pass over ``cache``, None for one of another kind; raises AttachError where the model is detached just now."""
+        passes = self._passes()
+        if cache is not None:
+            # A pass over the same cache that is there yet was ended by an interrupt, and those within it too.
+            del passes[next((n for n, other in enumerate(passes) if other() is cache), len(passes)) :]
         with self._lock:
-            if cache is None:
-                self._in_a_pass.discard(threading.get_ident())
-            elif self._closed:
+            if cache is not None and self._closed:
                 raise AttachError("another thread detached the model as this pass began; attach it again")
-            else:
-                self._in_a_pass.add(threading.get_ident())
-        self._by_thread.cache = cache
+            # The caller has the cache; that of a pass that an interrupt ended is not kept alive from here.
+            passes.append(_no_cache if cache is None else weakref.ref(cache))
+            self._note(passes)
+
+    def leave(self, cache: KVCarCache | None) -> bool:
+        """End the pass over ``cache``; False where it is not the one that began last."""
+        passes = self._passes()
+        if not passes or passes[-1]() is not cache:
+            return False
+        passes.pop()
+        with self._lock:
+            self._note(passes)
+        return True
+
+    def _passes(self) -> list[Callable[[], KVCarCache | None]]:
+        """Ways to the caches of this thread's passes, the innermost last."""
+        if not hasattr(self._by_thread, "passes"):
+            self._by_thread.passes = []
+        return self._by_thread.passes
+
+    def _note(self, passes: list[Callable[[], KVCarCache | None]]) -> None:
+        if any(other() is not None for other in passes):
+            self._in_a_pass.add(threading.get_ident())
+        else:
+            self._in_a_pass.discard(threading.get_ident())
 
     @property
     def mask(self) -> Tensor | None:
@@ -102,6 +134,11 @@ def set_current(module: nn.Module, current: Current | None, layers: tuple[int, .
         module.__dict__.pop(_ATTRIBUTE, None)
     else:
         module.__dict__[_ATTRIBUTE] = (current, layers)
+
+
+def is_attached(module: nn.Module) -> bool:
+    """Whether an attention module is one of an attached model."""
+    return _ATTRIBUTE in module.__dict__
 
 
 def stand_in_for(base: str) -> str:

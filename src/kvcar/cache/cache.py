@@ -375,7 +375,11 @@ class KVCarCache(PassCache):
         """Which sequences are meant, int64 ``[n]``; none of a cache without any, raises InputError where they are not there."""
         if self._state is None:
             return torch.empty(0, dtype=torch.int64)
-        batch, places = self.batch_size, torch.as_tensor(given)
+        batch = self.batch_size
+        try:
+            places = torch.arange(batch)[given] if isinstance(given, slice) else torch.as_tensor(given)
+        except (RuntimeError, TypeError, ValueError):
+            places = torch.empty(0)
         if places.dtype == torch.bool and tuple(places.shape) == (batch,):
             places = places.nonzero().flatten()
         whole = places.ndim == 1 and len(places) and not places.is_floating_point() and places.dtype != torch.bool

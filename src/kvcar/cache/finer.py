@@ -48,7 +48,7 @@ class FinerPages:
     def none(cls, batch: int, page_tokens: int, device: torch.device) -> FinerPages:
         """No finer page in ``batch`` sequences."""
         shown = torch.zeros(batch, 0, dtype=torch.int64, device=device)
-        return cls(page_tokens, (), shown, torch.zeros(batch, device=device))
+        return cls(page_tokens, (), shown, torch.zeros(batch, device=device, dtype=torch.float32))
 
     @property
     def tokens(self) -> int:

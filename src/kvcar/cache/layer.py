@@ -36,6 +36,7 @@ class CodedLayer(CacheLayerMixin):
         self.is_sliding = sliding_window > 0
         self.record_past = False
         self.open = False
+        self.attended = False
         self.paged = 0
         self.finer = 0
         self.in_window = 0
@@ -65,7 +66,7 @@ class CodedLayer(CacheLayerMixin):
         # Under autocast keys come out of their rotation in float32, and values in what products give.
         dtype = torch.promote_types(key.dtype, value.dtype)
         self.pending = (key.to(dtype), value.to(dtype))
-        self._given = (key, value)
+        self._given, self.attended = (key, value), False
 
     def gave(self, key: Tensor, value: Tensor) -> bool:
         """Whether these are the very tensors that this layer was given in the pass under way."""

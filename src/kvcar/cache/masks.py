@@ -41,8 +41,12 @@ def padding_mask(
     return given if given.ndim == 2 else _of_rows(given, shape, seen)
 
 
-def text_positions(given: Tensor | None) -> Tensor | None:
+def text_positions(given: Any) -> Tensor | None:
     """Positions ``[B, T]`` of tokens that have several kinds of them, all alike; raises UnsupportedModelError where they differ."""
+    if given is not None and not isinstance(given, Tensor):
+        raise UnsupportedModelError(
+            f"position_ids must be a tensor [B, T] of whole numbers, got {type(given).__name__}"
+        )
     if given is None or given.ndim < 3:
         return given
     if not bool((given == given[:1]).all()):

@@ -14,7 +14,7 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..bundle import Bundle
-from ..errors import CacheStateError, UnsupportedModelError
+from ..errors import AttachError, CacheStateError, InputError, UnsupportedModelError
 from ..kernels.attend import ExactPast, PagedPast, attend
 from ..kernels.backend import Backend, backend_for
 from ..sizes import coded_tokens
@@ -103,6 +103,8 @@ class PassCache(Cache):
 
     def _begin_pass(self, host: Host, batch: int, tokens: int, mask: Tensor | None, positions: Tensor | None) -> None:
         self._refuse_if_broken()
+        if batch < 1:
+            raise InputError("this pass has no sequence at all; give at least one")
         self._drop_unfinished_pass()
         host.check_bundle(self.bundle)
         self._host = host
@@ -131,11 +133,13 @@ class PassCache(Cache):
         Raises:
             CacheStateError: a layer stored nothing, or keys or values of all sequences are NaN or infinite; the cache is then
                 as it was before the pass.
+            AttachError: a layer's attention did not come by here, and so missed the past; the same holds.
         """
         if self._next_state is None:
             return
         with stored_plainly(self._next_state.padding.device):
             self._refuse_silent_layers()
+            self._refuse_unread_layers()
             leave = self._leaving(self._seen + self._pass_tokens)
             state = without_lost(self._coded, leave, self._next_state, self.paged_tokens)
             self._broken = True
@@ -165,7 +169,12 @@ class PassCache(Cache):
             UnsupportedModelError: a model changes them in between.
         """
         stored = self._coded[layer].pending
-        assert stored is not None
+        if stored is None:
+            raise UnsupportedModelError(
+                f"attention of layer {layer} is called, and nothing was written to the cache before: the model left the cache out "
+                "on the way there (gradient checkpointing in training does); call model.eval(), or "
+                "model.gradient_checkpointing_disable()"
+            )
         for name, given, own in zip(("keys", "values"), (key, value), stored, strict=True):
             if given is not own and not (given.shape == own.shape and torch.equal(given.to(own.dtype), own)):
                 raise UnsupportedModelError(
@@ -219,6 +228,7 @@ class PassCache(Cache):
         ``sinks`` ``[Hq]``, where given, is one more score for each query head, that no value belongs to.
         """
         exact, paged = self.past(layer)
+        self._coded[layer].attended = True
         # Pages are decoded in float32, whatever the model computes its products in.
         with torch.autocast(query.device.type, enabled=False):
             output = attend(query, exact, paged, scaling, softcap, self.backend, sinks).transpose(1, 2).contiguous()
@@ -370,6 +380,15 @@ class PassCache(Cache):
             raise CacheStateError(
                 f"layers {silent} stored nothing in this pass, so their past would be missing; kvcar supports models that "
                 "run all layers in every pass"
+            )
+
+    def _refuse_unread_layers(self) -> None:
+        unread = [layer for layer, coded in self._coded.items() if not coded.attended]
+        if unread:
+            raise AttachError(
+                f"attention of layers {unread} ran past kvcar in this pass, so that their past was not read: their attention modules "
+                "were replaced, or call another attention function than the one that the model was attached with; detach the "
+                "model and attach it again"
             )
 
     def _leaving(self, tokens: int) -> int:

@@ -148,7 +148,7 @@ class SequenceState:
         index = torch.arange(seen, seen + count, device=padding.device)
         # What a model does that is given none: it counts all tokens, padding too.
         positions = index[None] if positions is None else positions
-        if positions.is_floating_point():
+        if positions.is_floating_point() or positions.dtype == torch.bool:
             raise InputError(f"position_ids must be whole numbers, got {positions.dtype}")
         positions = positions.to(padding.device).expand(len(padding), -1)
         if positions.shape[-1] != count:

@@ -35,8 +35,8 @@ class IdentityCodec(Codec):
     def affine_decoder(self) -> tuple[Tensor, Tensor]:
         """The permutation as a matrix."""
         width = len(self._order)
-        matrix = torch.eye(width, device=self._order.device)[self._order]
-        return matrix, torch.zeros(width, device=self._order.device)
+        matrix = torch.eye(width, device=self._order.device, dtype=torch.float32)[self._order]
+        return matrix, torch.zeros(width, device=self._order.device, dtype=torch.float32)
 
     def tensors(self) -> dict[str, Tensor]:
         """The order, int32 ``[W]``."""

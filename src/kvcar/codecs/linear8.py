@@ -173,7 +173,7 @@ class Linear8Codec(Codec):
             mean.float(), arranged.contiguous(), scale.float(), decoder[:exact].to(torch.float16),
             torch.cat([metric.triangle() for metric in metrics]),
             torch.tensor([len(metric.codes) for metric in metrics], dtype=torch.int32), torch.cat([metric.scale for metric in metrics]).float(),
-            torch.ones(len(decoder)), torch.zeros(len(decoder) - strong, strong, dtype=torch.int8), torch.ones(strong), torch.eye(strong, dtype=torch.float16),
+            torch.ones(len(decoder), dtype=torch.float32), torch.zeros(len(decoder) - strong, strong, dtype=torch.int8), torch.ones(strong, dtype=torch.float32), torch.eye(strong, dtype=torch.float16),
         )  # fmt: skip
         codec._solve(strong)
         return codec

@@ -73,9 +73,10 @@ class StaticQuantizer(Quantizer):
         self.scale, self.zero = scale, zero
         bits = latent_bits(groups).to(scale.device)
         self._raw = bits == RAW_BITS
-        levels = (2.0**bits - 1).float()
-        self._lowest = torch.where(self._raw, -FLOAT16_MAX, 0.0)
-        self._highest = torch.where(self._raw, FLOAT16_MAX, levels)
+        # In float32 whatever PyTorch's default is: numbers of Python's and powers of integers would take that.
+        levels = 2.0 ** bits.float() - 1
+        self._lowest = torch.where(self._raw, levels.new_tensor(-FLOAT16_MAX), levels.new_tensor(0.0))
+        self._highest = torch.where(self._raw, levels.new_tensor(FLOAT16_MAX), levels)
 
     def codes(self, z: Tensor) -> Tensor:
         """See ``Quantizer``."""

@@ -53,7 +53,7 @@ class Scorer:
             texts: context and continuation, at least one token each.
         """
         ids, targets = (x.to(self._device) for x in _laid_out(texts))
-        total = torch.zeros(len(texts), device=self._device)
+        total = torch.zeros(len(texts), device=self._device, dtype=torch.float32)
         greedy = torch.ones(len(texts), dtype=torch.bool, device=self._device)
         cache = self._new_cache()
         rows = _Rows([len(context) + len(continuation) - 1 for context, continuation in texts])

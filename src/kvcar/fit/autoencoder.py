@@ -68,13 +68,15 @@ def warm_start(basis: Basis, latents: int) -> AutoencoderModule:
     synthesis = (basis.decoder[:latents] / basis.std).float() * lengths[:, None]
     spread = (basis.variances[:latents].float().sqrt() / lengths).clamp_min(1e-6)
     both = torch.cat([analysis.T, -analysis.T])
-    undo = torch.cat([torch.eye(latents), -torch.eye(latents)]) / (1 + LEAKY_SLOPE)
+    undo = torch.cat([torch.eye(latents, dtype=torch.float32), -torch.eye(latents, dtype=torch.float32)]) / (
+        1 + LEAKY_SLOPE
+    )
     # Latents are scaled to unit variance, so that all of them quantise alike.
     _set_half(module.encoder, both, spread, (undo / spread).T)
     _set_half(
         module.decoder,
-        torch.cat([torch.eye(latents), -torch.eye(latents)]),
-        torch.ones(latents),
+        torch.cat([torch.eye(latents, dtype=torch.float32), -torch.eye(latents, dtype=torch.float32)]),
+        torch.ones(latents, dtype=torch.float32),
         synthesis.T * spread @ undo.T,
     )
     return module

@@ -18,7 +18,7 @@ FEWEST_EXACT_BITS, FEWEST_STRONG_BITS = 8, 6
 # Step of the best uniform quantiser of a unit normal, by bits 1 to 8 (Max 1960, table II).
 _NORMAL_STEP = (0.0, 1.596, 0.9957, 0.5860, 0.3352, 0.1881, 0.1041, 0.0569, 0.0308)
 # Latents have heavier tails than a normal, so the best step may be a good deal wider.
-_FACTORS = torch.linspace(0.7, 2.6, 39)
+_FACTORS = torch.linspace(0.7, 2.6, 39, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def in_8_bits(
     exact, strong = (int((bits >= fewest).sum()) for fewest in (FEWEST_EXACT_BITS, FEWEST_STRONG_BITS))
     codec = Linear8Codec.rounded(mean, decoder, metrics, head_dim, exact, strong)
     middle = codec.encode(sample).mean(0)
-    zero = middle - (2.0**bits - 1) / 2
-    return codec, StaticQuantizer(groups_of(bits), torch.ones(len(bits)), zero.float())
+    zero = middle - (2.0 ** bits.float() - 1) / 2
+    return codec, StaticQuantizer(groups_of(bits), torch.ones(len(bits), dtype=torch.float32), zero.float())
 
 
 def fit_quantizer(groups: Sequence[BitGroup], z: Tensor) -> StaticQuantizer:
@@ -130,8 +130,8 @@ def fit_quantizer(groups: Sequence[BitGroup], z: Tensor) -> StaticQuantizer:
     """
     bits = latent_bits(groups)
     mean, spread = z.mean(0), z.std(0).clamp_min(1e-12)
-    scale = torch.ones(z.shape[1])
-    zero = torch.zeros(z.shape[1])
+    scale = torch.ones(z.shape[1], dtype=torch.float32)
+    zero = torch.zeros(z.shape[1], dtype=torch.float32)
     for width in sorted(set(bits.tolist())):
         if width == RAW_BITS:
             continue

@@ -121,7 +121,10 @@ class EffectProbe(AttentionHook):
         """Summed log-probability of one token drawn from each distribution ``[T, V]``."""
         with torch.no_grad():
             cumulative = torch.softmax(logits.float(), -1).cumsum(-1)
-            drawn = torch.rand(len(logits), 1, generator=self._draw).to(logits.device) * cumulative[:, -1:]
+            drawn = (
+                torch.rand(len(logits), 1, generator=self._draw, dtype=torch.float32).to(logits.device)
+                * cumulative[:, -1:]
+            )
             tokens = torch.searchsorted(cumulative, drawn).clamp_max(logits.shape[-1] - 1)
         return -torch.nn.functional.cross_entropy(logits.float(), tokens[:, 0], reduction="sum")
 

@@ -52,7 +52,9 @@ def page_costs(model: PreTrainedModel, bundle: Bundle, windows: Tensor, on_progr
             for part in window.split(CHUNK_TOKENS):
                 step_logits(model, part, cache)
                 on_chunk(len(part))
-    return torch.cat([costs.flatten().float().cpu() for costs in found]) if found else torch.zeros(0)
+    return (
+        torch.cat([costs.flatten().float().cpu() for costs in found]) if found else torch.zeros(0, dtype=torch.float32)
+    )
 
 
 def _limited(bundle: Bundle, limit: float) -> Bundle:

@@ -63,7 +63,7 @@ def _drawn(logits: Tensor, generator: torch.Generator) -> list[int]:
     """Draw a token from each row of logits ``[B, V]``, on the CPU, so that a seed gives the same on every device."""
     # One uniform number a row; ``multinomial`` takes one for each of the vocabulary.
     reached = torch.softmax(logits.float().cpu(), -1).cumsum(-1)
-    level = torch.rand(len(reached), 1, generator=generator) * reached[:, -1:]
+    level = torch.rand(len(reached), 1, generator=generator, dtype=torch.float32) * reached[:, -1:]
     return torch.searchsorted(reached, level, right=True)[:, 0].clamp_max(logits.shape[-1] - 1).tolist()
 
 

@@ -102,7 +102,7 @@ def _code(
     exact, strong = (int((own >= fewest).sum()) for fewest in (FEWEST_EXACT_BITS, FEWEST_STRONG_BITS))
     codec = Linear8Codec.rounded(basis.mean, decoder, metrics, head_dim, exact, strong)
     codec.gain = stands[order].float()
-    quantizer = StaticQuantizer(groups, torch.ones(len(order)), -(2.0**own / 2).floor())
+    quantizer = StaticQuantizer(groups, torch.ones(len(order), dtype=torch.float32), -(2.0 ** own.float() / 2).floor())
     kept = bits > 0
     error = torch.where(kept, (rounded * step * stands - z).square().mean(0), z.square().mean(0))
     return groups, CodedBlock(codec, quantizer), 0.5 * float(error.sum())

@@ -303,7 +303,7 @@ def multiplies_subnormals(device: torch.device) -> bool:
     """Multiply every code by one on ``device`` and see; asked once for each device."""
     codes = torch.arange(_PRODUCT_SIZE * _PRODUCT_SIZE, dtype=torch.int32, device=device)
     one = torch.eye(_PRODUCT_SIZE, dtype=torch.float16, device=device)
-    out = torch.empty(_PRODUCT_SIZE, _PRODUCT_SIZE, device=device)
+    out = torch.empty(_PRODUCT_SIZE, _PRODUCT_SIZE, device=device, dtype=torch.float32)
     with torch.cuda.device_of(out):
         _product[(1,)](out, codes, one, SIZE=_PRODUCT_SIZE)
     return torch.equal(out.flatten() * 2.0**24, codes.float())

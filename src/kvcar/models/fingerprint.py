@@ -58,7 +58,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         values.append(sample)
     for name, scale in sorted(used.scales.items()):
         digest.update(f"{name} {scale!r}".encode())
-        values.append(torch.tensor([scale]))
+        values.append(torch.tensor([scale], dtype=torch.float32))
     dtype = str(parameters[0][1].dtype).removeprefix("torch.")
     return Fingerprint(torch.cat(values), dtype, digest.hexdigest(), active_adapters(model))
 

@@ -261,7 +261,7 @@ def _angles_of(module: nn.Module, extra: tuple[Any, ...], named: Mapping[str, An
     device = buffers[0].device
     positions = torch.tensor([_PROBE_POSITIONS], device=device)
     # `forward` itself, so that the probing call does not come back through hooks.
-    cos, sin = module.forward(torch.zeros(1, device=device), positions, *extra, **named)
+    cos, sin = module.forward(torch.zeros(1, device=device, dtype=torch.float32), positions, *extra, **named)
     pairs = _once_each(cos[0].double(), sin[0].double())
     if pairs is None:
         return None

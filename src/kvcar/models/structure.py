@@ -82,7 +82,7 @@ class DecoderParts:
 
 
 def model_of(model: object, what: str) -> PreTrainedModel:
-    """Give the model of transformers that ``model`` is, or that a PeftModel wraps.
+    """Give the model of transformers that ``model`` is, or that a PeftModel or ``torch.compile`` wraps.
 
     Args:
         model: what a user gave.
@@ -91,6 +91,7 @@ def model_of(model: object, what: str) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: it is something else.
     """
+    model = getattr(model, "_orig_mod", model)
     base = getattr(model, "get_base_model", None)
     inner = base() if callable(base) else model
     if isinstance(inner, PreTrainedModel):
@@ -109,11 +110,14 @@ def find_decoder(model: PreTrainedModel) -> DecoderParts:
     Raises:
         UnsupportedModelError: it does not run over a cache of transformers, or its attention cannot be reached.
     """
-    if model not in _known:
-        parts = _Probe(model).parts()
-        _known[model] = _Names.of(model, parts)
-        return parts
-    return _known[model].parts(model)
+    if model in _known:
+        try:
+            return _known[model].parts(model)
+        except AttributeError:
+            del _known[model]  # modules were taken out of it
+    parts = _Probe(model).parts()
+    _known[model] = _Names.of(model, parts)
+    return parts
 
 
 @dataclass(frozen=True)

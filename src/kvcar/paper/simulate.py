@@ -193,7 +193,10 @@ def random_units(model: PreTrainedModel, plan: Plan, windows: Tensor, seed: int,
 
 def _unit_steps(latents: int, device: torch.device) -> dict[str, Tensor]:
     """Tensors of a quantiser that leaves 16-bit latents as they are."""
-    return {"scale": torch.ones(latents, device=device), "zero": torch.zeros(latents, device=device)}
+    return {
+        "scale": torch.ones(latents, device=device, dtype=torch.float32),
+        "zero": torch.zeros(latents, device=device, dtype=torch.float32),
+    }
 
 
 # Running part of a decoder

@@ -57,7 +57,11 @@ def encode_record(coder: RecordCoder, keys: Tensor, values: Tensor, key: RecordK
     named: dict[str, Tensor] = {}
     if exact < tokens:
         named = {f"raw.{index}": unit.raw[0] for index, unit in enumerate(units)}
-        codes = torch.cat([unit.codes[0] for unit in units], dim=-1) if units else torch.empty(tokens, 0)
+        codes = (
+            torch.cat([unit.codes[0] for unit in units], dim=-1)
+            if units
+            else torch.empty(tokens, 0, dtype=torch.float32)
+        )
         named[CODES] = codes[exact:]
         named |= {name: own[exact:] for name, own in named.items() if name != CODES}
     named |= _exact_parts(coder, keys, values, exact)

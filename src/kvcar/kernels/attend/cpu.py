@@ -292,7 +292,7 @@ def _scratch(floats: int) -> Tensor:
     """Return this thread's memory for a step, float32 of at least ``floats`` elements, the same for all layers."""
     scratch = getattr(_local, "scratch", None)
     if scratch is None or len(scratch) < floats:
-        scratch = _local.scratch = torch.empty(floats)
+        scratch = _local.scratch = torch.empty(floats, dtype=torch.float32)
     return scratch
 
 

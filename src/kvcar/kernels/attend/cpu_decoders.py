@@ -75,7 +75,7 @@ def decoder_in_8_bits(matrix: Tensor, bias: Tensor, bits: Tensor, head_dim: int)
 def float_decoder(matrix: Tensor, bias: Tensor, head_dim: int) -> RoundedDecoder:
     """Take the decoder ``[R, W]`` as it is, all of it exact."""
     none = torch.empty(matrix.shape[1] // head_dim, 0, head_dim, _TOGETHER, dtype=torch.int8)
-    return RoundedDecoder(matrix.float(), none, torch.ones(matrix.shape[1]), bias.float())
+    return RoundedDecoder(matrix.float(), none, torch.ones(matrix.shape[1], dtype=torch.float32), bias.float())
 
 
 def widening_stops(bits: Sequence[int]) -> list[int]:

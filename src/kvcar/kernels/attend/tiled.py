@@ -222,7 +222,7 @@ def _attend_fused(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) 
     if mask is None:
         output, log_sum = _FUSED_OPERATION(q, keys, values, 0.0, False, scale=1.0)
         return output, log_sum[..., None]
-    added = torch.zeros(mask.shape, device=q.device).masked_fill_(~mask, -torch.inf)
+    added = torch.zeros(mask.shape, device=q.device, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
     output, log_sum = _FUSED_OPERATION(q, keys, values, 0.0, False, attn_mask=added, scale=1.0)
     # For a row that sees nothing the operation returns 0, both times.
     return output, log_sum[..., None].masked_fill_(~mask.any(-1, keepdim=True), _NOTHING)
@@ -237,8 +237,8 @@ class OnlineSoftmax:
     def __init__(self, q: Tensor, softcap: float | None) -> None:
         lead = q.shape[:-1]
         self._softcap = softcap
-        self._maximum = torch.full((*lead, 1), -torch.inf, device=q.device)
-        self._mass = torch.zeros(*lead, 1, device=q.device)
+        self._maximum = torch.full((*lead, 1), -torch.inf, device=q.device, dtype=torch.float32)
+        self._mass = torch.zeros(*lead, 1, device=q.device, dtype=torch.float32)
         self._sum = torch.zeros_like(q)
         self._latent: dict[Reader, tuple[Tensor, Tensor]] = {}
 

@@ -115,7 +115,7 @@ def _paged_sums(call: Call) -> list[SplitSums]:
     span = max(1, _SCORES_AT_ONCE // (batch * heads * rows * values.split_tokens)) * values.split_tokens
     for start in range(0, call.paged.tokens, span):
         stop = min(start + span, call.paged.tokens)
-        scores = torch.empty(batch, heads * rows, stop - start, device=call.q.device)
+        scores = torch.empty(batch, heads * rows, stop - start, device=call.q.device, dtype=torch.float32)
         scorer.write(scores, start, stop)
         values.add(scores, start, stop)
     return values.parts

@@ -203,13 +203,13 @@ class ValueSums:
         self.parts: list[SplitSums] = []
         for bank, items, block_q in parts:
             shape = (batch, self._splits, len(items), block_q)
-            sums = torch.empty(*shape, bank.table.block, device=device)
-            own = SplitSums(bank, items, block_q, sums, torch.empty(2, *shape, device=device))
+            sums = torch.empty(*shape, bank.table.block, device=device, dtype=torch.float32)
+            own = SplitSums(bank, items, block_q, sums, torch.empty(2, *shape, device=device, dtype=torch.float32))
             if bank.has_means:
                 shape = (batch, self._splits, *call.q.shape[1:3])
                 own = own._replace(
-                    mean_sums=torch.empty(*shape, call.q.shape[3], device=device),
-                    mean_maxima=torch.empty(shape, device=device),
+                    mean_sums=torch.empty(*shape, call.q.shape[3], device=device, dtype=torch.float32),
+                    mean_maxima=torch.empty(shape, device=device, dtype=torch.float32),
                 )
             self.parts.append(own)
 
@@ -310,7 +310,7 @@ def _decodes(call: Call, bank: Bank) -> bool:
 def _fold(call: Call, bank: Bank) -> tuple[Tensor, Tensor, Tensor, int]:
     """Make operand, constant, items and block of query rows of ``direct_scores``."""
     batch, heads, rows = call.q.shape[:3]
-    constant = torch.zeros(batch, heads, rows, device=call.q.device)
+    constant = torch.zeros(batch, heads, rows, device=call.q.device, dtype=torch.float32)
     parts = []
     for group in bank.groups:
         own = call.q.index_select(1, bank.index(group))

@@ -446,7 +446,7 @@ def _value_decoder_in_8_bits(bank: Bank, head_dim: int, padded: int) -> ValueDec
             addresses = (part.data_ptr() for part in (decoder[head], exact[:, columns], scale[columns]))
             places.append((*addresses, len(exact), exact.stride(0)))
     table = torch.tensor(places, dtype=torch.int64, device=bank.device)
-    nothing, dtype = torch.empty(0, device=bank.device), held[-1].dtype
+    nothing, dtype = torch.empty(0, device=bank.device, dtype=torch.float32), held[-1].dtype
     latents = torch.cat(latent_of).to(bank.device)
     return ValueDecoder(nothing, torch.stack(biases), table, latents, tuple(held), dtype)
 

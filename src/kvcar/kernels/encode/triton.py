@@ -94,7 +94,7 @@ def _tables(writer: Writer, device: torch.device) -> _Tables:
         segment = replace(writer.segment, offset=0)
         block = block_latents([segment.latents], _LONGEST_BLOCK)
         table = joined([segment_fields(segment)], block, device)
-        bits = torch.zeros(segment.latents)
+        bits = torch.zeros(segment.latents, dtype=torch.float32)
         for plane in segment.planes:
             bits[plane.start : plane.stop] += plane.bits
         _TABLES[writer] = table, (2**bits - 1).to(device)

@@ -57,7 +57,7 @@ def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
 def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
     """Compute the same as ``naive.unpack``, of any number of pages on a CPU; see ``pack`` for what it raises."""
     lead = data.shape[:-1]
-    u = torch.empty(*lead, layout.page_tokens, layout.latents)
+    u = torch.empty(*lead, layout.page_tokens, layout.latents, dtype=torch.float32)
     if layout.raw:
         u[..., : layout.raw] = raw_values(data, layout)
     if layout.planes:

@@ -27,7 +27,7 @@ def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
 
 def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
     """Unpack stored values float32 ``[page_tokens, R]`` of the bytes ``[size]`` of one page."""
-    u = torch.zeros(layout.page_tokens, layout.latents)
+    u = torch.zeros(layout.page_tokens, layout.latents, dtype=torch.float32)
     if layout.raw:
         raw = data[: layout.raw * layout.page_tokens * 2].clone().view(torch.float16)
         u[:, : layout.raw] = raw.view(layout.page_tokens, layout.raw).float()

@@ -29,7 +29,7 @@ def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
 def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
     """Unpack stored values float32 ``[..., page_tokens, R]`` of bytes ``[..., size]``; ``data`` may be strided."""
     lead = data.shape[:-1]
-    u = torch.empty(*lead, layout.page_tokens, layout.latents, device=data.device)
+    u = torch.empty(*lead, layout.page_tokens, layout.latents, device=data.device, dtype=torch.float32)
     if layout.raw:
         u[..., : layout.raw] = raw_values(data, layout)
     if layout.planes:
