@@ -78,7 +78,9 @@ class DecoderParts:
     @property
     def device(self) -> torch.device:
         """Where the keys and values are computed."""
-        return device_of(next(iter(self.attention.values())))
+        # Layers that are quantised as they run have no parameters.
+        found = (device_of(module) for module in (next(iter(self.attention.values())), self.decoder))
+        return next((device for device in found if device.type != "meta"), torch.device("meta"))
 
 
 def model_of(model: object, what: str) -> PreTrainedModel:
