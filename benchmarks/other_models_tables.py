@@ -40,7 +40,7 @@ def _note(r: dict[str, Any]) -> str:
     config, fit = r["config"], r["config"]["fit"]
     said = (
         f"{config['title']} in {config['dtype']}, `balanced` fitted to 8 times smaller at 4,096 tokens on {fit['tokens']:,} tokens of "
-        f"{fit['text']}, beside the 4-bit caches of transformers; context {config['context']:,}, {config['windows']} windows of each text; "
+        f"{fit['text']}, beside the 4-bit caches of transformers; context {config['context']:,}, windows of each text: {config['windows']}; "
         f"codecs of {config['codec_bytes'] / 1e6:.1f} MB beside. More: [other models](docs/results/other-models.md)."
     )
     return textwrap.fill(said, 120, break_long_words=False, break_on_hyphens=False)

@@ -16,6 +16,7 @@ from gpu_instructions_tables import gpu_instructions_page
 from gpu_tables import gpu_pages
 from kinds_of_text_tables import kinds_of_text_page
 from memory_tables import memory_page
+from other_models_tables import other_models_block, other_models_page
 from pages import load
 from paper_tables import paper_page
 from recall_tables import recall_pages
@@ -25,7 +26,7 @@ from tests_tables import tests_page
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "results"
 README = HERE.parent / "README.md"
-BLOCKS = {"frontier": frontier_block}
+BLOCKS = {"frontier": frontier_block, "other models": other_models_block}
 """Generated parts of documents that a person writes otherwise: ``<!-- figures: NAME -->`` to ``<!-- end -->``."""
 
 
@@ -63,6 +64,7 @@ PAGES = {
     "gpu-instructions.md": gpu_instructions_page,
     "tests.md": tests_page,
     "families.md": families_page,
+    "other-models.md": other_models_page,
 }
 
 
