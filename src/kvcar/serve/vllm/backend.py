@@ -22,7 +22,7 @@ from ...errors import UnsupportedModelError
 from ...kernels.attend import ExactPast, PagedPast, attend
 from .codes import CODES_LAYER, Codes
 from .sizes import BlockSizes
-from .specs import SinkWindowSpec
+from .specs import SinkWindowSpec, WindowSpec
 from .start import start
 from .step import Part, Rows, Step
 
@@ -36,6 +36,7 @@ class KVCarBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
     sizes: ClassVar[BlockSizes | None] = None
+    tokens_of_a_pass: ClassVar[int] = 0
 
     @staticmethod
     def get_name() -> str:
@@ -68,10 +69,10 @@ class KVCarBackend(AttentionBackend):
         if cls.sizes is None or not isinstance(spec, FullAttentionSpec):
             return spec
         shape = cls.sizes.shape
-        kind = SinkWindowSpec if shape.sinks else SlidingWindowSpec
         return replace_as(
-            spec, kind, drop=_NOT_A_WINDOW, block_size=cls.sizes.window_tokens, sliding_window=shape.window
-        )
+            spec, SinkWindowSpec if shape.sinks else WindowSpec, drop=_NOT_A_WINDOW, block_size=cls.sizes.window_tokens,
+            sliding_window=shape.window, tokens_of_a_pass=cls.tokens_of_a_pass,
+        )  # fmt: skip
 
 
 class CodesBackend(KVCarBackend):

@@ -107,9 +107,29 @@ class SinkWindowManager(SlidingWindowManager):
         return skipped > 0 and len(new_computed_blocks) > 0 and not new_computed_blocks[0].is_null
 
 
+@register_kv_cache_spec(manager_class=SlidingWindowManager, uniform_type_base_spec=SlidingWindowSpec)
+@dataclass(frozen=True, kw_only=True)
+class WindowSpec(SlidingWindowSpec):
+    """A sliding window that also tells the engine how many tokens a pass may have.
+
+    Attributes:
+        tokens_of_a_pass: at most; 0 for as many as vLLM's configuration says.
+    """
+
+    tokens_of_a_pass: int = 0
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Count bytes of a sequence, after vLLM's configuration has been lowered to ``tokens_of_a_pass``.
+
+        The worker may be a process of its own; a spec is what goes from it to the engine, which asks this before it makes its scheduler.
+        """
+        limit_batch(vllm_config.scheduler_config, self.tokens_of_a_pass)
+        return super().max_memory_usage_bytes(vllm_config)
+
+
 @register_kv_cache_spec(manager_class=SinkWindowManager, uniform_type_base_spec=SlidingWindowSpec)
 @dataclass(frozen=True, kw_only=True)
-class SinkWindowSpec(SlidingWindowSpec):
+class SinkWindowSpec(WindowSpec):
     """A sliding window and the first block of a sequence."""
 
     # From 0.33 on vLLM may blank what is before so many tokens; nothing must be, as the first block is read.
@@ -118,3 +138,15 @@ class SinkWindowSpec(SlidingWindowSpec):
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         """Count the most blocks that a sequence has at once: those of the window, and the first."""
         return super().max_admission_blocks_per_request(max_in_flight_tokens, max_model_len) + 1
+
+
+def limit_batch(scheduler: Any, tokens: int) -> bool:
+    """Lower the tokens of a pass, and with them the requests that run at a time, in vLLM's configuration; say whether they fell."""
+    if not 0 < tokens < scheduler.max_num_batched_tokens:
+        return False
+    scheduler.max_num_batched_tokens = tokens
+    # Beyond that, the last of many requests would have no turn before the first are done.
+    scheduler.max_num_seqs = min(scheduler.max_num_seqs, tokens)
+    if scheduler.max_num_scheduled_tokens is not None:
+        scheduler.max_num_scheduled_tokens = min(scheduler.max_num_scheduled_tokens, tokens)
+    return True

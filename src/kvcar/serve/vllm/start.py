@@ -16,6 +16,7 @@ from .codes import CODES_LAYER, Codes, RealLayer, in_order
 from .model import check_weights, rotation_of
 from .options import Options, options_of
 from .sizes import BlockSizes, CacheShape, choose_blocks
+from .specs import limit_batch
 
 _log = logging.getLogger("vllm.kvcar")
 
@@ -45,7 +46,8 @@ def start(config: Any, backend: type, codes_backend: type) -> None:
     rotary = rotation_of(config.model_config.hf_config, bundle.plan.geometry)
     sizes = _sizes(config, bundle, coder)
     layers = [RealLayer(name, extract_layer_index(name), layer, rotary) for name, layer in attention.items()]
-    own = type("KVCarWindowBackend", (backend,), {"sizes": sizes})
+    tokens = config.scheduler_config.max_num_batched_tokens
+    own = type("KVCarWindowBackend", (backend,), {"sizes": sizes, "tokens_of_a_pass": tokens})
     for layer in attention.values():
         layer.attn_backend = own
     context[CODES_LAYER] = Codes(coder, sizes, in_order(layers), dtype, codes_backend)
@@ -54,16 +56,10 @@ def start(config: Any, backend: type, codes_backend: type) -> None:
 
 def _limit_batch(config: Any, options: Options, bundle: Bundle) -> None:
     """Lower the tokens of a pass, which vLLM reserves exact memory for in every sequence."""
-    scheduler = config.scheduler_config
     asked = options.max_num_batched_tokens or max(bundle.plan.window, bundle.plan.page_tokens)
-    given = scheduler.max_num_batched_tokens
-    if asked >= given:
+    given = config.scheduler_config.max_num_batched_tokens
+    if not limit_batch(config.scheduler_config, asked):
         return
-    scheduler.max_num_batched_tokens = asked
-    # Beyond that, the last of many requests would have no turn before the first are done.
-    scheduler.max_num_seqs = min(scheduler.max_num_seqs, asked)
-    if scheduler.max_num_scheduled_tokens is not None:
-        scheduler.max_num_scheduled_tokens = min(scheduler.max_num_scheduled_tokens, asked)
     _log.warning(
         "kvcar: max_num_batched_tokens is %d instead of %d, as each sequence reserves exact memory for so many tokens, and "
         "with more than %d results depend on where a prompt is cut; it is also the most requests at a time; set "
