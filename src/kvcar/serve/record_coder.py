@@ -95,11 +95,33 @@ class RecordCoder:
 
     def before_rope(self, keys: Tensor, position: int | None) -> Tensor:
         """Keys ``[L, H, T, D]`` float32 as they were before RoPE; as they are where the position is None."""
-        return self._turned(keys, position, RotaryTable.unrotate)
+        return keys.float() if position is None else self.before_rope_at(keys, _positions(keys, position))
+
+    def before_rope_at(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Keys ``[L, H, T, D]`` float32 as they were before RoPE at int64 ``positions`` ``[T]``."""
+        return self._turned(keys, positions, RotaryTable.unrotate)
 
     def after_rope(self, keys: Tensor, position: int | None) -> Tensor:
         """Undo ``before_rope``."""
-        return self._turned(keys, position, RotaryTable.rotate)
+        return keys.float() if position is None else self._turned(keys, _positions(keys, position), RotaryTable.rotate)
+
+    @cached_property
+    def key_means(self) -> tuple[Tensor, Tensor] | None:
+        """Mean keys before RoPE that the codecs know, float32 ``[L, H, D]``, and what each element counts; None for none."""
+        geometry = self.geometry
+        means = torch.zeros(geometry.layers, geometry.kv_heads, geometry.head_dim, device=self.device)
+        weight = torch.zeros_like(means)
+        for unit in self.pages.units:
+            codec = unit.coded.codec
+            if codec is None or unit.coded.quantizer is None:
+                continue
+            latents = unit.unit.segment.latents - self.plan.blocks[unit.unit.block or 0].scale_latents
+            decoded = codec.decode(torch.zeros(latents, device=self.device)).split(geometry.head_dim)
+            for slot, mean in zip(unit.unit.slots, decoded, strict=True):
+                if slot.kind == "key" and self._rotary_of(slot.layer) is not None:
+                    means[slot.layer, slot.head] = mean
+                    weight[slot.layer, slot.head] = 1 / mean.square().mean().clamp_min(1e-12)
+        return (means, weight) if bool(means.any()) else None
 
     def vectors(self, unit: UnitCoder, sides: Mapping[tuple[str, bool], Tensor]) -> Tensor:
         """The unit's slots side by side ``[1, T, W]``; ``sides`` by kind and whether before RoPE."""
@@ -137,19 +159,19 @@ class RecordCoder:
                 found[id(unit)] = folded
         return found
 
-    def _turned(
-        self, keys: Tensor, position: int | None, turn: Callable[[RotaryTable, Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def _turned(self, keys: Tensor, positions: Tensor, turn: Callable[[RotaryTable, Tensor, Tensor], Tensor]) -> Tensor:
         out = keys.float()
         tables = {id(table): table for layer in range(len(keys)) if (table := self._rotary_of(layer)) is not None}
-        if position is None or not tables:
-            return out
-        positions = torch.arange(position, position + keys.shape[2], device=keys.device)
         for key, table in tables.items():
             layers = [layer for layer in range(len(keys)) if id(self._rotary_of(layer)) == key]
             turned = turn(table, out[layers], positions[None].expand(len(layers), -1))
             out = turned if len(layers) == len(keys) else out.index_copy(0, torch.tensor(layers), turned)
         return out
+
+
+def _positions(keys: Tensor, first: int) -> Tensor:
+    """Positions int64 ``[T]`` of keys ``[..., T, D]``."""
+    return torch.arange(first, first + keys.shape[-2], device=keys.device)
 
 
 @dataclass(frozen=True)
