@@ -20,6 +20,7 @@ from other_models_tables import other_models_block, other_models_page
 from pages import load
 from paper_tables import paper_page
 from recall_tables import recall_pages
+from serve_stored_tables import serve_stored_page
 from serve_vllm_tables import serve_vllm_pages
 from tests_tables import tests_page
 
@@ -63,6 +64,7 @@ PAGES = {
     "frontier.md": frontier_page,
     "gpu-instructions.md": gpu_instructions_page,
     "tests.md": tests_page,
+    "serve-stored.md": serve_stored_page,
     "families.md": families_page,
     "other-models.md": other_models_page,
 }
