@@ -149,13 +149,11 @@ def _listed(layers: list[int]) -> str:
 def _mla_in_words(own: PreTrainedConfig) -> str:
     """What a cache of latents holds, and how much less it is than keys and values would be."""
     said = "holds latents in place of keys and values (MLA)"
-    sizes = [
-        getattr(own, name, None) for name in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
-    ]
-    heads = getattr(own, "num_attention_heads", None)
-    if type(heads) is not int or not all(type(size) is int for size in sizes):
+    names = ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "num_attention_heads")
+    sizes = [size for size in (getattr(own, name, None) for name in names) if isinstance(size, int)]
+    if len(sizes) < len(names):
         return f"{said}, already a fraction of what those would take"
-    rank, rotated, plain, value = sizes
+    rank, rotated, plain, value, heads = sizes
     return f"{said}, {rank + rotated:,} elements a token where those would take {heads * (rotated + plain + value):,}"
 
 
