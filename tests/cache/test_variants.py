@@ -1,5 +1,6 @@
 """Other ways into a pass, other orders of calls, other settings of PyTorch: right, or refused with the cache as it was."""
 
+import threading
 import warnings
 
 import pytest
@@ -65,6 +66,74 @@ def test_a_pass_within_a_pass_over_the_same_cache_is_refused(layer):
         handle = model.model.layers[layer].self_attn.o_proj.register_forward_hook(run)
         with pytest.raises((CacheStateError, AttachError)):
             model(token_ids(5), **{CACHE_NAME: cache})
+
+
+def test_generation_that_was_interrupted_goes_on():
+    model, ids = tiny_model("llama"), token_ids(100)
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False)
+    passes = []
+
+    def interrupt(*_):
+        passes.append(1)
+        if len(passes) == 9:
+            raise KeyboardInterrupt
+
+    with kvcar.attach(model, lossless(model)) as attached:
+        cache = attached.new_cache()
+        handle = model.model.layers[2].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(ids, max_new_tokens=20, do_sample=False, **{CACHE_NAME: cache})
+        handle.remove()
+        known = expected[:, : cache.tokens + 1]
+        left = expected.shape[1] - known.shape[1]
+        assert torch.equal(model.generate(known, max_new_tokens=left, do_sample=False, **{CACHE_NAME: cache}), expected)
+
+
+OPERATIONS = {
+    "crop": lambda cache: cache.crop(-10),
+    "reset": lambda cache: cache.reset(),
+    "fork": lambda cache: cache.fork(),
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([0])),
+    "flush": lambda cache: cache.flush_window(),
+}
+
+
+@pytest.mark.parametrize("elsewhere", [True, False], ids=["another thread", "a hook"])
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_what_changes_a_cache_in_the_middle_of_a_pass(operation, elsewhere):
+    """Another thread is refused; in a hook it is done, and the pass is refused."""
+    model, said = tiny_model("llama"), []
+
+    def run():
+        try:
+            operation(cache)
+        except CacheStateError as error:
+            said.append(error)
+
+    def hook(*_):
+        if elsewhere:
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+        else:
+            run()
+
+    with kvcar.attach(model, lossless(model)) as attached:
+        cache, twin = attached.new_cache(), attached.new_cache()
+        for each in (cache, twin):
+            steps(model, each)
+        handle = model.model.layers[2].self_attn.o_proj.register_forward_hook(hook)
+        try:
+            steps(model, cache, token_ids(5), (5,))
+        except (AttachError, CacheStateError) as error:
+            said.append(error)
+        finally:
+            handle.remove()
+        assert len(said) == 1
+        if elsewhere:
+            steps(model, twin, token_ids(5), (5,))
+            more = (steps(model, each, token_ids(3, seed=2), (3,)) for each in (cache, twin))
+            assert torch.equal(*more)
 
 
 def test_a_cache_that_the_model_leaves_out_on_the_way_is_missed():

@@ -395,6 +395,7 @@ def _prepare_cache(
                 "a compressed cache needs all layers of the model in every pass; leave assistant_early_exit off, or use a "
                 "smaller model as the assistant"
             )
+        cache.settle()
         _refuse_known_prompt(cache, model_kwargs)
     elif cache is not None:
         _log.warning(

@@ -93,8 +93,18 @@ class KVCarCache(PassCache):
 
     # Sequences and tokens
 
+    def settle(self) -> None:
+        """Forget a pass that was interrupted before its tokens were stored; ``generate`` then goes on after what is stored.
+
+        Raises:
+            CacheStateError: another thread is in a pass over the cache, or layers cannot go back.
+        """
+        self._refuse_if_broken()
+        self._drop_unfinished_pass()
+
     def reset(self) -> None:
         """Forget all tokens; the cache can be used again, also with another batch size."""
+        self._refuse_another_thread()
         super().reset()
         self._clear()
 

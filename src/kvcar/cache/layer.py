@@ -59,7 +59,8 @@ class CodedLayer(CacheLayerMixin):
         """Take the keys and values ``[B, H, T, D]`` of this pass; see ``KVCarCache.write`` for the errors."""
         if not self.open:
             raise AttachError(
-                "a KVCarCache was given to a model that is not attached to kvcar; call kvcar.attach(model, bundle) first"
+                "a KVCarCache was given to a model that is not attached to kvcar; call kvcar.attach(model, bundle) first (or "
+                "something else was done to the cache in the middle of a pass over it)"
             )
         if self.pending is not None:
             raise CacheStateError("a layer stored keys twice in one forward pass; kvcar does not support such models")

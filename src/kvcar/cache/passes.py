@@ -93,13 +93,16 @@ class PassCache(Cache):
         self._holder = None
 
     def _hold(self) -> None:
-        me = threading.get_ident()
         with _holding:
-            if self._holder not in (None, me) and self._holder in {thread.ident for thread in threading.enumerate()}:
-                raise CacheStateError(
-                    "another thread is in a pass over this cache; give each thread a cache of its own (cache.fork() shares pages)"
-                )
-            self._holder = me
+            self._refuse_another_thread()
+            self._holder = threading.get_ident()
+
+    def _refuse_another_thread(self) -> None:
+        others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        if self._holder in others:
+            raise CacheStateError(
+                "another thread is in a pass over this cache; give each thread a cache of its own (cache.fork() shares pages)"
+            )
 
     def _begin_pass(self, host: Host, batch: int, tokens: int, mask: Tensor | None, positions: Tensor | None) -> None:
         self._refuse_if_broken()
@@ -190,7 +193,8 @@ class PassCache(Cache):
         Raises:
             UnsupportedModelError: it hides other tokens, or adds to scores.
         """
-        assert self._next_state is not None
+        if self._next_state is None:
+            return  # the cache was changed in the middle of the pass, which ``past`` tells
         window = self._window if self.plan.is_windowed(layer) else None
         total, given = self._seen + self._pass_tokens, self._masks_given.get(window)
         if mask is None:
@@ -237,8 +241,13 @@ class PassCache(Cache):
         return output if lost is None else output.masked_fill(lost[:, None, None, None], torch.nan)
 
     def past(self, layer: int) -> tuple[ExactPast, PagedPast | None]:
-        """Give what queries of a coded layer attend to in the pass under way."""
-        assert self._next_state is not None
+        """Give what queries of a coded layer attend to in the pass under way.
+
+        Raises:
+            CacheStateError: the cache was changed in the middle of it.
+        """
+        if self._next_state is None:
+            raise CacheStateError("the cache was changed in the middle of a pass over it; run the pass anew")
         windowed = self.plan.is_windowed(layer)
         exact = self._coded[layer].exact(self._exact_mask(windowed))
         assert self._pages is not None
@@ -345,7 +354,12 @@ class PassCache(Cache):
             raise CacheStateError("an earlier pass was interrupted while it stored its tokens; reset the cache")
 
     def _drop_unfinished_pass(self) -> None:
-        """Forget a pass that an exception or an interrupt ended before its tokens were stored."""
+        """Forget a pass that an exception or an interrupt ended before its tokens were stored.
+
+        Raises:
+            CacheStateError: another thread is in it yet, or layers cannot go back.
+        """
+        self._refuse_another_thread()
         if self._next_state is not None and any(map(is_state, self.layers)):
             raise CacheStateError(
                 "an earlier pass was interrupted and layers that keep a state cannot go back; reset the cache"
