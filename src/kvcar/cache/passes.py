@@ -99,7 +99,7 @@ class PassCache(Cache):
 
     def _refuse_another_thread(self) -> None:
         others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
-        if self._holder in others:
+        if self._holder is not None and self._holder in others:  # threads that begin have no name yet
             raise CacheStateError(
                 "another thread is in a pass over this cache; give each thread a cache of its own (cache.fork() shares pages)"
             )
