@@ -23,7 +23,8 @@ def other_models_page() -> str:
 def other_models_block() -> str:
     """The README's table: each model and kind of text on which rivals were measured, and the sentences that it needs."""
     records = load("other-model-*.json", "other-model")
-    return "\n\n".join(f"{markdown(_beside(r))}\n\n{_note(r)}" for r in records)
+    compared = [r for r in records if any(len(rows) > 1 for rows in r["kinds"].values())]
+    return "\n\n".join(f"{markdown(_beside(r))}\n\n{_note(r)}" for r in compared)
 
 
 def _beside(r: dict[str, Any]) -> list[list[str]]:
@@ -53,14 +54,14 @@ def _section(r: dict[str, Any]) -> str:
     for kind, contenders in r["kinds"].items():
         for name, f in contenders.items():
             rows.append([
-                _KINDS.get(kind, kind), f"`{name}`", f"{f['kl_divergence']:.4f} ± {f['kl_divergence_stderr']:.4f}",
+                str(_KINDS.get(kind, kind)), f"`{name}`", f"{f['kl_divergence']:.4f} ± {f['kl_divergence_stderr']:.4f}",
                 f"{f['kl_divergence_worst_1_percent']:.3f}", f"{100 * f['same_top']:.1f} %",
                 f"{f['perplexity_ratio']:.4f} ± {f['perplexity_ratio_stderr']:.4f}", f"{f['stored_bytes_per_token']:,.0f}",
                 f"{f['times_smaller']:.2f}", f"{100 * f.get('finer_page_share', 0.0):.1f} %",
             ])  # fmt: skip
     pays = config["pays_from_tokens"]
     return "\n\n".join([
-        f"## {config['title']}",
+        f"## {config['title']}, context {config['context']:,}",
         f"In {config['dtype']}; fitted to {config['times_smaller']:.2f} times smaller at 4,096 tokens on {fit['tokens']:,} tokens of "
         f"{fit['text']}. Codecs of {config['codec_bytes'] / 1e6:.1f} MB, which pay "
         f"{'never' if pays is None else f'from {pays:,} tokens on, of all sequences together'}. Context {config['context']:,}, windows: "

@@ -211,11 +211,10 @@ class Attachment:
 
     @uncompiled
     def _note_mask(self, module: nn.Module, mask: object) -> None:
-        plain = isinstance(mask, Tensor) and mask.ndim == 2
-        if (
-            plain or module is self._parts.entries[0]
-        ):  # nothing is left of a pass that failed before it came to the decoder
-            self._current.mask = mask if plain else None
+        plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        # Nothing is left of a pass that failed before it came to the decoder.
+        if plain is not None or module is self._parts.entries[0]:
+            self._current.mask = plain
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # A compiled pass over another cache has nothing of kvcar's in it, and may be one graph.

@@ -209,7 +209,7 @@ def _answers(
             batch = same[first : first + together]
             asked = deepcopy(cache)
             if len(batch) > 1:
-                asked.reorder_cache(torch.zeros(len(batch), dtype=torch.int64, device=model.device))
+                asked.reorder_cache(torch.zeros(len(batch), dtype=torch.int64, device=model.device))  # pyright: ignore[reportArgumentType]
             ids = torch.tensor([[*q.ids, *q.answer[:-1]] for q in batch], device=model.device)
             logits = model(input_ids=ids, **cache_argument(model, asked), use_cache=True).logits
             answers = torch.log_softmax(logits[:, -len(batch[0].answer) :].float(), -1)
