@@ -120,7 +120,7 @@ def test_bits_are_an_average_per_element():
 def test_models_that_cannot_be_compressed_say_why():
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=128)).eval()
-    with pytest.raises(UnsupportedModelError, match="does not take named attention functions"):
+    with pytest.raises(UnsupportedModelError, match="computes attention in its own code instead of by name"):
         fit_bundle(model, token_ids(256, batch=2))
     sliding = tiny_model("mistral", sliding_window=32)
     with pytest.raises(InputError, match="nothing to compress"):

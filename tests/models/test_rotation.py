@@ -63,7 +63,7 @@ def test_keys_of_a_repeated_token_do_not_depend_on_the_position(family, dtype):
         (GlmConfig(**SMALL), "interleaved", 1, {0, 1, 2, 3}),
         (NanoChatConfig(**SMALL), "half", -1, {0, 1, 2, 3}),
         (SmolLM3Config(**SMALL), "half", 1, {0, 1, 2}),
-        (Cohere2Config(**SMALL), "", 1, set()),
+        (Cohere2Config(**SMALL), "interleaved", 1, {0, 1, 2}),
     ],
     ids=["GLM: pairs beside each other", "NanoChat: backwards", "SmolLM3: one layer in four does not", "Cohere 2: full layers do not"],
 )  # fmt: skip

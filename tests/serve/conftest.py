@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pages import BUNDLES, coder_of, keys_of, model_and_sides
+from record_pages import BUNDLES, coder_of, keys_of, model_and_sides
 
 from kvcar.serve.records import encode_record
 

@@ -4,11 +4,11 @@ import time
 
 import pytest
 import torch
-from pages import BUNDLES, coder_of, keys_of, model_and_sides
+from record_pages import BUNDLES, coder_of, keys_of, model_and_sides
 from tiny import token_ids
 from transformers import DynamicCache
 
-pytest.importorskip("lmcache", reason="LMCache is not installed; .ci/engines makes an environment for these tests")
+pytest.importorskip("lmcache", reason="LMCache is not installed; .ci/lmcache makes an environment for these tests")
 
 from lmcache.v1.distributed.api import GroupedObjectKeys, MemoryLayoutDesc, ObjectKey, PrefetchTaskSpec
 from lmcache.v1.distributed.config import (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pages import BUNDLES, coder_of, keys_of, limited, model_and_sides
+from record_pages import BUNDLES, coder_of, keys_of, limited, model_and_sides
 
 from kvcar.errors import ContextError, InputError, KVCarError, UnsupportedModelError
 from kvcar.serve.record_file import MAX_HEADER_BYTES, RecordKey, token_chain

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pages import BUNDLES, coder_of, keys_of
+from record_pages import BUNDLES, coder_of, keys_of
 
 from kvcar.errors import InputError, UnsupportedModelError
 from kvcar.serve.records import decode_record, encode_record

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bundles import by_hand
-from pages import BUNDLES, limited, slots_of
+from record_pages import BUNDLES, limited, slots_of
 from tiny import tiny_model
 
 pytest.importorskip("vllm", reason="vLLM is not installed; .ci/engines makes an environment for these tests")
