@@ -160,10 +160,12 @@ def test_generation_with_prompt_lookup_takes_tokens_back_past_the_window():
     model = windowed_model("gemma3")
     ids = token_ids(20, seed=4).repeat(1, 30)
     with kvcar.attach(model, kvcar.lossless(model)) as attached:
-        given = {"max_new_tokens": 60, "do_sample": False}
+        # Older releases of transformers look for an end in what is looked up, also where there is none.
+        given = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": 127}
         plain = model.generate(ids, past_key_values=attached.new_cache(), **given)
         looked_up = model.generate(ids, past_key_values=attached.new_cache(), prompt_lookup_num_tokens=5, **given)
-    assert torch.equal(plain, looked_up)
+    # Older releases end one token later, with and without kvcar.
+    assert torch.equal(plain, looked_up[:, : plain.shape[1]])
 
 
 def test_finer_pages_are_freed_with_their_window():

@@ -108,6 +108,13 @@ class KVCarCache(PassCache):
         super().reset()
         self._clear()
 
+    def activate_past_recording(self) -> None:
+        """Keep what has left a window until the next ``crop``, so that tokens can be taken back that far."""
+        # Not by way of ``super``: older releases of transformers do not have it.
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()  # pyright: ignore[reportAttributeAccessIssue]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Pick sequences ``beam_idx`` int64 ``[B]`` for beam search; raises InputError where there are no such sequences."""
         places = self._places(beam_idx)
