@@ -145,11 +145,17 @@ def test_a_cache_that_the_model_leaves_out_on_the_way_is_missed():
             warnings.simplefilter("ignore")
             model.gradient_checkpointing_enable()
         model.train()
-        with pytest.raises(UnsupportedModelError, match="checkpointing"):
-            model(token_ids(5), **{CACHE_NAME: cache})
-        model.eval()
-        assert cache.tokens == sum(PARTS)
-        steps(model, cache, token_ids(5), (5,))
+        # Newer releases leave it out only where there are gradients.
+        try:
+            got = steps(model, cache, token_ids(5), (5,))
+        except UnsupportedModelError as error:
+            assert "checkpointing" in str(error)
+            assert cache.tokens == sum(PARTS)
+            model.eval()
+            got = steps(model, cache, token_ids(5), (5,))
+        plain = own(model.eval())
+        steps(model, plain)
+        torch.testing.assert_close(got, steps(model, plain, token_ids(5), (5,)), atol=1e-4, rtol=1e-4)
 
 
 def replace_attention(model):
