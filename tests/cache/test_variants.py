@@ -145,14 +145,16 @@ def test_a_cache_that_the_model_leaves_out_on_the_way_is_missed():
             warnings.simplefilter("ignore")
             model.gradient_checkpointing_enable()
         model.train()
-        # Newer releases leave it out only where there are gradients.
+        # Newer releases leave it out only where there are gradients, and then what they say is right.
+        got, refusal = None, ""
         try:
             got = steps(model, cache, token_ids(5), (5,))
         except UnsupportedModelError as error:
-            assert "checkpointing" in str(error)
+            refusal = str(error)
+        assert (got is None) == ("checkpointing" in refusal)
+        if got is None:
             assert cache.tokens == sum(PARTS)
-            model.eval()
-            got = steps(model, cache, token_ids(5), (5,))
+            got = steps(model.eval(), cache, token_ids(5), (5,))
         plain = own(model.eval())
         steps(model, plain)
         torch.testing.assert_close(got, steps(model, plain, token_ids(5), (5,)), atol=1e-4, rtol=1e-4)
