@@ -216,6 +216,13 @@ def test_manifests_that_are_hard_to_read(folder, text):
         Bundle.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("field", ["name", "architecture"])
+def test_half_a_surrogate_pair_is_no_text(folder, field):
+    edit_manifest(folder, lambda d: d["model"].update({field: "\ud800"}))
+    with pytest.raises(BundleError, match="surrogates not allowed"):
+        Bundle.from_pretrained(folder)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
 @pytest.mark.parametrize("name", [PLAN_FILE, CODECS_FILE])
 def test_a_pipe_is_refused_and_not_waited_for(folder, name):

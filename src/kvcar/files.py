@@ -7,6 +7,7 @@ killed process left is found unlocked and removed by the next one that writes th
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
@@ -15,6 +16,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -43,6 +45,18 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     with staged_file(path.parent, pieces) as staging:
         os.replace(staging, path)
         sync_folder(path.parent)
+
+
+def parsed_json(text: bytes | str) -> Any:
+    """Parse JSON whose strings can be written again: half a surrogate pair, which JSON can name, is no text.
+
+    Raises:
+        ValueError: not JSON, or not text.
+        RecursionError: nested too deep.
+    """
+    data = json.loads(text)
+    json.dumps(data, ensure_ascii=False).encode()
+    return data
 
 
 def read_regular(path: Path, maximum: int | None = None) -> bytes:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PlainSerializer, PlainValidator, ValidationError, model_validator
 
 from .errors import InputError, PlanError
+from .files import parsed_json
 from .geometry import KINDS, Kind, KVGeometry, PositiveInt, Slot, StrictModel
 
 FORMAT_VERSION = 2
@@ -326,7 +327,7 @@ class Plan(StrictModel):
             PlanError: not JSON, an unknown format version, or anything that does not fit the schema.
         """
         try:
-            data = json.loads(text)
+            data = parsed_json(text)
         except (ValueError, RecursionError) as error:
             raise PlanError(f"the plan is not valid JSON: {error}") from None
         return cls.from_data(data)

@@ -177,6 +177,7 @@ FRAME_OF_4_TB = bytes.fromhex("28b52ffd c0 58") + (4 * 10**12).to_bytes(8, "litt
     [
         (lambda c: c.header.update(format_version=3), "version 3; this kvcar reads version 2"),
         (lambda c: c.header.update(format_version=2.0), r"version 2\.0; this kvcar reads version 2"),
+        (lambda c: c.header.update({"\ud800": 1}), "header is no JSON"),
         (lambda c: c.header.update(surprise=1), "header does not fit at surprise"),
         (lambda c: c.header.update(tokens=-3), "header does not fit at tokens"),
         (lambda c: c.header.update(tokens=10**30), "header does not fit at tokens"),

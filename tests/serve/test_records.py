@@ -249,7 +249,7 @@ def test_codes_that_decode_to_something_else_are_noticed(record, coder, key, cod
         decode_record(coder, signed(header, b"".join(pieces)), key)
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"format_version": 2}', b"[" * 100_000, b"\xff", b'{"format_version": 1}'], ids=lambda t: t[:20])  # fmt: skip
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"format_version": 2}', b"[" * 100_000, b"\xff", b'{"format_version": 1}', b'{"format_version": 1, "\\ud800": 1}'], ids=lambda t: t[:20])  # fmt: skip
 def test_headers_that_are_none(coder, key, text):
     with pytest.raises(ContextError):
         decode_record(coder, signed(text, b""), key)

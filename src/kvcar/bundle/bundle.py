@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..codecs import CODECS, Codec, Quantizer, Stored, checked, read_quantizer
 from ..errors import BundleError, ModelMismatchError, PlanError, require
 from ..geometry import BFLOAT16_BYTES
-from ..kernels.page_means import pack_means, unpack_means
+from ..kernels.page_means import rounded_means
 from ..models.fingerprint import Fingerprint, fingerprint, mismatch
 from ..models.geometry import geometry_of
 from ..plan import FORMAT_VERSION, Block, Plan
@@ -76,7 +76,7 @@ class CodedBlock:
             return decoded
         whole = len(x) // mean_tokens * mean_tokens
         means = (x - decoded)[:whole].unflatten(0, (-1, mean_tokens)).mean(1)
-        read = unpack_means(pack_means(means / scale), len(scale)) * scale
+        read = rounded_means(means, scale)
         return torch.cat([decoded[:whole] + read.repeat_interleave(mean_tokens, 0), decoded[whole:]])
 
     def error(self, x: Tensor, stored: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ..errors import BundleError, PlanError
 from ..files import (
     is_staging,
     locked_folder,
+    parsed_json,
     read_regular,
     reason_of,
     remove_leftovers,
@@ -191,7 +192,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise BundleError(f"there is no bundle at {folder}; 'kvcar fit' writes one")
     try:
-        data = json.loads(read_regular(path, _MAX_PLAN_BYTES))
+        data = parsed_json(read_regular(path, _MAX_PLAN_BYTES))
         found = manifest_digest(data) if isinstance(data, dict) else ""
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {PLAN_FILE}") from None

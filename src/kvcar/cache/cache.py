@@ -189,7 +189,7 @@ class KVCarCache(PassCache):
             layer.paged = paged
             layer.crop_window(kept - paged)
             if self._finer is not None:
-                finer = self._finer_of(index)
+                finer = self._finer_of(self.plan.is_windowed(index))
                 layer.crop_finer(finer.tokens, finer.filled_tokens(paged))
         if self._pages is not None:
             self._pages.crop(paged)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,6 +48,20 @@ def exact_dtype(bundle: Bundle, model_dtype: torch.dtype) -> torch.dtype:
     return model_dtype if model_dtype.itemsize == named.itemsize else named
 
 
+class CodedPages(NamedTuple):
+    """What became of vectors that fill pages.
+
+    Attributes:
+        data: bytes of the segment uint8 ``[B, pages, size]``.
+        means: bytes of what their errors have in common, ``[B, pages, size]``; None where none are stored.
+        cost: of what is left, nats ``[B, N]``; None where it was not asked for, or the codec does not know.
+    """
+
+    data: Tensor
+    means: Tensor | None
+    cost: Tensor | None
+
+
 @dataclass(frozen=True)
 class UnitCoder:
     """One unit of a page with its codec on the right device; codec None means lossless."""
@@ -66,6 +80,18 @@ class UnitCoder:
         if self.coded.codec is None or self.coded.quantizer is None:
             return x.to(self.exact_dtype)
         return self.coded.quantizer.codes(self.coded.codec.encode(x.float()))
+
+    def whole_pages(self, x: Tensor, there: Tensor, with_cost: bool = False) -> CodedPages:
+        """Code vectors ``[B, N, W]`` that fill pages; tokens that are not ``there``, bool ``[B, N]``, are never read."""
+        data, means, cost = self.packed(x), None, None
+        wanted = with_cost and self.knows_cost
+        if wanted or self.mean_scale is not None:
+            error = self.coded.error(x.float(), self.unpacked(data))
+            if self.mean_scale is not None:
+                means, read = self.means_of(error, there)
+                error = error - read
+            cost = self.coded.cost(error, self.unit.segment.page_tokens) if wanted else None
+        return CodedPages(data, means, cost)
 
     @property
     def knows_cost(self) -> bool:

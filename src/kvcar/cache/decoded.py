@@ -111,11 +111,6 @@ class _Fresh:
         return reader.vectors(self._restored[key], pages, tokens)
 
 
-def decoded_keys(paged: PagedPast, page: int) -> Tensor:
-    """Keys after RoPE ``[B, H, N, D]`` of the tokens of ``page`` and all later ones."""
-    return _Fresh().keys(paged, page * paged.page_tokens)
-
-
 def _pages_from(paged: PagedPast, page: int) -> list[Tensor]:
     """The filled pages from ``page`` on."""
     last = -(-paged.tokens // paged.page_tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,48 +49,32 @@ def encode_oldest(
             left, missing or (min(left, ENCODED_PAGES_AT_ONCE * page_tokens) // page_tokens * page_tokens or left)
         )
         fetch = _fetcher(layers, state, rotary_of, pages.tokens, first, count)
-        whole = pages.fits_whole(count)
-        if whole:
+        if pages.fits_whole(count):
             own = there[:, first : first + count]
-            coded = [_whole_pages(unit, unit.vectors(fetch), own, with_costs) for unit in coder.units]
+            coded = [unit.whole_pages(unit.vectors(fetch), own, with_costs) for unit in coder.units]
             pages.append_packed([each.data for each in coded], [each.means for each in coded])
+            found = [each.cost for each in coded]
         else:
-            coded = [_part_of_page(unit, unit.vectors(fetch), pages, with_costs) for unit in coder.units]
-            pages.append([each.data for each in coded])
-        known = [each.cost for each in coded if each.cost is not None]
+            parts = [_part_of_page(unit, unit.vectors(fetch), pages, with_costs) for unit in coder.units]
+            pages.append([data for data, _ in parts])
+            found = [cost for _, cost in parts]
+        known = [cost for cost in found if cost is not None]
         costs += [torch.stack(known).sum(0)] if known else []
         first += count
     return torch.cat(costs, dim=1).masked_fill(~there, 0.0) if costs else None
 
 
-class _Coded(NamedTuple):
-    """What became of a unit's vectors: packed pages or stored values, means of pages, and the cost of its errors ``[B, N]``."""
+def _part_of_page(unit: UnitCoder, x: Tensor, pages: PageStores, with_costs: bool) -> tuple[Tensor, Tensor | None]:
+    """Code vectors of less than a page, perhaps the end of one that has a mean error already, which then is not theirs.
 
-    data: Tensor
-    means: Tensor | None
-    cost: Tensor | None
-
-
-def _whole_pages(unit: UnitCoder, x: Tensor, there: Tensor, with_costs: bool) -> _Coded:
-    """Code vectors ``[B, N, W]`` that fill pages; tokens that are not ``there``, bool ``[B, N]``, are never read."""
-    data, means, cost = unit.packed(x), None, None
-    wanted = with_costs and unit.knows_cost
-    if wanted or unit.mean_scale is not None:
-        error = unit.coded.error(x.float(), unit.unpacked(data))
-        if unit.mean_scale is not None:
-            means, read = unit.means_of(error, there)
-            error = error - read
-        cost = unit.coded.cost(error, unit.unit.segment.page_tokens) if wanted else None
-    return _Coded(data, means, cost)
-
-
-def _part_of_page(unit: UnitCoder, x: Tensor, pages: PageStores, with_costs: bool) -> _Coded:
-    """Code vectors of less than a page, perhaps the end of one that has a mean error already, which then is not theirs."""
+    Returns:
+        Stored values ``[B, N, R]``, and what their errors cost, ``[B, N]`` or None.
+    """
     means = pages.open_means(unit)
     x = x if means is None else x.float() - means
     data = unit.stored(x)
     known = with_costs and unit.knows_cost
-    return _Coded(data, None, unit.coded.cost(unit.coded.error(x.float(), data), data.shape[1]) if known else None)
+    return data, unit.coded.cost(unit.coded.error(x.float(), data), data.shape[1]) if known else None
 
 
 @contextmanager

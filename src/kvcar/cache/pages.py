@@ -79,10 +79,6 @@ class PageStore:
         self._write(page, self._pack(stored, means))
         self.tokens += count
 
-    def fits_whole(self, tokens: int) -> bool:
-        """Whether ``tokens`` more begin and end where pages do."""
-        return self.tokens % self._page_tokens == 0 and tokens % self._page_tokens == 0
-
     def has(self, unit: UnitCoder) -> bool:
         """Whether these pages have what the unit codes."""
         return any(own is unit for own in self._units)

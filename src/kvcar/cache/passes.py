@@ -434,18 +434,18 @@ class PassCache(Cache):
             )
         places = sink_places(self._state, start, leave, self.plan.sinks)
         for layer, coded in self._coded.items():
-            own, passed = self._finer_of(layer), 0
+            own, passed = self._finer_of(self.plan.is_windowed(layer)), 0
             if own.pages != self._finer.pages:
                 passed = self._finer.tokens - own.tokens
             moved = [replace(write, place=write.place - passed) for write in writes] if passed else writes
             coded.store(leave, places, coder.dtype, own.tokens, moved)
 
-    def _finer_of(self, layer: int) -> FinerPages:
-        """The finer pages that a layer keeps: all, or those that its window has not passed."""
+    def _finer_of(self, windowed: bool) -> FinerPages:
+        """The finer pages that a layer keeps: all, or those that its window, where it has one, has not passed."""
         assert self._finer is not None
         assert self._pages is not None
         store = self._pages.windowed
-        if store is None or not self.plan.is_windowed(layer):
+        if store is None or not windowed:
             return self._finer
         known = self._window_finer
         if known is None or known[0] is not self._finer or known[1] != store.freed_pages:
@@ -464,10 +464,10 @@ class PassCache(Cache):
             return
         assert self._state is not None
         with stored_plainly(self._state.padding.device):
-            before = self._finer_of(layers[0]).tokens
+            before = self._finer_of(windowed=True).tokens
             store.free(pages)
             for layer in layers:
-                self._coded[layer].drop_finer(before - self._finer_of(layer).tokens)
+                self._coded[layer].drop_finer(before - self._finer_of(windowed=True).tokens)
         self._views[True].forget()
 
     def _first_needed(self, tokens: int) -> int:
@@ -500,7 +500,7 @@ class PassCache(Cache):
         assert self._pages is not None
         assert self._finer is not None
         coder, rotary, windowed = self._host.coder(self.bundle), self._host.rotary(layer), self.plan.is_windowed(layer)
-        given = self._pages.of(windowed), state, coder, rotary, self._finer_of(layer)
+        given = self._pages.of(windowed), state, coder, rotary, self._finer_of(windowed)
         return self._views[windowed].of(layer, *given, self._since() if windowed else None)
 
     def _exact_mask(self, windowed: bool) -> Tensor | None:
@@ -509,9 +509,7 @@ class PassCache(Cache):
         assert self._pages is not None
         if windowed not in self._masks:
             since = self._since() if windowed else None
-            finer = self._finer
-            if windowed and self._pages.windowed is not None and finer is not None:
-                finer = finer.from_page(self._pages.windowed.freed_pages)
+            finer = None if self._finer is None else self._finer_of(windowed)
             given = (self._seen, self._pages.tokens, self._pass_tokens, self.plan.sinks, finer)
             self._masks[windowed] = exact_mask(self._next_state, *given, since=None if since is None else since.first)
         return self._masks[windowed]

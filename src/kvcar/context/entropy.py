@@ -289,9 +289,19 @@ def code_probabilities(levels: int, centre_quarters: Integers, deviation: Intege
 
 
 def _distribution(u: Floats) -> Floats:
-    """The logistic distribution function, straight between the table's places."""
-    table = _logistic()
-    place = np.minimum(np.abs(u) * _STEPS_PER_UNIT, float(_STEPS_PER_UNIT * _UNITS))
+    """The logistic distribution function."""
+    return symmetric_distribution(_logistic(), _STEPS_PER_UNIT, u)
+
+
+def symmetric_distribution(table: Floats, steps_per_unit: int, u: Floats) -> Floats:
+    """A distribution function that is symmetric about 0, straight between the places of a table.
+
+    Args:
+        table: its values at 0, 1, 2, ... over ``steps_per_unit``, the last one twice.
+        steps_per_unit: places to a unit.
+        u: where, of any shape.
+    """
+    place = np.minimum(np.abs(u) * steps_per_unit, float(len(table) - 2))
     index = place.astype(np.int64)
     low = table[index]
     upper = low + (place - index) * (table[index + 1] - low)

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..bundle import ModelIdentity
 from ..errors import ContextError
-from ..files import read_regular, reason_of, write_whole
+from ..files import parsed_json, read_regular, reason_of, write_whole
 from ..geometry import StrictModel
 
 FORMAT_VERSION = 2
@@ -204,7 +204,7 @@ def _read_fields(path: Path, data: memoryview) -> tuple[dict[str, Any], int]:
 
 def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(text)
+        fields = parsed_json(text)
     except (ValueError, RecursionError):
         raise _damaged(path, "its header is no JSON") from None
     if not isinstance(fields, dict):

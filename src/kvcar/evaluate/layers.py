@@ -15,6 +15,7 @@ from ..cache.coder import UnitCoder
 from ..errors import InputError
 from ..geometry import Slot
 from ..models.structure import model_of
+from ..models.weights import device_of
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,9 @@ def block_costs(model: PreTrainedModel, bundle: Bundle, token_ids: Tensor) -> li
         with attach(model, bundle) as attached:
             return block_costs(model, bundle, token_ids)
     own = DynamicCache(config=model.config)
-    model(input_ids=token_ids[:, :tokens].to(model.device), past_key_values=own, use_cache=True)
+    model(input_ids=token_ids[:, :tokens].to(device_of(model)), past_key_values=own, use_cache=True)
     units = [unit for unit in attached.coder(bundle).units if unit.knows_cost]
-    nats = [_unit_cost(unit, attached, own, page) for unit in units]
+    nats = [_unit_cost(unit, attached, own) for unit in units]
     found = [
         BlockCost(
             tuple(sorted({slot.layer for slot in unit.unit.slots})),
@@ -80,7 +81,7 @@ def block_costs(model: PreTrainedModel, bundle: Bundle, token_ids: Tensor) -> li
     return sorted(found, key=lambda each: -each.nats)
 
 
-def _unit_cost(unit: UnitCoder, attached: Attachment, own: DynamicCache, page: int) -> float:
+def _unit_cost(unit: UnitCoder, attached: Attachment, own: DynamicCache) -> float:
     """Nats a token, the mean over tokens of ``own`` that are no sinks."""
 
     def fetch(slot: Slot, before_rope: bool) -> Tensor:
@@ -92,8 +93,7 @@ def _unit_cost(unit: UnitCoder, attached: Attachment, own: DynamicCache, page: i
         return side[:, slot.head]
 
     x = unit.vectors(fetch).float()
-    error = unit.coded.error(x, unit.stored(x))
     there = torch.arange(x.shape[1], device=x.device) >= attached.bundle.plan.sinks
-    if unit.mean_scale is not None:
-        error = error - unit.means_of(error, there.expand(x.shape[0], -1))[1]
-    return float(unit.coded.cost(error, page)[:, there].mean())
+    cost = unit.whole_pages(x, there.expand(x.shape[0], -1), with_cost=True).cost
+    assert cost is not None
+    return float(cost[:, there].mean())

@@ -26,6 +26,7 @@ from ..cache.cache import KVCarCache
 from ..context.stored import check_store
 from ..errors import InputError, require
 from ..models.structure import cache_argument, model_of
+from ..models.weights import device_of
 from ..progress import OnProgress, counter, silent
 from .fidelity import Estimate, mean_of
 from .recall_items import STORED_TASK, TASKS, Passage, Question, check_items, longest_passage, recall_passages
@@ -199,7 +200,7 @@ def _answers(
     model: PreTrainedModel, cache: Cache, passage: Passage, together: int
 ) -> Iterator[tuple[Question, Tensor]]:
     """Log-probabilities ``[tokens of the answer, V]`` after every question of a passage, read by ``cache`` once."""
-    prefill(model, cache, torch.tensor([passage.ids], device=model.device))
+    prefill(model, cache, torch.tensor([passage.ids], device=device_of(model)))
     if passage.stored and isinstance(cache, KVCarCache):
         cache = _saved_and_loaded(model, cache)
     alike = sorted(passage.questions, key=_lengths)
@@ -209,8 +210,8 @@ def _answers(
             batch = same[first : first + together]
             asked = deepcopy(cache)
             if len(batch) > 1:
-                asked.reorder_cache(torch.zeros(len(batch), dtype=torch.int64, device=model.device))  # pyright: ignore[reportArgumentType]
-            ids = torch.tensor([[*q.ids, *q.answer[:-1]] for q in batch], device=model.device)
+                asked.reorder_cache(torch.zeros(len(batch), dtype=torch.int64, device=device_of(model)))  # pyright: ignore[reportArgumentType]
+            ids = torch.tensor([[*q.ids, *q.answer[:-1]] for q in batch], device=device_of(model))
             logits = model(input_ids=ids, **cache_argument(model, asked), use_cache=True).logits
             answers = torch.log_softmax(logits[:, -len(batch[0].answer) :].float(), -1)
             yield from zip(batch, answers, strict=True)

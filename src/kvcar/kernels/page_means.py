@@ -38,6 +38,11 @@ def unpack_means(data: Tensor, width: int) -> Tensor:
     return (codes.float() - MIDDLE_CODE) * step
 
 
+def rounded_means(means: Tensor, scale: Tensor) -> Tensor:
+    """Mean errors float32 ``[..., W]`` as they are read from a page, of elements with a scale ``[W]``."""
+    return unpack_means(pack_means(means / scale), len(scale)) * scale
+
+
 @dataclass(frozen=True, eq=False)
 class PageMeans:
     """What every page adds to some decoded vectors of a unit.

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..context.entropy import Codes, Floats, Integers, store_library
+from ..context.entropy import Codes, Floats, Integers, store_library, symmetric_distribution
 from ..errors import ContextError, InputError
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
@@ -227,17 +227,7 @@ def _table(key: int) -> Any:
 def _probabilities(reach: int, centre: float, deviation: float) -> Floats:
     """Probabilities ``[2 reach]`` of the distances from ``-reach`` to ``reach - 1``, normal about ``centre``, open-ended."""
     edges = (np.arange(1, 2 * reach, dtype=np.float64) - 0.5 - reach - centre) / deviation
-    return np.diff(np.concatenate([[0.0], _distribution(edges), [1.0]]))
-
-
-def _distribution(u: Floats) -> Floats:
-    """The normal distribution function, straight between the table's places."""
-    table = _normal()
-    place = np.minimum(np.abs(u) * _STEPS_PER_UNIT, float(_STEPS_PER_UNIT * _UNITS))
-    index = place.astype(np.int64)
-    low = table[index]
-    upper = low + (place - index) * (table[index + 1] - low)
-    return np.where(u < 0, 1.0 - upper, upper)
+    return np.diff(np.concatenate([[0.0], symmetric_distribution(_normal(), _STEPS_PER_UNIT, edges), [1.0]]))
 
 
 @cache

@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ..context.file import Count, DtypeName, Sha256
 from ..errors import ContextError, InputError
+from ..files import parsed_json
 from ..geometry import StrictModel
 
 MAGIC = b"KVCARREC"
@@ -154,7 +155,7 @@ def take_apart(data: bytes | memoryview) -> tuple[RecordHeader, dict[str, memory
 
 def _header(text: bytes) -> RecordHeader:
     try:
-        fields: Any = json.loads(text)
+        fields: Any = parsed_json(text)
         version = fields["format_version"]
     except (ValueError, RecursionError, KeyError, TypeError):
         raise _damaged("its header is no JSON object with a version") from None

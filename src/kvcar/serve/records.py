@@ -164,16 +164,9 @@ def _coded(
         stored = unit.stored(x)
         contents.append(_contents(unit, stored))
         if limit is not None and unit.knows_cost:
-            error = x.float()[0] - coder.decoded(unit, stored[0])
-            cost += float(page_cost(unit, error[exact:]))
+            error = (x.float()[0] - coder.decoded(unit, stored[0]))[exact:]
+            cost += float(unit.coded.cost(error, len(error)).mean()) if len(error) else 0.0
     return contents, limit is not None and cost > limit
-
-
-def page_cost(unit: UnitCoder, error: Tensor) -> Tensor:
-    """What errors ``[T, W]`` of the tokens of a page cost on average, nats a token; see ``CodedBlock.cost``."""
-    assert unit.coded.codec is not None
-    each, common = unit.coded.codec.error_cost(error), unit.coded.codec.error_cost(error.mean(0, keepdim=True))
-    return (each.mean() + len(error) * common[0]) / 2 if len(error) else each.sum()
 
 
 def _contents(unit: UnitCoder, stored: Tensor) -> UnitContents:

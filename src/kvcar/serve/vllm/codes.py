@@ -121,15 +121,13 @@ class Codes(AttentionLayerBase):
         for first in range(0, len(full.blocks), _ENCODED_AT_ONCE):
             some = slice(first, first + _ENCODED_AT_ONCE)
             fetch = self._fetcher(step, full.requests[some], full.positions[some])
+            there = full.positions[some] >= self.sizes.shape.sinks  # sinks are not read from codes
             for unit in self.coder.units:
                 segment, means = unit.unit.segment, unit.unit.means
-                x = unit.vectors(fetch)
-                packed = unit.packed(x)
-                self.pages[0, full.blocks[some], segment.offset : segment.end] = packed[:, 0]
-                if means is not None and unit.mean_scale is not None:
-                    there = full.positions[some] >= self.sizes.shape.sinks  # sinks are not read from codes
-                    data, _ = unit.means_of(unit.coded.error(x.float(), unit.unpacked(packed)), there)
-                    self.pages[0, full.blocks[some], means.offset : means.end] = data[:, 0]
+                coded = unit.whole_pages(unit.vectors(fetch), there)
+                self.pages[0, full.blocks[some], segment.offset : segment.end] = coded.data[:, 0]
+                if means is not None and coded.means is not None:
+                    self.pages[0, full.blocks[some], means.offset : means.end] = coded.means[:, 0]
 
     def _fetcher(self, step: Step, requests: Tensor, positions: Tensor) -> Any:
         """Access to vectors ``[pages, page_tokens, D]`` of tokens of the pages; keys before or after RoPE."""
