@@ -73,6 +73,12 @@ def replaced(model):
     projection.weight = torch.nn.Parameter(projection.weight.detach().clone())
 
 
+def other_rotation(model):
+    rotary = copy.deepcopy(model.model.rotary_emb)
+    rotary.inv_freq = rotary.inv_freq / 4
+    return rotary
+
+
 WRITES = {
     "other weights loaded": (
         lambda model: model.load_state_dict(tiny_model("llama", seed=5).state_dict()), ModelMismatchError,
@@ -81,6 +87,8 @@ WRITES = {
     "one row written": (one_row, AttachError),
     "a parameter replaced": (replaced, AttachError),
     "another dtype": (lambda model: model.bfloat16(), AttachError),
+    "other frequencies": (lambda model: model.model.rotary_emb.inv_freq.mul_(0.25), AttachError),
+    "another rotary module": (lambda model: setattr(model.model, "rotary_emb", other_rotation(model)), AttachError),
 }  # fmt: skip
 
 
@@ -97,6 +105,16 @@ def test_weights_that_are_written_to_are_refused_at_the_next_new_cache_and_long_
         with pytest.raises(error):
             model(token_ids(50), past_key_values=cache)
         assert cache.tokens == 100
+
+
+def test_frequencies_that_a_model_changes_itself_are_its_own_affair():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = tiny_model("llama", rope_parameters=rope)
+    frequencies, ids = model.model.rotary_emb.inv_freq, token_ids(60)
+    with kvcar.attach(model, fitted(model, codec="identity")) as attached, torch.no_grad():
+        model(ids, position_ids=torch.arange(500, 560)[None], use_cache=False)
+        assert model.model.rotary_emb.inv_freq is not frequencies
+        model(ids, past_key_values=attached.new_cache())
 
 
 def test_adapters_that_play_no_part_change_nothing(adapted):

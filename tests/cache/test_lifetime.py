@@ -216,3 +216,24 @@ def test_sequences_are_selected_by_lists_masks_and_from_the_end(family):
             cache.batch_select_indices(way)
             found.append(go_on(model, cache, 1, 1))
     assert all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.mark.parametrize(("first", "then"), [("bfloat16", "float16"), ("float32", "bfloat16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_cache_does_not_go_on_in_another_dtype(family, first, then):
+    model, ids = tiny_model(family).to(getattr(torch, first)), token_ids(120)
+    bundle = fitted(model, codec="identity", page_tokens=32, window=32)
+    other = copy.deepcopy(model).to(getattr(torch, then))
+    with kvcar.attach(model, bundle) as attached, kvcar.attach(other, bundle), torch.no_grad():
+        cache = attached.new_cache()
+        model(ids[:, :70], past_key_values=cache)
+        with pytest.raises(CacheStateError, match=f"filled in torch.{first} .* computes in torch.{then}"):
+            other(ids[:, 70:], past_key_values=cache)
+        with pytest.raises(CacheStateError, match="filled in"):
+            other(ids[:, 70:], past_key_values=cache.fork())
+        rest = model(ids[:, 70:], past_key_values=cache).logits
+        whole = model(ids, past_key_values=attached.new_cache()).logits[:, 70:]
+        torch.testing.assert_close(rest, whole, rtol=0.1, atol=0.2)
+        cache.reset()
+        other(ids[:, :70], past_key_values=cache)
+        assert cache.tokens == 70

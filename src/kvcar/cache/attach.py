@@ -80,7 +80,7 @@ class Attachment:
         self.model, self.bundle = model, bundle
         self._window, self._prefill_chunk = window, prefill_chunk
         self._checked = {bundle.digest}
-        self._weights = weights_state(model)
+        self._weights = self._weights_now()
         self._coders: dict[str, PageCoder] = {}
         self._current = Current()
         self._parts = find_decoder(model)
@@ -166,6 +166,11 @@ class Attachment:
 
     # What caches ask (the ``Host`` of ``cache.py``)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.model.dtype
+
     def check_bundle(self, bundle: Bundle) -> None:
         """Refuse a bundle of another model; checked once each."""
         if bundle.digest not in self._checked:
@@ -179,14 +184,17 @@ class Attachment:
             ModelMismatchError: they are other weights than those that the bundle was fitted for.
             AttachError: they were written to, or put in another place.
         """
-        if weights_state(self.model) == self._weights:
+        if self._weights_now() == self._weights:
             return
         self.bundle.check_model(self.model)
         on = ", ".join(active_adapters(self.model)) or "none"
         raise AttachError(
-            f"the weights of {type(self.model).__name__} were written to, moved or replaced since it was attached (adapters that "
-            f"are on: {on}); where they still are what the bundle was fitted for, detach the model and attach it again"
+            f"weights or rotary frequencies of {type(self.model).__name__} were written to, moved or replaced since it was attached "
+            f"(adapters that are on: {on}); where they still are what the bundle was fitted for, detach the model and attach it again"
         )
+
+    def _weights_now(self) -> tuple[object, ...]:
+        return weights_state(self.model, rotation=self.bundle.plan.geometry.rotary)
 
     def coder(self, bundle: Bundle) -> PageCoder:
         """Give the bundle made ready for this model's device and dtype; made once each."""

@@ -59,6 +59,7 @@ class KVCarCache(PassCache):
         self._drop_unfinished_pass()
         fork = KVCarCache(self.bundle, self.plan.window, self._keeps_decoded)
         fork._state, fork._seen, fork._host = self._state, self._seen, self._host
+        fork._model_dtype = self._model_dtype
         for index, layer in enumerate(self.layers):
             if is_state(layer):
                 fork.layers[index] = forked = deepcopy(layer)

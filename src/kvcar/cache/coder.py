@@ -215,6 +215,11 @@ class UnitCoder:
 class Host(Protocol):
     """An attached model, as its caches see it."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        ...
+
     def check_bundle(self, bundle: Bundle) -> None:
         """Refuse a bundle of another model."""
         ...

@@ -242,11 +242,11 @@ class PageStores:
     """The pages of all groups of layers, as one store: those that keep everything, and those that keep a window.
 
     Args:
-        coder: of the bundle.
+        coder: of the bundle, for the device that they are on and the dtype of what is stored exactly.
     """
 
     def __init__(self, coder: PageCoder) -> None:
-        self._coder, self._page_tokens = coder, coder.plan.page_tokens
+        self.coder, self._page_tokens = coder, coder.plan.page_tokens
         self._stores = tuple(
             PageStore([coder.units[i] for i in places], layout.page_bytes, self._page_tokens, layout.windowed)
             for layout, places in coder.groups
@@ -298,7 +298,7 @@ class PageStores:
     def contents(self) -> tuple[UnitContents, ...]:
         """See ``PageStore.contents``."""
         found = {}
-        for store, (_, places) in zip(self._stores, self._coder.groups, strict=True):
+        for store, (_, places) in zip(self._stores, self.coder.groups, strict=True):
             found |= zip(places, store.contents(), strict=False)
         return tuple(found[place] for place in sorted(found))
 
@@ -309,7 +309,7 @@ class PageStores:
 
     def fork(self) -> PageStores:
         """See ``PageStore.fork``."""
-        fork = PageStores(self._coder)
+        fork = PageStores(self.coder)
         fork._stores, fork.tokens = tuple(store.fork() for store in self._stores), self.tokens
         return fork
 
@@ -326,7 +326,7 @@ class PageStores:
 
     def _each(self, do: Callable[[PageStore, list[Any]], None], of_units: Sequence[Any]) -> None:
         """Do something with each store and what its units have of ``of_units``."""
-        for store, (_, places) in zip(self._stores, self._coder.groups, strict=True):
+        for store, (_, places) in zip(self._stores, self.coder.groups, strict=True):
             do(store, [of_units[place] for place in places] if of_units else [])
 
 

@@ -110,13 +110,15 @@ class PassCache(Cache):
             raise InputError("this pass has no sequence at all; give at least one")
         self._drop_unfinished_pass()
         host.check_bundle(self.bundle)
-        self._host = host
+        coder = host.coder(self.bundle)
         if self._state is None or self._pages is None or self._seen == 0:  # also where a first pass was refused
             self._take_own_layers(host)
-            coder = host.coder(self.bundle)
+            self._model_dtype = host.dtype
             self._state = SequenceState(batch, coder.device)
             self._pages = PageStores(coder)
             self._finer = FinerPages.none(batch, self.plan.page_tokens, coder.device)
+        self._refuse_another_dtype(host)
+        self._host = host
         if len(self._state.padding) != batch:
             raise CacheStateError(
                 f"the cache holds {len(self._state.padding)} sequences, but this pass has {batch}; reset the cache first"
@@ -333,6 +335,7 @@ class PassCache(Cache):
     def _clear(self) -> None:
         self._seen = 0
         self._pass_tokens = 0
+        self._model_dtype: torch.dtype | None = None  # what layers that are not coded are in
         self._state: SequenceState | None = None
         self._next_state: SequenceState | None = None
         self._pages: PageStores | None = None
@@ -352,6 +355,18 @@ class PassCache(Cache):
     def _refuse_if_broken(self) -> None:
         if self._broken:
             raise CacheStateError("an earlier pass was interrupted while it stored its tokens; reset the cache")
+
+    def _refuse_another_dtype(self, host: Host) -> None:
+        """Bytes that were stored for one dtype would be read as numbers of another."""
+        assert self._pages is not None
+        own, now = self._pages.coder, host.coder(self.bundle)
+        mixed = self._model_dtype not in (None, host.dtype) and len(self._coded) < len(self.layers)
+        if mixed or own.device != now.device or own.dtype != now.dtype:
+            stored = own.dtype if own.dtype != now.dtype else self._model_dtype or own.dtype
+            raise CacheStateError(
+                f"the cache was filled in {stored} on {own.device}, and this model computes in {host.dtype} on {now.device}; "
+                "reset the cache, or go on with a model in the dtype and on the device that it was filled with"
+            )
 
     def _drop_unfinished_pass(self) -> None:
         """Forget a pass that an exception or an interrupt ended before its tokens were stored.

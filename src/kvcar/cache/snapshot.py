@@ -97,6 +97,7 @@ def cache_of(contents: CacheContents, bundle: Bundle, coder: PageCoder, window: 
     cache._finer = contents.finer.mapped(lambda table: table.to(device))
     for index, (keys, values) in contents.exact.items():
         cache._coded[index].restore(contents.paged, keys.to(device), values.to(device), contents.finer.tokens)
+    cache._model_dtype = next((keys.dtype for keys, _ in contents.plain.values()), None)
     for index, (keys, values) in contents.plain.items():
         layer = cache.layers[index]
         assert isinstance(layer, DynamicLayer)

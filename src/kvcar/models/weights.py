@@ -84,15 +84,29 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def weights_state(model: nn.Module) -> tuple[object, ...]:
+def weights_state(model: nn.Module, rotation: bool = False) -> tuple[object, ...]:
     """Take what changes where weights are replaced, written to, or adapters switched; equal states compare equal.
 
     Costs a millisecond for a few hundred parameters, of which it reads one element each: writing through ``.data``, as
     merging an adapter does, leaves no other trace.
+
+    Args:
+        model: to look at.
+        rotation: look at the frequencies of rotary modules too, which some models change themselves as they run.
     """
     used = weights_in_use(model)
-    places = tuple((name, *_place(p), p.dtype, _version(p)) for name, p in used.parameters.items())
-    return places, tuple(used.scales.items()), active_adapters(model), _elements(used.parameters)
+    tensors = used.parameters | dict(_buffers_in_use(model, rotation))
+    places = tuple((name, *_place(p), p.dtype, _version(p)) for name, p in tensors.items())
+    return places, tuple(used.scales.items()), active_adapters(model), _elements(tensors)
+
+
+def _buffers_in_use(model: nn.Module, rotation: bool) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point buffers that come with the weights, and frequencies where they are asked for."""
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            wanted = name not in module._non_persistent_buffers_set or (rotation and "inv_freq" in name)
+            if wanted and buffer is not None and buffer.is_floating_point():
+                yield f"buffer {prefix}.{name}", buffer
 
 
 def _place(parameter: Tensor) -> tuple[int, int]:
