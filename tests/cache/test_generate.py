@@ -155,8 +155,10 @@ def test_crop_takes_a_number_that_is_a_tensor(llama):
         assert step(model, cache, token_ids(1)).isfinite().all()
 
 
-def test_reset_lets_a_cache_be_used_again(llama):
-    model, bundle = llama
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_reset_lets_a_cache_be_used_again(family):
+    model = tiny_model(family)
+    bundle = fitted(model, page_tokens=32)
     with kvcar.attach(model, bundle):
         cache = KVCarCache(bundle)
         first = fill(model, cache, token_ids(130))

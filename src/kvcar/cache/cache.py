@@ -106,6 +106,9 @@ class KVCarCache(PassCache):
     def reset(self) -> None:
         """Forget all tokens; the cache can be used again, also with another batch size."""
         self._refuse_another_thread()
+        for layer in self._plain_layers():  # older releases of transformers would keep as many tokens, all zero
+            layer.keys = layer.values = None
+            layer.is_initialized = False
         super().reset()
         self._clear()
 
