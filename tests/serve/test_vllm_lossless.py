@@ -14,6 +14,7 @@ from vllm_engine import DIVERGING, MANY, PLAIN, POSITIONS, engine, saved, slots
 import kvcar
 from kvcar.bundle import CodedBlock
 from kvcar.plan import Block, CacheConfig
+from kvcar.serve.vllm.sizes import WindowBlocks, choose_blocks
 
 PAGES = {"page_tokens": 64, "window": 64, "sinks": 4}
 
@@ -88,3 +89,21 @@ def test_preempted_requests_give_the_same_tokens(model, folder, stock):
         assert ours.preemptions > 0
         # Prompts that were preempted left blocks behind; hits of them are as good.
         assert ours.generate(MANY, 200).tokens == stock[2]
+
+
+def test_layers_with_blocks_of_several_sizes_give_the_same_tokens(model, folder, stock, monkeypatch):
+    def chosen(shape, tokens, in_flight):
+        own = choose_blocks(shape, tokens, in_flight)
+        return replace(own, windows=(WindowBlocks(3, 16, 1), WindowBlocks(1, 128, 1)))
+
+    monkeypatch.setattr("kvcar.serve.vllm.start.choose_blocks", chosen)
+    where, bundle = saved(model, lossless_blocks(model, ACROSS), folder)
+    with engine(where, bundle) as ours:
+        assert ours.generate(PLAIN).tokens == stock[0]
+        again, diverging = ours.generate(PLAIN), ours.generate(DIVERGING)
+        assert (again.tokens, diverging.tokens) == tuple(stock[:2])
+        assert again.hits[-1] == 512
+        assert max(diverging.hits) >= 256
+    with engine(where, bundle, kv_cache_memory_bytes=4 << 20) as ours:
+        assert ours.generate(MANY, 200).tokens == stock[2]
+        assert ours.preemptions > 0

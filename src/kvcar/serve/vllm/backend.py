@@ -21,7 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, Sliding
 from ...errors import UnsupportedModelError
 from ...kernels.attend import ExactPast, PagedPast, attend
 from .codes import CODES_LAYER, Codes
-from .sizes import BlockSizes
+from .sizes import CacheShape
 from .specs import SinkWindowSpec, WindowSpec
 from .start import start
 from .step import Part, Rows, Step
@@ -30,12 +30,13 @@ _NOT_A_WINDOW = ("sliding_window", "attention_chunk_size", "non_causal")
 
 
 class KVCarBackend(AttentionBackend):
-    """What vLLM asks of a backend. Layers get a subclass of it with the sizes of their blocks when the model is loaded."""
+    """What vLLM asks of a backend. Layers get a subclass of it with the size of their blocks when the model is loaded."""
 
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
-    sizes: ClassVar[BlockSizes | None] = None
+    shape: ClassVar[CacheShape | None] = None
+    window_tokens: ClassVar[int] = 0
     tokens_of_a_pass: ClassVar[int] = 0
 
     @staticmethod
@@ -66,12 +67,13 @@ class KVCarBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: Any) -> Any:
         """Turn full attention into a sliding window of exact tokens."""
-        if cls.sizes is None or not isinstance(spec, FullAttentionSpec):
+        shape = cls.shape
+        if shape is None or not isinstance(spec, FullAttentionSpec):
             return spec
-        shape = cls.sizes.shape
+        # A query reads itself too. Without a window one token before it is kept as well: vLLM finds no hit of nothing.
         return replace_as(
-            spec, SinkWindowSpec if shape.sinks else WindowSpec, drop=_NOT_A_WINDOW, block_size=cls.sizes.window_tokens,
-            sliding_window=shape.window, tokens_of_a_pass=cls.tokens_of_a_pass,
+            spec, SinkWindowSpec if shape.sinks else WindowSpec, drop=_NOT_A_WINDOW, block_size=cls.window_tokens,
+            sliding_window=shape.kept + 1, page_tokens=shape.page_tokens, tokens_of_a_pass=cls.tokens_of_a_pass,
         )  # fmt: skip
 
 

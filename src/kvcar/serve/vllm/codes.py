@@ -112,7 +112,7 @@ class Codes(AttentionLayerBase):
         own = metadata[CODES_LAYER]
         if self._step is None or self._step.rows is not own:
             groups = {name: metadata[name] for name in self.layers}
-            self._step = Step(own, groups, self.sizes.shape, self.coder.plan.window)
+            self._step = Step(own, groups, self.sizes.shape)
         return self._step
 
     def encode(self, step: Step) -> None:

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false
-"""What vLLM is told of the exact tokens: a sliding window whose first block, with the sinks, is never let go."""
+"""What vLLM is told of the exact tokens: a window that slides by whole pages, the first block, with the sinks, never let go."""
 
 from __future__ import annotations
 
@@ -12,9 +12,20 @@ from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import register_kv_cache_spec
 
+from .sizes import blocks_at_once
 
-class SinkWindowManager(SlidingWindowManager):
-    """Blocks of a sliding window, and the first block of every sequence with it."""
+
+class WindowManager(SlidingWindowManager):
+    """Blocks of a window that slides by whole pages: it begins where the pages end that the next query reads from codes."""
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        """Count the tokens before the window, all of whose pages are full."""
+        page = self.kv_cache_spec.page_tokens
+        return super().get_num_skipped_tokens(num_computed_tokens) // page * page
+
+
+class SinkWindowManager(WindowManager):
+    """Blocks of such a window, and the first block of every sequence with it."""
 
     @classmethod
     def find_longest_cache_hit(
@@ -107,16 +118,23 @@ class SinkWindowManager(SlidingWindowManager):
         return skipped > 0 and len(new_computed_blocks) > 0 and not new_computed_blocks[0].is_null
 
 
-@register_kv_cache_spec(manager_class=SlidingWindowManager, uniform_type_base_spec=SlidingWindowSpec)
+@register_kv_cache_spec(manager_class=WindowManager, uniform_type_base_spec=SlidingWindowSpec)
 @dataclass(frozen=True, kw_only=True)
 class WindowSpec(SlidingWindowSpec):
-    """A sliding window that also tells the engine how many tokens a pass may have.
+    """A window that slides by whole pages, and tells the engine how many tokens a pass may have.
 
     Attributes:
+        page_tokens: of a page of codes.
         tokens_of_a_pass: at most; 0 for as many as vLLM's configuration says.
     """
 
+    page_tokens: int = 1
     tokens_of_a_pass: int = 0
+
+    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        """Count the most blocks that a sequence has at once."""
+        most = blocks_at_once(self.block_size, self.sliding_window - 1, self.page_tokens, max_in_flight_tokens)
+        return min(most, -(-max_model_len // self.block_size))
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Count bytes of a sequence, after vLLM's configuration has been lowered to ``tokens_of_a_pass``.
@@ -130,7 +148,7 @@ class WindowSpec(SlidingWindowSpec):
 @register_kv_cache_spec(manager_class=SinkWindowManager, uniform_type_base_spec=SlidingWindowSpec)
 @dataclass(frozen=True, kw_only=True)
 class SinkWindowSpec(WindowSpec):
-    """A sliding window and the first block of a sequence."""
+    """Such a window and the first block of a sequence."""
 
     # From 0.33 on vLLM may blank what is before so many tokens; nothing must be, as the first block is read.
     num_retained_tokens = 0

@@ -47,10 +47,11 @@ def start(config: Any, backend: type, codes_backend: type) -> None:
     sizes = _sizes(config, bundle, coder)
     layers = [RealLayer(name, extract_layer_index(name), layer, rotary) for name, layer in attention.items()]
     tokens = config.scheduler_config.max_num_batched_tokens
-    own = type("KVCarWindowBackend", (backend,), {"sizes": sizes, "tokens_of_a_pass": tokens})
-    for layer in attention.values():
-        layer.attn_backend = own
-    context[CODES_LAYER] = Codes(coder, sizes, in_order(layers), dtype, codes_backend)
+    ordered = in_order(layers)
+    for place, layer in enumerate(ordered.values()):
+        own = {"shape": sizes.shape, "window_tokens": sizes.window_tokens(place), "tokens_of_a_pass": tokens}
+        layer.module.attn_backend = type("KVCarWindowBackend", (backend,), own)
+    context[CODES_LAYER] = Codes(coder, sizes, ordered, dtype, codes_backend)
     _log_active(bundle, options, sizes, config)
 
 
@@ -75,7 +76,7 @@ def _sizes(config: Any, bundle: Bundle, coder: PageCoder) -> BlockSizes:
         layer_bytes=plan.geometry.layer_elements_per_token * config.model_config.dtype.itemsize,
         page_tokens=plan.page_tokens,
         page_bytes=coder.layouts[0].page_bytes,
-        window=plan.window + plan.page_tokens,
+        window=plan.window,
         sinks=plan.sinks,
     )
     return choose_blocks(shape, config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens)
@@ -85,10 +86,11 @@ def _log_active(bundle: Bundle, options: Options, sizes: BlockSizes, config: Any
     shape, tokens = sizes.shape, config.model_config.max_model_len
     stock = shape.exact_bytes * tokens
     own = sizes.sequence_bytes(tokens, config.scheduler_config.max_num_batched_tokens)
+    windows = " and ".join(f"{each.tokens} of {each.layers} layers" for each in sizes.windows)
     _log.info(
-        "kvcar is active: bundle %s (%s), a page of %d tokens takes %d bytes of a block of %d, exact tokens %d to a block in %d "
+        "kvcar is active: bundle %s (%s), a page of %d tokens takes %d bytes of a block of %d, whose exact tokens are %s, in %d "
         "groups; a sequence of %d tokens takes %.1f MB instead of %.1f, so %.2f times as many fit; prefix hits end at multiples "
         "of %d tokens",
-        options.bundle, bundle.digest[:12], shape.page_tokens, shape.page_bytes, sizes.block_bytes, sizes.window_tokens,
-        sizes.groups, tokens, own / 1e6, stock / 1e6, stock / own, sizes.hit_step,
+        options.bundle, bundle.digest[:12], shape.page_tokens, shape.page_bytes, sizes.block_bytes, windows, sizes.groups,
+        tokens, own / 1e6, stock / 1e6, stock / own, sizes.hit_step,
     )  # fmt: skip

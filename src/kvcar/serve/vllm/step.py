@@ -84,11 +84,10 @@ class Step:
         rows: metadata of the layer of codes.
         groups: metadata by name of the model's layers.
         shape: of the cache.
-        window: tokens that are at least read exactly.
     """
 
-    def __init__(self, rows: Rows, groups: Mapping[str, Rows], shape: CacheShape, window: int) -> None:
-        self.rows, self._groups, self._shape, self._window = rows, groups, shape, window
+    def __init__(self, rows: Rows, groups: Mapping[str, Rows], shape: CacheShape) -> None:
+        self.rows, self._groups, self._shape = rows, groups, shape
         self._slots: dict[tuple[int, int], Tensor] = {}
 
     def slots(self, layer: str, requests: Tensor, positions: Tensor) -> Tensor:
@@ -136,7 +135,7 @@ class Step:
     def paged_tokens(self, position: int) -> int:
         """Tokens that a query at ``position`` reads from codes: whole pages that the window leaves free."""
         size = self._shape.page_tokens
-        return max(0, position - self._window) // size * size
+        return max(0, position - self._shape.window) // size * size
 
     def _steps(self, requests: list[int]) -> Part:
         """Queries of one token each."""
