@@ -98,12 +98,24 @@ def test_layers_with_blocks_of_several_sizes_give_the_same_tokens(model, folder,
 
     monkeypatch.setattr("kvcar.serve.vllm.start.choose_blocks", chosen)
     where, bundle = saved(model, lossless_blocks(model, ACROSS), folder)
-    with engine(where, bundle) as ours:
+    with engine(where, bundle, kv_cache_memory_bytes=32 << 20) as ours:
         assert ours.generate(PLAIN).tokens == stock[0]
         again, diverging = ours.generate(PLAIN), ours.generate(DIVERGING)
         assert (again.tokens, diverging.tokens) == tuple(stock[:2])
         assert again.hits[-1] == 512
         assert max(diverging.hits) >= 256
-    with engine(where, bundle, kv_cache_memory_bytes=4 << 20) as ours:
+    with engine(where, bundle, kv_cache_memory_bytes=5 << 20) as ours:
         assert ours.generate(MANY, 200).tokens == stock[2]
         assert ours.preemptions > 0
+
+
+@pytest.mark.parametrize("cache", [{}, {"sinks": 0}, {"page_tokens": 32, "window": 0}], ids=str)
+def test_requests_that_begin_alike_in_one_pass_give_the_same_tokens(model, folder, cache):
+    alike = [PLAIN[-1], PLAIN[-1], PLAIN[-1][:599], *DIVERGING, PLAIN[-1][:320], PLAIN[-1][:321]]
+    with engine(saved(model, None, folder)[0]) as own:
+        expected = own.generate(alike).tokens
+    where, bundle = saved(model, lossless_blocks(model, ACROSS, **cache), folder)
+    with engine(where, bundle, {"max_num_batched_tokens": 700}, kv_cache_memory_bytes=32 << 20) as ours:
+        together = ours.generate(alike)
+        assert together.hits[1] >= 512  # of pages that the first request fills in the same pass
+        assert together.tokens == expected

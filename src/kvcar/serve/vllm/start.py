@@ -79,13 +79,13 @@ def _sizes(config: Any, bundle: Bundle, coder: PageCoder) -> BlockSizes:
         window=plan.window,
         sinks=plan.sinks,
     )
-    return choose_blocks(shape, config.model_config.max_model_len, config.scheduler_config.max_num_batched_tokens)
+    return choose_blocks(shape, config.model_config.max_model_len, config.max_in_flight_tokens)
 
 
 def _log_active(bundle: Bundle, options: Options, sizes: BlockSizes, config: Any) -> None:
     shape, tokens = sizes.shape, config.model_config.max_model_len
     stock = shape.exact_bytes * tokens
-    own = sizes.sequence_bytes(tokens, config.scheduler_config.max_num_batched_tokens)
+    own = sizes.sequence_bytes(tokens, config.max_in_flight_tokens)
     windows = " and ".join(f"{each.tokens} of {each.layers} layers" for each in sizes.windows)
     _log.info(
         "kvcar is active: bundle %s (%s), a page of %d tokens takes %d bytes of a block of %d, whose exact tokens are %s, in %d "

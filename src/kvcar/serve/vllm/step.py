@@ -52,6 +52,7 @@ class Part:
         requests: int64 ``[B]``.
         count: query tokens of a request.
         exact: positions int64 ``[B, S]`` read exactly, padded by repeating the last.
+        sources: requests in whose blocks those are, int64 ``[B, S]`` or ``[B, 1]``.
         mask: bool ``[B, 1, count, S]``.
         pages: blocks of pages int64 ``[B, P]`` that are read, padded with 0.
         shown: tokens of each of them that are read, int64 ``[B, P]``.
@@ -63,6 +64,7 @@ class Part:
     requests: Tensor
     count: int
     exact: Tensor
+    sources: Tensor
     mask: Tensor
     pages: Tensor
     shown: Tensor
@@ -101,7 +103,7 @@ class Step:
         """Slots ``[B, S]`` of the exact tokens of a part; the same for all layers of a group."""
         key = (id(self._groups[layer]), id(part))
         if key not in self._slots:
-            self._slots[key] = self.slots(layer, part.requests[:, None], part.exact)
+            self._slots[key] = self.slots(layer, part.sources, part.exact)
         return self._slots[key]
 
     @cached_property
@@ -132,15 +134,36 @@ class Step:
         starts = self.rows.starts
         return [length - (starts[request + 1] - starts[request]) for request, length in enumerate(self.rows.lengths)]
 
-    def paged_tokens(self, position: int) -> int:
-        """Tokens that a query at ``position`` reads from codes: whole pages that the window leaves free."""
+    @cached_property
+    def _fillers(self) -> dict[int, int]:
+        """Which request fills which block of codes in this pass, where another one may hit it in the same pass."""
+        full = self.full_pages
+        # In a pass that fits the window, no query is so far behind a page that the pass fills that it reads its codes.
+        if self.rows.tokens <= self._shape.window + 1:
+            return {}
+        return dict(zip(full.blocks.tolist(), full.requests.tolist(), strict=True))
+
+    @cached_property
+    def _coded(self) -> list[int]:
+        """Tokens of every request in pages that were coded before this pass."""
         size = self._shape.page_tokens
-        return max(0, position - self._shape.window) // size * size
+        whole = [before // size for before in self._before]
+        if self._fillers:
+            tables = [self.rows.block_table[row, :count].tolist() for row, count in enumerate(whole)]
+            whole = [
+                next((page for page, block in enumerate(own) if block in self._fillers), len(own)) for own in tables
+            ]
+        return [pages * size for pages in whole]
+
+    def _paged_tokens(self, request: int, position: int) -> int:
+        """Tokens that a query reads from codes: whole pages that the window leaves free and that are coded."""
+        size = self._shape.page_tokens
+        return min(max(0, position - self._shape.window) // size * size, self._coded[request])
 
     def _steps(self, requests: list[int]) -> Part:
         """Queries of one token each."""
         positions = [self.rows.lengths[request] - 1 for request in requests]
-        paged = [self.paged_tokens(position) for position in positions]
+        paged = [self._paged_tokens(*each) for each in zip(requests, positions, strict=True)]
         ranges = [self._exact(p, position + 1) for p, position in zip(paged, positions, strict=True)]
         longest = max(map(len, ranges))
         exact = torch.stack([torch.cat([own, own[-1:].expand(longest - len(own))]) for own in ranges])
@@ -155,14 +178,14 @@ class Step:
         """
         first, before = self.rows.starts[request], self._before[request]
         size, last = self._shape.page_tokens, before + count
-        if self.paged_tokens(last - 1) > before // size * size:
+        if last - 1 - self._shape.window >= self._coded[request] + size:
             return [self._chunk(request, first, before, last)]
         bounds = [before, *range((before // size + 1) * size, last, size), last]
         return [self._chunk(request, first + start - before, start, stop) for start, stop in itertools.pairwise(bounds)]
 
     def _chunk(self, request: int, token: int, start: int, stop: int) -> Part:
         """Queries of one request at positions ``start`` to ``stop``, the first of which is ``token`` of the pass."""
-        paged = self.paged_tokens(start)
+        paged = self._paged_tokens(request, start)
         exact = self._exact(paged, stop)
         mask = exact[None] <= torch.arange(start, stop)[:, None]
         tokens = slice(token, token + stop - start)
@@ -180,4 +203,21 @@ class Step:
         pages = self.rows.block_table[which, : max(paged) // size].long()
         there = torch.arange(pages.shape[1]) < torch.tensor(paged)[:, None] // size
         first = torch.full_like(which, self._shape.sinks)
-        return Part(tokens, which, count, exact, mask, pages * there, there * size, first, torch.zeros_like(which))
+        sources = self._sources(requests, exact)
+        return Part(
+            tokens, which, count, exact, sources, mask, pages * there, there * size, first, torch.zeros_like(which)
+        )  # fmt: skip
+
+    def _sources(self, requests: list[int], exact: Tensor) -> Tensor:
+        """Say in whose blocks the exact tokens are: a request's own, or those of the one that fills the page in this pass."""
+        size, sources = self._shape.page_tokens, torch.tensor(requests)[:, None]
+        fresh = [(row, range(self._coded[own] // size, self._before[own] // size)) for row, own in enumerate(requests)]
+        if not any(pages for _, pages in fresh):
+            return sources
+        sources = sources.repeat(1, exact.shape[1])
+        for row, pages in fresh:
+            for page in pages:
+                # vLLM lets go of a prefix from its end, so all pages behind one that is filled now are filled now.
+                filler = self._fillers[int(self.rows.block_table[requests[row], page])]
+                sources[row, exact[row] // size == page] = filler
+        return sources
