@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """A load of requests in a fixed memory of the cache: vLLM's own cache and bundles, in turn, several times over.
 
 python benchmarks/serve_vllm_load.py TEXT --name demo --model FOLDER -b fast-4x=bundles/fast-4x -b balanced-8x=bundles/balanced-8x
