@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 from bundles import fitted
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import tiny_model, token_ids
 
 import kvcar
 from kvcar.cache.cache import KVCarCache
-from kvcar.errors import AttachError, ContextError, ModelMismatchError
+from kvcar.errors import AttachError, ContextError, ModelMismatchError, UnsupportedModelError
 from kvcar.models.fingerprint import fingerprint, mismatch
 from kvcar.models.weights import weights_state
 
@@ -176,3 +176,17 @@ def test_looking_at_weights_leaves_no_trace_and_does_not_depend_on_the_mode():
     assert first == weights_state(model)
     assert weights_state(made_inside) == weights_state(made_inside)
     assert weights_state(copy.deepcopy(model)) != first
+
+
+def test_an_adapter_that_is_a_cache_itself_is_refused_and_one_of_tokens_works():
+    prefixed = get_peft_model(tiny_model("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    with pytest.raises(UnsupportedModelError, match=r"\(PREFIX_TUNING\) is itself a cache"):
+        kvcar.attach(prefixed, kvcar.lossless(prefixed.get_base_model()))
+    with pytest.raises(UnsupportedModelError, match="is itself a cache"):
+        kvcar.lossless(prefixed)
+    prompted = get_peft_model(
+        tiny_model("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    ).eval()
+    expected = prompted.generate(input_ids=token_ids(100), max_new_tokens=8, do_sample=False)
+    with kvcar.attach(prompted, kvcar.lossless(prompted, window=0)):
+        assert torch.equal(prompted.generate(input_ids=token_ids(100), max_new_tokens=8, do_sample=False), expected)

@@ -518,3 +518,46 @@ def test_attention_that_is_a_little_off_in_one_kind_of_pass_and_row_is_seen_at_a
     name = "padded" if row == 0 else "other"
     with pytest.raises(UnsupportedModelError, match=rf"differs from its own cache: .* of the {name} sequence"):
         kvcar.attach(model, kvcar.lossless(model))
+
+
+def logits_changed(model, change):
+    model.lm_head.register_forward_hook(lambda module, args, output: change(output))
+    return model
+
+
+@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min], ids=["-inf", "lowest"])
+def test_tokens_that_are_ruled_out_neither_refuse_a_model_nor_hide_what_is_wrong(lowest):
+    model = logits_changed(tiny_model("llama"), lambda x: x.index_fill(-1, torch.arange(100, 128), lowest))
+    bundle = kvcar.lossless(model)
+    kvcar.attach(model, bundle).detach()
+    _, expected = guard.look_at(tiny_model("llama", seed=1), kvcar.lossless(tiny_model("llama", seed=1)))
+    _, own = guard.look_at(model := copy.deepcopy(model), bundle)
+    assert guard._difference(own, own) == 0
+    wrong = expected.index_fill(-1, torch.arange(100, 128), lowest)
+    assert guard._difference(own, wrong) == pytest.approx(guard._difference(own[:, :100], wrong[:, :100]))
+    assert guard._difference(own, wrong) > 0.5
+    assert guard._difference(own, expected) == torch.inf
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_none_are_refused(bad):
+    model = logits_changed(tiny_model("llama"), lambda x: x.index_fill(-1, torch.arange(100, 128), bad))
+    with pytest.raises(UnsupportedModelError, match="NaN or infinity"):
+        kvcar.attach(model, kvcar.lossless(model))
+
+
+def test_layers_that_the_config_has_lost_while_attached_are_told():
+    model = tiny_model("llama")
+    with kvcar.attach(model, kvcar.lossless(model)) as attached, torch.no_grad():
+        model.config.num_hidden_layers = 3
+        with pytest.raises(AttachError, match="3 layers, and had 4 when it was attached"):
+            model(token_ids(20), past_key_values=attached.new_cache())
+
+
+def test_more_queries_than_tokens_are_refused():
+    model = tiny_model("llama")
+    with kvcar.attach(model, kvcar.lossless(model)) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model.model.layers[1].register_forward_pre_hook(lambda *_: cache.check_mask(None, 0, 51))
+        with pytest.raises(UnsupportedModelError, match="51 queries in a pass of 50 tokens"):
+            model(token_ids(50), past_key_values=cache)

@@ -237,3 +237,31 @@ def test_a_cache_does_not_go_on_in_another_dtype(family, first, then):
         cache.reset()
         other(ids[:, :70], past_key_values=cache)
         assert cache.tokens == 70
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("options", [{"codec": "identity"}, {"times_smaller": 3}], ids=["lossless", "coded"])
+def test_a_cache_goes_on_over_another_attachment_of_the_same_weights(family, options):
+    model, ids = tiny_model(family), token_ids(150)
+    bundle, other = fitted(model, window=0, **options), copy.deepcopy(model)
+    with kvcar.attach(model, bundle) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(ids[:, :70], past_key_values=cache)
+        again, kept = cache.fork(), cache.fork()
+        expected = [model(part, past_key_values=cache).logits for part in ids[:, 70:].split(9, dim=1)]
+    with kvcar.attach(model, bundle), kvcar.attach(other, bundle), torch.no_grad():
+        for own, fork in ((model, again), (other, kept)):
+            got = [own(part, past_key_values=fork).logits for part in ids[:, 70:].split(9, dim=1)]
+            assert torch.equal(torch.cat(got, dim=1), torch.cat(expected, dim=1))
+
+
+def test_a_cache_says_whether_it_has_tokens():
+    model, ids = tiny_model("llama"), token_ids(40)
+    with kvcar.attach(model, kvcar.lossless(model)) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        assert not cache.is_initialized
+        model(ids, past_key_values=cache)
+        assert cache.is_initialized
+        assert cache.fork().is_initialized
+        cache.reset()
+        assert not cache.is_initialized

@@ -239,7 +239,7 @@ def test_kernels_hide_what_the_window_of_each_query_has_passed(attend, tokens):
         cache.begin_pass(host, 2, tokens, mask, (mask.cumsum(-1) - 1)[:, 600:])
         key = torch.randn(2, 2, tokens, 16)
         cache.write(0, key, key)
-        compared(torch.randn(2, 4, tokens, 16), *cache.past(0), 0.25)
+        compared(torch.randn(2, 4, tokens, 16), *cache.past(0, tokens), 0.25)
         cache.leave_pass()
     assert ids.shape[1] == tokens
     assert seen == {tokens > 1: pytest.approx(0, abs=1e-4)}

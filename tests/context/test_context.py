@@ -12,7 +12,14 @@ import kvcar
 from kvcar.cache.cache import KVCarCache
 from kvcar.cache.snapshot import contents_of
 from kvcar.context import read_context
-from kvcar.errors import AttachError, CacheStateError, ContextError, InputError, ModelMismatchError
+from kvcar.errors import (
+    AttachError,
+    CacheStateError,
+    ContextError,
+    InputError,
+    ModelMismatchError,
+    UnsupportedModelError,
+)
 from kvcar.geometry import Slot
 from kvcar.plan import Reuse
 
@@ -352,3 +359,37 @@ def test_positions_that_begin_late_are_right_also_in_a_loaded_cache(kernels, mon
         loaded = KVCarCache.load(tmp_path / "late", fresh)
         got = fresh(ids[:, 150:], position_ids=positions[:, 150:], past_key_values=loaded).logits
     torch.testing.assert_close(got, expected)
+
+
+class Wrapped:
+    """What wraps a model as peft does."""
+
+    def __init__(self, model):
+        self._model = model
+
+    def get_base_model(self):
+        return self._model
+
+
+def test_a_wrapped_model_is_the_model_and_others_are_refused(llama, saved):
+    model, bundle = llama
+    for wrapped in (Wrapped(model), torch.compile(model, backend="eager")):
+        assert KVCarCache.load(saved, wrapped, bundle).tokens == 150
+        with kvcar.attach(model, bundle):
+            assert KVCarCache.load(saved, wrapped).tokens == 150
+    for other in (None, torch.nn.Linear(2, 2), "model"):
+        with pytest.raises(UnsupportedModelError, match="load takes a model of transformers, got"):
+            KVCarCache.load(saved, other, bundle)
+
+
+def test_a_context_that_was_loaded_before_its_model_was_attached_takes_any_tokens(tmp_path):
+    model = tiny_model("llama")
+    bundle, ids = fitted(model, codec="identity", window=0), token_ids(150)
+    with kvcar.attach(model, bundle) as attached:
+        cache = attached.new_cache()
+        step(model, cache, ids[:, :100])
+        cache.save(tmp_path / "a.ctx")
+    loaded = KVCarCache.load(tmp_path / "a.ctx", model, bundle)
+    with kvcar.attach(model, bundle):
+        for part in ids[:, 100:].split(7, dim=1):
+            assert torch.equal(step(model, loaded, part), step(model, cache, part))

@@ -122,3 +122,29 @@ def test_tokens_that_see_later_ones_are_refused():
     images[:, 3:7] = 1
     with torch.no_grad(), kvcar.attach(model, kvcar.lossless(model)) as attached, pytest.raises(UnsupportedModelError):
         model(input_ids=ids, token_type_ids=images, past_key_values=attached.new_cache())
+
+
+# A window of 512 tokens is coded, where all layers have heads alike.
+ALIKE = {"sliding_window": 512, "global_head_dim": 16, "num_global_key_value_heads": 2}
+REQUESTS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "prompt lookup": {"prompt_lookup_num_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("own_cache", [False, True], ids=["compressed", "its own cache while attached"])
+@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize("overrides", [{}, ALIKE], ids=["heads differ", "windows coded"])
+@pytest.mark.parametrize("padding", [0, 37])
+def test_layers_that_are_asked_for_the_last_tokens_alone(overrides, request_, padding, own_cache):
+    # Gemma 4 computes no others in layers that read the keys of earlier ones.
+    model, batch = tiny_family("gemma4_text", **overrides), 1 if "prompt_lookup_num_tokens" in request_ else 2
+    ids = torch.randint(20, 150, (batch, 300), generator=torch.Generator().manual_seed(1)).repeat(1, 2)
+    mask = torch.ones_like(ids)
+    mask[0, :padding] = 0
+    given = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "eos_token_id": 3, "pad_token_id": 0}
+    expected = model.generate(ids, **given, **request_)
+    with kvcar.attach(model, kvcar.lossless(model, window=0), prefill_chunk=250):
+        cache = {"past_key_values": DynamicCache(config=model.config)} if own_cache else {}
+        assert torch.equal(model.generate(ids, **given, **request_, **cache), expected)

@@ -119,7 +119,7 @@ class Attachment:
         return KVCarCache(self.bundle, window=self._window)
 
     def detach(self) -> None:
-        """Restore the model; caches made meanwhile can no longer be used with it. Doing it twice is harmless.
+        """Restore the model; caches made meanwhile go on once it is attached again. Doing it twice is harmless.
 
         Raises:
             AttachError: another thread is in a pass of the model.
@@ -207,8 +207,14 @@ class Attachment:
         return self._rotations.get(layer)
 
     def own_layers(self) -> list[Any]:
-        """Make the layers of the model's own cache, empty."""
-        return own_cache_layers(self.model.config)
+        """Make the layers of the model's own cache, empty; raises AttachError where its config has others by now."""
+        layers, expected = own_cache_layers(self.model.config), self.bundle.plan.geometry.layers
+        if len(layers) != expected:
+            raise AttachError(
+                f"the config of {type(self.model).__name__} has {len(layers)} layers, and had {expected} when it was attached; detach "
+                "the model and attach it with a bundle for what it is now"
+            )
+        return layers
 
     # Hooks
 

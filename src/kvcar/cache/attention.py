@@ -165,18 +165,37 @@ def _attention(
     layer = None if cache is None else _layer_read(cache, layers, key, value)
     if current is None or cache is None or layer is None:
         function = base_function(base, module)
-        return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        mask = _mask_of_last(base, module, query, key, attention_mask, kwargs.get("is_causal"))
+        return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
     _refuse_unknown(base, module, dropout, kwargs)
     _refuse_not_causal(module, query, attention_mask, kwargs.get("is_causal"))
     scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
     if torch.compiler.is_compiling():
         return attend_layer(query, key, value, attention_mask, scale, softcap, sinks, layer, current.handle), None
-    cache.check_given(layer, key, value, attention_mask)
+    cache.check_given(layer, query.shape[2], key, value, attention_mask)
     with torch.no_grad():
         output = cache.attend(layer, query, scale, softcap, sinks)
     differentiable = torch.is_grad_enabled() and query.requires_grad
     return cast(Tensor, _NotDifferentiable.apply(output, query)) if differentiable else output, None
+
+
+def _mask_of_last(
+    base: str, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
+) -> Tensor | None:
+    """The mask that sdpa needs where queries are those of the last tokens alone, which it would take for the first ones.
+
+    Models know that and pass all queries to an implementation that is named sdpa; ours has another name.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    if base != "sdpa" or mask is not None or not 1 < queries < keys or not _causal(module, is_causal):
+        return mask
+    return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
+
+
+def _causal(module: nn.Module, is_causal: bool | None) -> bool:
+    """Whether later tokens are hidden where there is no mask: the module says so, or its call."""
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
 
 
 def _layer_read(cache: KVCarCache, layers: tuple[int, ...], key: Tensor, value: Tensor) -> int | None:
@@ -203,8 +222,7 @@ def _refuse_unknown(base: str, module: nn.Module, dropout: float, kwargs: dict[s
 
 def _refuse_not_causal(module: nn.Module, query: Tensor, mask: Tensor | None, is_causal: bool | None) -> None:
     """Where there is no mask, the module or its call says whether later tokens are seen; a mask says so itself."""
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if mask is None and query.shape[2] > 1 and not causal:
+    if mask is None and query.shape[2] > 1 and not _causal(module, is_causal):
         raise UnsupportedModelError(
             f"{type(module).__name__} attends to later tokens too (is_causal is False), and a compressed cache is causal"
         )
@@ -250,7 +268,7 @@ def attend_layer(
         )
     # Compiled code uses the memory of its tensors again, while the cache holds on to these to the end of the pass.
     cache.write(layer, key.clone(), value.clone())
-    cache.check_mask(mask, layer)
+    cache.check_mask(mask, layer, query.shape[2])
     return cache.attend(layer, query, scaling, softcap, sinks)
 
 

@@ -7,9 +7,12 @@ goes wrong here in the open, before the first token of a user is computed.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from inspect import signature
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,12 +34,15 @@ from .cache import KVCarCache
 _log = logging.getLogger("kvcar")
 
 _CHUNKS_TOKENS = (11, 3, 1)
+_LAST_TOKENS = 2
 _PADDING_TOKENS = 3
 _PAGE_TOKENS = 32
 # No more than leave tokens for the pages.
 _SINKS = 4
 # Root mean square of what may differ, as a share of the logits': sums in another order, in the dtype that the model computes in.
 _NOISE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+# Logits from here down say that a token is ruled out (room of the vocabulary that no token takes, those of images).
+_RULED_OUT = -3e4
 
 _tried: WeakKeyDictionary[nn.Module, set[tuple[object, ...]]] = WeakKeyDictionary()
 
@@ -73,7 +79,7 @@ def _looked_at(model: PreTrainedModel, bundle: Bundle) -> tuple[dict[int, Rotary
     except Exception as error:
         raise _not_over_own_cache(model, error) from error
     expected = logits.float()[window["attention_mask"].bool()]
-    if not torch.isfinite(expected).all():
+    if not (torch.isfinite(expected) | (expected <= _RULED_OUT)).all():
         raise UnsupportedModelError(
             f"{type(model).__name__} computes NaN or infinity over its own cache; check the model's weights and dtype"
         )
@@ -94,14 +100,7 @@ def check_against(model: PreTrainedModel, bundle: Bundle, expected: Tensor) -> N
     """
     started = time.perf_counter()
     lossless = _lossless(bundle)
-    try:
-        got = _logits(model, KVCarCache(lossless))
-    except KVCarError:
-        raise
-    except Exception as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not run over a compressed cache ({type(error).__name__}: {_first_line(error)})"
-        ) from error
+    got = _ran(model, partial(_logits, model, KVCarCache(lossless)))
     error, noise = _difference(got, expected), _NOISE[model.dtype]
     if not error <= noise:
         # Some models say something else as soon as they are run in chunks, whatever the cache (states, choices of experts).
@@ -113,11 +112,38 @@ def check_against(model: PreTrainedModel, bundle: Bundle, expected: Tensor) -> N
             f"where {model.dtype} explains {100 * noise:.2g} % ({_places(got, expected, noise)}). It does something with "
             "keys, values or masks that kvcar does not know, and is refused rather than answered wrongly"
         )
+    _check_last(model, lossless, expected[-_LAST_TOKENS:])
     _tried.setdefault(model, set()).add(_key(model, bundle))
     _log.info(
         "%s over lossless pages differs from its own cache by %.1g %% of its logits' size (%.2f s)",
         type(model).__name__, 100 * error, time.perf_counter() - started,
     )  # fmt: skip
+
+
+def _check_last(model: PreTrainedModel, lossless: Bundle, expected: Tensor) -> None:
+    """Ask for the last logits alone, as ``generate`` does: layers that read the keys of others may then have fewer queries than keys."""
+    parts = find_decoder(model)
+    if len(parts.readers) == len(parts.attention) or "logits_to_keep" not in signature(model.forward).parameters:
+        return
+    got = _ran(model, partial(_last_logits, model, KVCarCache(lossless)))
+    error, noise = _difference(got, expected), _NOISE[model.dtype]
+    if not error <= noise:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} over lossless pages differs from its own cache where only the last {_LAST_TOKENS} logits are "
+            f"asked for: {100 * error:.2g} % of their size, where {model.dtype} explains {100 * noise:.2g} %"
+        )
+
+
+def _ran(model: PreTrainedModel, run: Callable[[], Tensor]) -> Tensor:
+    """What a run over a compressed cache gives; raises UnsupportedModelError where it fails."""
+    try:
+        return run()
+    except KVCarError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run over a compressed cache ({type(error).__name__}: {_first_line(error)})"
+        ) from error
 
 
 def _key(model: PreTrainedModel, bundle: Bundle) -> tuple[object, ...]:
@@ -171,6 +197,14 @@ def _logits(model: PreTrainedModel, cache: Cache) -> Tensor:
     return torch.cat(parts, dim=1)[mask.bool()]
 
 
+def _last_logits(model: PreTrainedModel, cache: Cache) -> Tensor:
+    """Logits ``[tokens, V]`` of the last tokens of the sequence without padding, run at once."""
+    ids = _window(model)["input_ids"][1:]
+    with evaluating(model):
+        given = cache_argument(model, cache)
+        return model(input_ids=ids, **given, use_cache=True, logits_to_keep=_LAST_TOKENS).logits[0].float()
+
+
 def _lossless(bundle: Bundle) -> Bundle:
     """The bundle with every coded layer stored unchanged, in pages that take every token as soon as its pass is over."""
     geometry, layers = bundle.plan.geometry, bundle.plan.coded_layers
@@ -184,9 +218,13 @@ def _lossless(bundle: Bundle) -> Bundle:
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of the logits about their mean."""
-    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
-    return float((got - expected).square().mean().sqrt() / spread.clamp_min(1e-12))
+    """Root mean square of the difference over that of the logits about their mean; infinity where not the same ones are ruled out."""
+    said = expected > _RULED_OUT
+    if not torch.equal(got <= _RULED_OUT, ~said):
+        return math.inf
+    mean = expected.where(said, 0.0).sum(-1, keepdim=True) / said.sum(-1, keepdim=True)
+    spread = (expected - mean)[said].square().mean().sqrt()
+    return float((got - expected)[said].square().mean().sqrt() / spread.clamp_min(1e-12))
 
 
 def _places(got: Tensor, expected: Tensor, noise: float) -> str:

@@ -79,6 +79,10 @@ class PageStore:
         self._write(page, self._pack(stored, means))
         self.tokens += count
 
+    def use(self, units: Sequence[UnitCoder]) -> None:
+        """Go on with other units, equal to those that there were."""
+        self._units = units
+
     def has(self, unit: UnitCoder) -> bool:
         """Whether these pages have what the unit codes."""
         return any(own is unit for own in self._units)
@@ -252,6 +256,14 @@ class PageStores:
             for layout, places in coder.groups
         )
         self.tokens = 0
+
+    def use(self, coder: PageCoder) -> None:
+        """Go on with the coder of another attachment, of an equal bundle, for the same device and dtype."""
+        if coder is self.coder:
+            return
+        self.coder = coder
+        for store, (_, places) in zip(self._stores, coder.groups, strict=True):
+            store.use([coder.units[i] for i in places])
 
     @property
     def arenas(self) -> list[Tensor]:

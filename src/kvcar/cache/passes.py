@@ -118,6 +118,7 @@ class PassCache(Cache):
             self._pages = PageStores(coder)
             self._finer = FinerPages.none(batch, self.plan.page_tokens, coder.device)
         self._refuse_another_dtype(host)
+        self._pages.use(coder)
         self._host = host
         if len(self._state.padding) != batch:
             raise CacheStateError(
@@ -167,7 +168,7 @@ class PassCache(Cache):
         """Tokens of each sequence that lie in pages."""
         return 0 if self._pages is None else self._pages.tokens
 
-    def check_given(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    def check_given(self, layer: int, queries: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         """Refuse keys and values ``[B, H, T, D]`` for attention that are not those stored, and masks; see ``check_mask``.
 
         Raises:
@@ -187,16 +188,26 @@ class PassCache(Cache):
                     f"that the cache was given, {own.dtype} {tuple(own.shape)}: this model changes them in between, which a "
                     "compressed cache cannot honour"
                 )
-        self.check_mask(mask, layer)
+        self.check_mask(mask, layer, queries)
 
-    def check_mask(self, mask: Tensor | None, layer: int) -> None:
+    def check_mask(self, mask: Tensor | None, layer: int, queries: int) -> None:
         """Refuse a mask for attention of a coded layer that is not causal with left padding; looks at each mask once a pass.
 
+        Args:
+            mask: ``[B or 1, H or 1, Q, S]``, or None.
+            layer: whose keys are read.
+            queries: Q, fewer than the tokens of the pass where a model asks for its last tokens alone.
+
         Raises:
-            UnsupportedModelError: it hides other tokens, or adds to scores.
+            UnsupportedModelError: it hides other tokens, or adds to scores; or there are more queries than tokens.
         """
         if self._next_state is None:
             return  # the cache was changed in the middle of the pass, which ``past`` tells
+        if queries > self._pass_tokens:
+            raise UnsupportedModelError(
+                f"attention of layer {layer} has {queries} queries in a pass of {self._pass_tokens} tokens, so that a compressed "
+                "cache cannot tell at which tokens they stand"
+            )
         window = self._window if self.plan.is_windowed(layer) else None
         total, given = self._seen + self._pass_tokens, self._masks_given.get(window)
         if mask is None:
@@ -204,7 +215,7 @@ class PassCache(Cache):
             return
         if mask is given:
             return
-        if not is_causal_mask(mask, self._next_state, self._seen, self._pass_tokens, window):
+        if not is_causal_mask(mask, self._next_state, total - queries, queries, window):
             to = f"all {total} tokens" if window is None else f"{_in_words(window)} of {total}"
             raise UnsupportedModelError(
                 f"the mask that attention of layer {layer} is given, {mask.dtype} {tuple(mask.shape)}, is not that of causal "
@@ -233,7 +244,7 @@ class PassCache(Cache):
 
         ``sinks`` ``[Hq]``, where given, is one more score for each query head, that no value belongs to.
         """
-        exact, paged = self.past(layer)
+        exact, paged = self.past(layer, query.shape[2])
         self._coded[layer].attended = True
         # Pages are decoded in float32, whatever the model computes its products in.
         with torch.autocast(query.device.type, enabled=False):
@@ -242,8 +253,8 @@ class PassCache(Cache):
         lost = self._next_state.lost
         return output if lost is None else output.masked_fill(lost[:, None, None, None], torch.nan)
 
-    def past(self, layer: int) -> tuple[ExactPast, PagedPast | None]:
-        """Give what queries of a coded layer attend to in the pass under way.
+    def past(self, layer: int, queries: int) -> tuple[ExactPast, PagedPast | None]:
+        """Give what the queries of the last ``queries`` tokens of the pass under way attend to in a coded layer.
 
         Raises:
             CacheStateError: the cache was changed in the middle of it.
@@ -251,11 +262,11 @@ class PassCache(Cache):
         if self._next_state is None:
             raise CacheStateError("the cache was changed in the middle of a pass over it; run the pass anew")
         windowed = self.plan.is_windowed(layer)
-        exact = self._coded[layer].exact(self._exact_mask(windowed))
+        exact = self._coded[layer].exact(self._exact_mask(windowed, queries))
         assert self._pages is not None
         if self._pages.tokens == 0:
             return exact, None
-        paged = self._paged(layer, self._next_state)
+        paged = self._paged(layer, self._next_state, queries)
         if paged.tokens == 0:  # of a layer whose window has passed all pages
             return exact, None
         if self._decoded is not None and not windowed:
@@ -263,6 +274,11 @@ class PassCache(Cache):
         return exact, paged
 
     # What transformers calls, and a compiler traces
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there are tokens of an earlier pass, by which some models know their first one."""
+        return self._seen > 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -348,8 +364,8 @@ class PassCache(Cache):
 
     def _forget_masks(self) -> None:
         """At the beginning and end of a pass: what attention sees exactly, where windows begin, and which masks were looked at."""
-        self._masks: dict[bool, Tensor | None] = {}
-        self._pass_since: Since | None = None
+        self._masks: dict[tuple[bool, int], Tensor | None] = {}
+        self._pass_since: dict[int, Since] = {}
         self._masks_given: dict[AttendedWindow | None, Tensor] = {}
 
     def _refuse_if_broken(self) -> None:
@@ -496,38 +512,40 @@ class PassCache(Cache):
         geometry = self.plan.geometry
         return AttendedWindow(geometry.sliding_window, geometry.chunked)
 
-    def _since(self) -> Since | None:
-        """Where windows of the tokens of this pass begin; None where they all reach back to the first token."""
+    def _since(self, queries: int) -> Since | None:
+        """Where windows of the last ``queries`` tokens of this pass begin; None where all its tokens see back to the first one."""
         assert self._next_state is not None
         total = self._seen + self._pass_tokens
         if total <= self._window.tokens:
             return None
-        if self._pass_since is None:
+        if queries not in self._pass_since:
             device = self._next_state.padding.device
-            first = self._window.since(torch.arange(self._seen, total, device=device), self._next_state.padding)
+            first = self._window.since(torch.arange(total - queries, total, device=device), self._next_state.padding)
             largest = total - 1 if self._window.chunked else total - self._window.tokens
-            self._pass_since = Since(first, largest)
-        return self._pass_since
+            self._pass_since[queries] = Since(first, largest)
+        return self._pass_since[queries]
 
-    def _paged(self, layer: int, state: SequenceState) -> PagedPast:
+    def _paged(self, layer: int, state: SequenceState, queries: int) -> PagedPast:
         """All pages, as attention of a coded layer reads them."""
         assert self._host is not None
         assert self._pages is not None
         assert self._finer is not None
         coder, rotary, windowed = self._host.coder(self.bundle), self._host.rotary(layer), self.plan.is_windowed(layer)
         given = self._pages.of(windowed), state, coder, rotary, self._finer_of(windowed)
-        return self._views[windowed].of(layer, *given, self._since() if windowed else None)
+        return self._views[windowed].of(layer, *given, self._since(queries) if windowed else None)
 
-    def _exact_mask(self, windowed: bool) -> Tensor | None:
+    def _exact_mask(self, windowed: bool, queries: int) -> Tensor | None:
         """Mask over what attention sees exactly; the same for all layers of a group in a pass, so built once."""
         assert self._next_state is not None
         assert self._pages is not None
-        if windowed not in self._masks:
-            since = self._since() if windowed else None
+        if (windowed, queries) not in self._masks:
+            since = self._since(queries) if windowed else None
             finer = None if self._finer is None else self._finer_of(windowed)
-            given = (self._seen, self._pages.tokens, self._pass_tokens, self.plan.sinks, finer)
-            self._masks[windowed] = exact_mask(self._next_state, *given, since=None if since is None else since.first)
-        return self._masks[windowed]
+            before = self._seen + self._pass_tokens - queries
+            given = (before, self._pages.tokens, queries, self.plan.sinks, finer)
+            mask = exact_mask(self._next_state, *given, since=None if since is None else since.first)
+            self._masks[windowed, queries] = mask
+        return self._masks[windowed, queries]
 
 
 def _in_words(window: AttendedWindow) -> str:

@@ -17,7 +17,7 @@ from ..cache.cache import CONTEXT_STORE, KVCarCache
 from ..cache.coder import PageCoder
 from ..cache.snapshot import CacheContents, cache_of, contents_of
 from ..errors import AttachError, CacheStateError, ContextError, InputError, require
-from ..models.structure import find_decoder
+from ..models.structure import find_decoder, model_of
 from ..version import __version__
 from .entropy import store_library
 from .file import ContextHeader, Part, PartSpec, read_file, write_file
@@ -113,7 +113,7 @@ def load_context(
         InputError: as for ``KVCarCache``, or the extra ``store`` is not installed.
     """
     require(str, Path, path=path)
-    path = Path(path)
+    path, model = Path(path), model_of(model, "load")
     header, data = read_file(path)
     bundle, coder = _made_ready(path, header, model, bundle)
     _check_bounds(path, header, coder)

@@ -33,6 +33,9 @@ CACHE_NAME = CACHE_NAMES[TRANSFORMERS_VERSION < (5, 24)]
 LayerKind = Literal["full", "sliding", "own"]
 """Grows with the text; keeps a window; anything else, which is the model's own business."""
 
+# Adapters of peft that put keys and values of their own before all others.
+_WITH_A_CACHE = {"PREFIX_TUNING", "CARTRIDGE"}
+
 _PROBE = "kvcar_probe"
 _PROBE_TOKENS = 6
 # What our attention can do beyond the usual, or what changes nothing in a causal pass over a cache.
@@ -94,6 +97,12 @@ def model_of(model: object, what: str) -> PreTrainedModel:
         UnsupportedModelError: it is something else.
     """
     model = getattr(model, "_orig_mod", model)
+    kind = str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).rpartition(".")[2]
+    if kind in _WITH_A_CACHE and what != "detach":
+        raise UnsupportedModelError(
+            f"the adapter of this {type(model).__name__} ({kind}) is itself a cache of keys and values, which it gives the model in "
+            f"place of any other; {what} its get_base_model() to run that without the adapter, or use one of another kind (LoRA)"
+        )
     base = getattr(model, "get_base_model", None)
     inner = base() if callable(base) else model
     if isinstance(inner, PreTrainedModel):
