@@ -139,7 +139,10 @@ REQUESTS = {
 @pytest.mark.parametrize("padding", [0, 37])
 def test_layers_that_are_asked_for_the_last_tokens_alone(overrides, request_, padding, own_cache):
     # Gemma 4 computes no others in layers that read the keys of earlier ones.
-    model, batch = tiny_family("gemma4_text", **overrides), 1 if "prompt_lookup_num_tokens" in request_ else 2
+    lookup = "prompt_lookup_num_tokens" in request_
+    if lookup and not hasattr(DynamicCache, "activate_past_recording"):
+        pytest.skip("this version of transformers takes no tokens back from a sliding window")
+    model, batch = tiny_family("gemma4_text", **overrides), 1 if lookup else 2
     ids = torch.randint(20, 150, (batch, 300), generator=torch.Generator().manual_seed(1)).repeat(1, 2)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
@@ -148,3 +151,19 @@ def test_layers_that_are_asked_for_the_last_tokens_alone(overrides, request_, pa
     with kvcar.attach(model, kvcar.lossless(model, window=0), prefill_chunk=250):
         cache = {"past_key_values": DynamicCache(config=model.config)} if own_cache else {}
         assert torch.equal(model.generate(ids, **given, **request_, **cache), expected)
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "gemma4_text"])
+def test_compiled_layers_that_read_the_keys_of_others(name):
+    torch._dynamo.reset()
+    model = tiny_family(name)
+    ids = torch.randint(20, 150, (2, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), kvcar.attach(model, kvcar.lossless(model, window=0)) as attached:
+        compiled, cache, own = (
+            torch.compile(model, backend="eager"),
+            attached.new_cache(),
+            DynamicCache(config=model.config),
+        )
+        for part in ids.split([70, 1, 29], dim=1):
+            got = compiled(input_ids=part, past_key_values=cache).logits
+            assert torch.allclose(got, model(input_ids=part, past_key_values=own).logits, atol=1e-3)

@@ -266,9 +266,12 @@ def attend_layer(
             "attention was compiled for an attachment that is gone, or runs outside of the model's decoder; call "
             "torch._dynamo.reset() and run the model again"
         )
-    # Compiled code uses the memory of its tensors again, while the cache holds on to these to the end of the pass.
-    cache.write(layer, key.clone(), value.clone())
-    cache.check_mask(mask, layer, query.shape[2])
+    if cache.is_written(layer):  # another layer reads these keys
+        cache.check_given(layer, query.shape[2], key, value, mask)
+    else:
+        # Compiled code uses the memory of its tensors again, while the cache holds on to these to the end of the pass.
+        cache.write(layer, key.clone(), value.clone())
+        cache.check_mask(mask, layer, query.shape[2])
     return cache.attend(layer, query, scaling, softcap, sinks)
 
 

@@ -163,6 +163,10 @@ class PassCache(Cache):
         """Whether attention of ``layer`` must come through ``past``."""
         return layer in self._coded
 
+    def is_written(self, layer: int) -> bool:
+        """Whether a coded layer has the keys and values of the pass under way."""
+        return self._coded[layer].pending is not None
+
     @property
     def paged_tokens(self) -> int:
         """Tokens of each sequence that lie in pages."""
