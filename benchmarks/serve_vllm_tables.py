@@ -22,30 +22,34 @@ greatest in brackets, and the CPU time of the whole turn. Seconds to the first t
 
 def serve_vllm_pages() -> dict[str, str]:
     """File name below ``docs/results`` -> content; nothing where there are no records."""
+    fits, loads = load("serve-vllm-*.json", "serve-vllm"), load("serve-vllm-load-*.json", "serve-vllm-load")
     sections = [
-        *(_capacity(record) for record in load("serve-vllm-*.json", "serve-vllm")),
-        *(_load(record) for record in load("serve-vllm-load-*.json", "serve-vllm-load")),
-    ]
+        *(["## Tokens that fit", _CAPACITY] if fits else []), *(part for record in fits for part in _capacity(record)),
+        *(["## Under load", _LOAD] if loads else []), *(part for record in loads for part in _load(record)),
+    ]  # fmt: skip
     return {"serve-vllm.md": "\n\n".join([_HEAD, *sections]) + "\n"} if sections else {}
 
 
-def _capacity(r: dict[str, Any]) -> str:
+def _capacity(r: dict[str, Any]) -> list[str]:
     c = r["config"]
     head = ["cache", f"tokens that fit, {c['model_tokens']:,} a sequence", "times vLLM's own"]
     rows = [[n, f"{own['capacity_tokens']:,}", f"{own['times_capacity']:.2f}"] for n, own in r["contenders"].items()]
-    return "\n\n".join([f"## Tokens that fit: {c['name']}", _CAPACITY, _about(r), markdown([head, *rows])])
+    return [_about(r), markdown([head, *rows])]
 
 
 def _load(r: dict[str, Any]) -> str:
     c = r["config"]
-    about = f"{c['requests']} requests of {c['prompt_tokens']:,} tokens of {c['text']} and {c['new_tokens']} new tokens each, {c['turns']} turns."
+    title = (
+        f"### {c['requests']} prompts of {c['prompt_tokens']:,} tokens of {c['text']}, {c['new_tokens']} new tokens each, "
+        f"{c['turns']} turns"
+    )
     head = [
         "cache", "sequences that fit", "at once", "preemptions", "new tokens a second", "times vLLM's own",
         "CPU time, times vLLM's own", "seconds to the first token, median", "95th percentile",
     ]  # fmt: skip
     stock, *_ = r["contenders"].values()
     rows = [[name, *_served(own, stock["turns"])] for name, own in r["contenders"].items()]
-    return "\n\n".join([f"## Under load: {c['name']}", _LOAD, f"{_about(r)} {about}", markdown([head, *rows])])
+    return [title, _about(r), markdown([head, *rows])]
 
 
 def _served(own: dict[str, Any], stock: list[dict[str, Any]]) -> list[str]:
@@ -59,7 +63,7 @@ def _served(own: dict[str, Any], stock: list[dict[str, Any]]) -> list[str]:
         f"{own['capacity_sequences']:.1f}", _range(turn["most_at_once"] for turn in turns),
         _range(turn["preemptions"] for turn in turns), _spread((turn["new_tokens_per_second"] for turn in turns), 1),
         ratio(lambda turn: turn["new_tokens_per_second"]), ratio(lambda turn: turn["cpu_seconds"]),
-        f"{median(waits):.1f}", f"{quantiles(waits, n=20)[-1]:.1f}",
+        f"{median(waits):.1f}", f"{quantiles(waits, n=20, method='inclusive')[-1]:.1f}",
     ]  # fmt: skip
 
 
@@ -83,7 +87,7 @@ def _about(r: dict[str, Any]) -> str:
     ]
     return " ".join(
         [
-            f"{c['dtype']}; vLLM {c['vllm']}, {r['provenance']['device']}, {c['threads']} threads. Cache of {c['memory'] / 2**20:,.0f} MiB.",
+            f"{c['dtype']}; vLLM {c['vllm']}, {r['provenance']['device']}, threads: {c['threads']}. Cache of {c['memory'] / 2**20:,.0f} MiB.",
             *named, f"Record: `{r['record']}`.",
         ]
     )  # fmt: skip
