@@ -37,7 +37,7 @@ def _capacity(r: dict[str, Any]) -> list[str]:
     return [_about(r), markdown([head, *rows])]
 
 
-def _load(r: dict[str, Any]) -> str:
+def _load(r: dict[str, Any]) -> list[str]:
     c = r["config"]
     title = (
         f"### {c['requests']} prompts of {c['prompt_tokens']:,} tokens of {c['text']}, {c['new_tokens']} new tokens each, "
