@@ -240,6 +240,7 @@ def test_a_cache_does_not_go_on_in_another_dtype(family, first, then):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
+<<<<<<< HEAD
 @pytest.mark.parametrize("options", [{"codec": "identity"}, {"times_smaller": 3}], ids=["lossless", "coded"])
 def test_a_cache_goes_on_over_another_attachment_of_the_same_weights(family, options):
     model, ids = tiny_model(family), token_ids(150)
@@ -265,3 +266,16 @@ def test_a_cache_says_whether_it_has_tokens():
         assert cache.fork().is_initialized
         cache.reset()
         assert not cache.is_initialized
+=======
+def test_a_model_that_changes_its_dtype_does_not_go_on_with_its_caches(family):
+    model, ids = tiny_model(family), token_ids(80)
+    with kvcar.attach(model, fitted(model, times_smaller=3)) as attached, torch.no_grad():
+        cache = attached.new_cache()
+        model(ids, past_key_values=cache)
+        model.bfloat16()
+        with pytest.raises(CacheStateError, match=r"filled in torch.float32 .* computes in torch.bfloat16"):
+            model(ids[:, :1], past_key_values=cache)
+        model.float()
+        model(ids[:, :1], past_key_values=cache)
+        assert cache.tokens == 81
+>>>>>>> 860bbb7 (A bundle belongs to a model's settings too; dtypes that change, unknown tasks, smaller latents and headless models are refused)

@@ -29,6 +29,7 @@ from ..geometry import BFLOAT16_BYTES
 from ..kernels.page_means import rounded_means
 from ..models.fingerprint import Fingerprint, fingerprint, mismatch
 from ..models.geometry import geometry_of
+from ..models.settings import differing_settings, settings_of
 from ..plan import FORMAT_VERSION, Block, Plan
 from ..sizes import REFERENCE_TOKENS, size_in_words, stored_bytes
 from .card import model_card
@@ -172,7 +173,7 @@ class Bundle:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex over plan, codecs and the sampled weights of the model: what a stored context is tied to.
+        """SHA-256 in hex over plan, codecs, and the sampled weights and settings of the model: what a stored context is tied to.
 
         Over the tensors themselves and not their file, so that the writer of the file does not matter; over the
         plan's fields that differ from their defaults, so that fields of later versions do not matter either.
@@ -185,6 +186,8 @@ class Bundle:
                 digest.update(f"\n{index} {name} {data.dtype} {tuple(data.shape)}\n".encode())
                 digest.update(data.numpy().data)
         digest.update(self.model.fingerprint.encode())
+        if self.model.settings:
+            digest.update(json.dumps(self.model.settings, sort_keys=True, separators=(",", ":")).encode())
         return digest.hexdigest()
 
     def check_model(self, model: PreTrainedModel) -> None:
@@ -205,7 +208,14 @@ class Bundle:
         differs = mismatch(self.fingerprint, fingerprint(model))
         if differs is not None:
             raise ModelMismatchError(
-                f"this bundle was fitted for the weights of {self.model.name[:80]}, but {differs}; fit a bundle for this model"
+                f"this bundle was fitted for the weights of {self.model.name[:80]}, but {differs}; fit a bundle for this model, or "
+                "load it again where adapters were merged and taken out, which rounds weights"
+            )
+        differing = differing_settings(self.model.settings, settings_of(model.config))
+        if differing:
+            raise ModelMismatchError(
+                f"this bundle was fitted for {self.model.name[:80]}, whose weights these are, but the model's configuration differs in "
+                f"{', '.join(differing[:5])}; load the model as it was, or fit a bundle for this one"
             )
 
     def with_figures(self, figures: Mapping[str, Any]) -> Bundle:

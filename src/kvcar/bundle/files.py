@@ -198,7 +198,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{folder} is not a bundle: it has no {PLAN_FILE}") from None
     except (OSError, ValueError, RecursionError) as error:
         reason = "arrays nested too deep" if isinstance(error, RecursionError) else reason_of(error)
-        raise BundleError(f"{path} cannot be read: {reason}; fit the bundle again") from None
+        raise BundleError(f"{path} cannot be read: {reason}; copy the bundle again or fit it again") from None
     version = data.get("format_version") if isinstance(data, dict) else None
     if version != FORMAT_VERSION:
         raise PlanError(
@@ -218,7 +218,9 @@ def read_codecs(path: Path, expected_sha256: object) -> dict[str, Tensor]:
     try:
         data = read_regular(path)
     except (OSError, ValueError) as error:
-        raise _OtherCodecsError(f"{path} cannot be read: {reason_of(error)}; fit the bundle again") from None
+        raise _OtherCodecsError(
+            f"{path} cannot be read: {reason_of(error)}; copy the bundle again or fit it again"
+        ) from None
     found = hashlib.sha256(data).hexdigest()
     if found != expected_sha256:
         raise _OtherCodecsError(
@@ -229,7 +231,9 @@ def read_codecs(path: Path, expected_sha256: object) -> dict[str, Tensor]:
         return load_safetensors(data)
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
         # A dtype that torch lacks, for one, is none of safetensors' own errors.
-        raise BundleError(f"{path} is not a readable safetensors file: {error}; fit the bundle again") from None
+        raise BundleError(
+            f"{path} is not a readable safetensors file: {error}; copy the bundle again or fit it again"
+        ) from None
 
 
 def local_folder(source: str | Path, **download: Any) -> Path:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
 from ..bundle import Bundle
@@ -66,12 +66,8 @@ class Attachment:
     """
 
     def __init__(self, model: PreTrainedModel, bundle: Bundle, window: int | None, prefill_chunk: int) -> None:
-        bundle.check_model(model)
         prepare = getattr(type(model), _PREPARE, None)
-        if prepare is None and not isinstance(model, GenerationMixin):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot generate; attach the causal language model around it"
-            )
+        bundle.check_model(model)
         if prepare is None:
             raise UnsupportedModelError(
                 f"this version of transformers prepares caches in a way kvcar does not know ({_PREPARE} is gone); "
@@ -410,11 +406,13 @@ def _prepare_cache(
             )
         cache.settle()
         _refuse_known_prompt(cache, model_kwargs)
-    elif cache is not None:
+    elif cache is not None or generation_config.cache_implementation is not None:
         _log.warning(
-            "generate was given a %s, which stores keys and values as they are: nothing is compressed in it; give it "
+            "generate was given %s, which knows nothing of the bundle: kvcar compresses nothing in it; give it "
             "attached.new_cache(), or no cache at all",
-            type(cache).__name__,
+            f"a {type(cache).__name__}"
+            if cache is not None
+            else f"cache_implementation={generation_config.cache_implementation!r}",
         )
     # transformers cuts token ids into chunks, not embeddings. The assistant of an assisted generation gets the same
     # options, and goes on after a past of its own.

@@ -355,7 +355,7 @@ class PassCache(Cache):
     def _clear(self) -> None:
         self._seen = 0
         self._pass_tokens = 0
-        self._model_dtype: torch.dtype | None = None  # what layers that are not coded are in
+        self._model_dtype: torch.dtype | None = None  # of the model that filled it; None where a file does not say
         self._state: SequenceState | None = None
         self._next_state: SequenceState | None = None
         self._pages: PageStores | None = None
@@ -380,9 +380,8 @@ class PassCache(Cache):
         """Bytes that were stored for one dtype would be read as numbers of another."""
         assert self._pages is not None
         own, now = self._pages.coder, host.coder(self.bundle)
-        mixed = self._model_dtype not in (None, host.dtype) and len(self._coded) < len(self.layers)
-        if mixed or own.device != now.device or own.dtype != now.dtype:
-            stored = own.dtype if own.dtype != now.dtype else self._model_dtype or own.dtype
+        if self._model_dtype not in (None, host.dtype) or own.device != now.device or own.dtype != now.dtype:
+            stored = self._model_dtype or own.dtype
             raise CacheStateError(
                 f"the cache was filled in {stored} on {own.device}, and this model computes in {host.dtype} on {now.device}; "
                 "reset the cache, or go on with a model in the dtype and on the device that it was filled with"

@@ -43,7 +43,7 @@ def tasks(
     from rich.table import Table
 
     from ..bundle import Bundle
-    from ..evaluate.tasks import KVCarLM, local_task, run_tasks
+    from ..evaluate.tasks import KVCarLM, check_tasks, run_tasks
     from ..models.load import load_model
     from ..record import Record
     from .console import check_writable, out, progress_bars
@@ -51,9 +51,7 @@ def tasks(
     loaded_bundle = None if bundle is None else Bundle.from_pretrained(bundle)
     check_writable(json)
     given = [Path(name) if name.endswith(".jsonl") else name for name in names]
-    for task in given:
-        if isinstance(task, Path):
-            local_task(task)  # a bad file is told before the model is loaded
+    check_tasks(given)  # before the model is loaded
     with progress_bars() as tell:
         loaded = load_model(model, dtype, device, tell)
     lm = KVCarLM(loaded.model, loaded.tokenizer, loaded_bundle, window, step_tokens, batch_size)

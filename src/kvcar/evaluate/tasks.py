@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,13 @@ def run_tasks(lm: KVCarLM, tasks: Sequence[str | Path], limit: int | None = None
         tasks: names that the harness knows (fetched from the hub), or ``.jsonl`` files for ``local_task``.
         limit: items of each task, from the start; None for all.
         seed: of the harness.
+
+    Raises:
+        InputError: as ``check_tasks``.
     """
+    check_tasks(tasks)
     given = [local_task(task) if isinstance(task, Path) else task for task in tasks]
-    # Reading the harness' own thousands of tasks takes seconds, and local files need none of them.
-    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in tasks))
+    manager = _manager(any(isinstance(task, str) for task in tasks))
     results = _simple_evaluate(
         model=lm, tasks=given, task_manager=manager, limit=limit, bootstrap_iters=_BOOTSTRAP, random_seed=seed, numpy_random_seed=seed,
         torch_random_seed=seed, fewshot_random_seed=seed, log_samples=True, verbosity="ERROR",
@@ -180,3 +184,20 @@ def run_tasks(lm: KVCarLM, tasks: Sequence[str | Path], limit: int | None = None
         plain["correct"] = [int(sample["acc"]) for sample in sorted(samples, key=lambda s: s["doc_id"])]
         found[name] = plain
     return found
+
+
+def check_tasks(tasks: Sequence[str | Path]) -> None:
+    """Refuse tasks that cannot be run, before anything is loaded for them; raises InputError."""
+    for task in tasks:
+        if isinstance(task, Path):
+            local_task(task)
+        elif not _manager(True).match_tasks([task]):
+            raise InputError(
+                f"the harness knows no task {task[:80]!r}; give a name that it lists (lm-eval ls tasks), or a .jsonl file"
+            )
+
+
+@cache
+def _manager(defaults: bool) -> TaskManager:
+    """Reading the harness' own thousands of tasks takes seconds, and local files need none of them."""
+    return TaskManager(include_defaults=defaults)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, UnsupportedModelError
 from ..geometry import KINDS, Kind, KVGeometry, Slot
 from ..plan import Block
 from ..progress import OnProgress
@@ -93,13 +93,14 @@ def regular_blocks(geometry: KVGeometry, layers_per_block: int, heads_per_block:
 
     Raises:
         InputError: a number is not positive, or larger than what the model has.
+        UnsupportedModelError: all its layers keep short windows.
     """
     groups = geometry.codable_groups
     heads = geometry.kv_heads if heads_per_block is None else heads_per_block
     if not groups:
-        raise InputError(
-            f"every layer of this model attends to a sliding window of {geometry.sliding_window} tokens and keeps no more: there is "
-            "nothing to compress below 512; run it with its own cache"
+        raise UnsupportedModelError(
+            f"every layer of this model attends to a sliding window of {geometry.sliding_window} tokens and keeps no more, and windows "
+            "of fewer than 512 tokens are not compressed; run it with its own cache"
         )
     if not 1 <= layers_per_block <= max(map(len, groups)):
         raise InputError(

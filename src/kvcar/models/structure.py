@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel, cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import KVCarError, UnsupportedModelError
@@ -94,7 +94,7 @@ def model_of(model: object, what: str) -> PreTrainedModel:
         what: the function that it was given to.
 
     Raises:
-        UnsupportedModelError: it is something else.
+        UnsupportedModelError: it is something else, or cannot generate.
     """
     model = getattr(model, "_orig_mod", model)
     kind = str(getattr(getattr(model, "active_peft_config", None), "peft_type", "")).rpartition(".")[2]
@@ -106,6 +106,10 @@ def model_of(model: object, what: str) -> PreTrainedModel:
     base = getattr(model, "get_base_model", None)
     inner = base() if callable(base) else model
     if isinstance(inner, PreTrainedModel):
+        if not isinstance(inner, GenerationMixin):
+            raise UnsupportedModelError(
+                f"{type(inner).__name__} cannot generate; give {what} the causal language model around it"
+            )
         return inner
     hint = " (its attribute model)" if hasattr(model, "model") else ""
     raise UnsupportedModelError(f"{what} takes a model of transformers, got {type(model).__name__}{hint}")

@@ -34,7 +34,7 @@ def quantize_latents(bundle: Bundle, model: PreTrainedModel, windows: Tensor, bi
         scales: "static" (a step per latent) or "dynamic" (the paper's, a step per token).
 
     Raises:
-        InputError: bits out of range, unknown scales, or a lossless block.
+        InputError: bits out of range, unknown scales, a lossless block, or latents that take no more bits already.
     """
     if not 1 <= bits <= 8:
         raise InputError(f"latents are quantised to 1 to 8 bits, got {bits}")
@@ -42,6 +42,12 @@ def quantize_latents(bundle: Bundle, model: PreTrainedModel, windows: Tensor, bi
         raise InputError(f"scales must be static or dynamic, got {scales!r}")
     if any(coded.codec is None for coded in bundle.blocks):
         raise InputError("a lossless block has no latents to quantise")
+    fewest = min(group.bits for block in bundle.plan.blocks for group in block.groups)
+    if fewest <= bits:
+        raise InputError(
+            f"latents of this bundle take {fewest} bits already, and would not be smaller in {bits}; give a bundle whose latents all "
+            "take more, such as one of fit-structure --latent-bits 16"
+        )
     blocks = tuple(
         block.model_copy(update={"groups": (BitGroup(bits=bits, count=block.latents),), "scales": scales})
         for block in bundle.plan.blocks

@@ -22,6 +22,7 @@ from ...geometry import KVGeometry
 from ...kernels.rotary import RotaryTable
 from ...models.fingerprint import Fingerprint, mismatch, sampled_places
 from ...models.rotation import learn_rotations
+from ...models.settings import differing_settings, settings_of
 from ...models.weights import weights_in_use
 
 _LEAST_FOUND = 0.9
@@ -36,7 +37,7 @@ def check_weights(bundle: Bundle, model_config: Any) -> None:
         model_config: vLLM's, which names the checkpoint.
 
     Raises:
-        ModelMismatchError: its weights are others.
+        ModelMismatchError: its weights or settings are others.
         UnsupportedModelError: it has no safetensors files, or other names than the model in transformers.
     """
     folder = _folder(model_config.model, getattr(model_config, "revision", None))
@@ -48,6 +49,13 @@ def check_weights(bundle: Bundle, model_config: Any) -> None:
         raise ModelMismatchError(
             f"the bundle was fitted for the weights of {bundle.model.name[:80]}, but of {model_config.model} {differs}; use the "
             "bundle's model, or fit a bundle for this one"
+        )
+    config = getattr(model_config, "hf_config", None) or AutoConfig.from_pretrained(folder)
+    differing = differing_settings(bundle.model.settings, settings_of(config))
+    if differing:
+        raise ModelMismatchError(
+            f"the bundle was fitted for {bundle.model.name[:80]}, but {model_config.model} differs in {', '.join(differing[:5])}; use "
+            "the bundle's model, or fit a bundle for this one"
         )
 
 
