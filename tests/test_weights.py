@@ -85,7 +85,7 @@ WRITES = {
     ),
     "all written through .data": (lambda model: [p.data.mul_(1.5) for p in model.parameters()], ModelMismatchError),
     "one row written": (one_row, AttachError),
-    "some rows written past autograd": (lambda model: model.model.layers[1].mlp.up_proj.weight.data[:3].mul_(3), AttachError),
+    "some rows written past autograd": (lambda model: model.model.layers[1].mlp.up_proj.weight.data[20:23].mul_(3), AttachError),
     "a parameter replaced": (replaced, AttachError),
     "another dtype": (lambda model: model.bfloat16(), AttachError),
     "other frequencies": (lambda model: model.model.rotary_emb.inv_freq.mul_(0.25), AttachError),

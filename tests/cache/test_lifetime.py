@@ -240,7 +240,6 @@ def test_a_cache_does_not_go_on_in_another_dtype(family, first, then):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-<<<<<<< HEAD
 @pytest.mark.parametrize("options", [{"codec": "identity"}, {"times_smaller": 3}], ids=["lossless", "coded"])
 def test_a_cache_goes_on_over_another_attachment_of_the_same_weights(family, options):
     model, ids = tiny_model(family), token_ids(150)
@@ -266,7 +265,8 @@ def test_a_cache_says_whether_it_has_tokens():
         assert cache.fork().is_initialized
         cache.reset()
         assert not cache.is_initialized
-=======
+
+
 def test_a_model_that_changes_its_dtype_does_not_go_on_with_its_caches(family):
     model, ids = tiny_model(family), token_ids(80)
     with kvcar.attach(model, fitted(model, times_smaller=3)) as attached, torch.no_grad():
@@ -278,4 +278,3 @@ def test_a_model_that_changes_its_dtype_does_not_go_on_with_its_caches(family):
         model.float()
         model(ids[:, :1], past_key_values=cache)
         assert cache.tokens == 81
->>>>>>> 860bbb7 (A bundle belongs to a model's settings too; dtypes that change, unknown tasks, smaller latents and headless models are refused)

@@ -64,5 +64,8 @@ def test_a_model_that_was_saved_and_loaded_again_is_the_same(tmp_path):
 def test_settings_of_which_one_side_knows_nothing_do_not_count():
     assert not differing_settings({"a": 1.0}, {"b": 2.0})
     assert not differing_settings({}, settings_of(LlamaConfig()))
-    assert differing_settings({"a": 1.0, "b": True}, {"a": 1.1, "b": False}) == ["a: 1.1 instead of 1.0", "b: False instead of True"]
+    assert differing_settings({"a": 1.0, "b": True}, {"a": 1.1, "b": False}) == [
+        "a: 1.1 instead of 1.0",
+        "b: False instead of True",
+    ]
     assert not differing_settings({"a": 0.1}, {"a": 0.1 + 1e-12})

@@ -33,5 +33,5 @@ def test_what_has_no_latents_is_refused():
         quantize_latents(fitted(model, bits=4), model, WINDOWS, 9, "static")
     with pytest.raises(InputError, match="no latents"):
         quantize_latents(fitted(model, codec="identity"), model, WINDOWS, 8, "static")
-    with pytest.raises(InputError, match="take 4 bits already"):
+    with pytest.raises(InputError, match="bits already"):
         quantize_latents(fitted(model, bits=4), model, WINDOWS, 8, "static")
