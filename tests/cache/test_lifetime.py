@@ -267,6 +267,7 @@ def test_a_cache_says_whether_it_has_tokens():
         assert not cache.is_initialized
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_model_that_changes_its_dtype_does_not_go_on_with_its_caches(family):
     model, ids = tiny_model(family), token_ids(80)
     with kvcar.attach(model, fitted(model, times_smaller=3)) as attached, torch.no_grad():
