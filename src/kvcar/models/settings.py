@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PreTrainedConfig
 
@@ -54,7 +54,7 @@ def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Setting
             yield f"{prefix}{name}", value
 
 
-def _is_setting(value: object) -> bool:
+def _is_setting(value: object) -> TypeGuard[Setting]:
     return isinstance(value, Setting) and not (isinstance(value, str) and len(value) > _LONGEST)
 
 
