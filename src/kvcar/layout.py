@@ -5,6 +5,9 @@ block, or the exact slots of a mixed layer), each starting at a multiple of 16 b
 plane has ``bits`` bits of a range of latents: byte ``[row, latent]`` packs the tokens ``row``, ``row + rows``, ...
 with the first in the lowest bits, ``rows = page_tokens * bits / 8``. Packing along tokens needs no padding of latents
 and unpacks with a shift and a mask, without a gather. Behind a segment may lie the mean of the page's errors.
+
+A *level* is what packed latents are stored as. With a trellis (``kernels/trellis``) it has one bit more than its planes: the lowest
+bit of its first plane is a branch ``x``, and tokens ``t`` have ``x[t] ^ x[t-1] ^ x[t-3]`` in its place and ``x[t-2]`` below it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .geometry import Slot
-from .plan import RAW_BITS, BitGroup, Block, Plan
+from .plan import MOST_TRELLIS_BITS, RAW_BITS, BitGroup, Block, Plan
 
 SEGMENT_ALIGNMENT_BYTES = 16
 MEAN_STEP_BYTES = 2
@@ -23,7 +26,10 @@ _PLANE_WIDTHS = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: 
 
 
 class Plane(NamedTuple):
-    """Bits ``shift`` to ``shift + bits`` of latents ``start`` to ``stop``, at ``offset`` bytes into the segment."""
+    """Bits ``shift`` to ``shift + bits`` of latents ``start`` to ``stop``, at ``offset`` bytes into the segment.
+
+    ``trellis``: whether its lowest bits are branches, in which case ``shift`` is 1.
+    """
 
     bits: int
     shift: int
@@ -31,6 +37,7 @@ class Plane(NamedTuple):
     stop: int
     offset: int
     rows: int
+    trellis: bool = False
 
     @property
     def size(self) -> int:
@@ -61,18 +68,33 @@ class SegmentLayout:
     lossless: bool = False
 
     @property
+    def branched(self) -> int:
+        """First of the latents that have a trellis, which are the last ones; ``latents`` where none has."""
+        return min((plane.start for plane in self.planes if plane.trellis), default=self.latents)
+
+    def level_bits(self) -> list[int]:
+        """Bits of every latent's levels; 0 for what is stored as it is."""
+        bits = [0] * self.latents
+        for plane in self.planes:
+            for latent in range(plane.start, plane.stop):
+                bits[latent] = max(bits[latent], plane.shift + plane.bits)
+        return bits
+
+    @property
     def end(self) -> int:
         """First byte after the segment."""
         return self.offset + self.size
 
 
-def coded_segment(groups: Sequence[BitGroup], page_tokens: int, offset: int, scale_latents: int = 0) -> SegmentLayout:
+def coded_segment(
+    groups: Sequence[BitGroup], page_tokens: int, offset: int, scale_latents: int = 0, trellis: bool = False
+) -> SegmentLayout:
     """Lay out a block with packed or raw latents; dynamic scales come first, as raw latents."""
     raw = scale_latents + sum(group.count for group in groups if group.bits == RAW_BITS)
     size = raw * page_tokens * 2
     planes: list[Plane] = []
-    for bits, shift, start, stop in _merge_ranges(groups, raw):
-        plane = Plane(bits, shift, start, stop, size, page_tokens * bits // 8)
+    for bits, shift, start, stop, branches in _merge_ranges(groups, raw, trellis):
+        plane = Plane(bits, shift, start, stop, size, page_tokens * bits // 8, branches)
         planes.append(plane)
         size += plane.size
     latents = scale_latents + sum(group.count for group in groups)
@@ -90,21 +112,24 @@ def aligned(offset: int) -> int:
     return -(-offset // SEGMENT_ALIGNMENT_BYTES) * SEGMENT_ALIGNMENT_BYTES
 
 
-def _merge_ranges(groups: Sequence[BitGroup], first: int) -> list[tuple[int, int, int, int]]:
-    """List (bits, shift, start, stop) of all planes; neighbouring groups that share a plane width share the plane."""
-    ranges: list[tuple[int, int, int, int]] = []
+def _merge_ranges(groups: Sequence[BitGroup], first: int, trellis: bool) -> list[tuple[int, int, int, int, bool]]:
+    """List (bits, shift, start, stop, branches) of all planes; neighbouring groups that share a plane width share the plane."""
+    ranges: list[tuple[int, int, int, int, bool]] = []
     start = first
     for group in groups:
         if group.bits == RAW_BITS:
             continue
-        stop, shift = start + group.count, 0
+        stop, branches = start + group.count, trellis and group.bits <= MOST_TRELLIS_BITS
+        shift = int(branches)
         for bits in _PLANE_WIDTHS[group.bits]:
-            last = next((i for i, r in enumerate(ranges) if r[:2] == (bits, shift) and r[3] == start), None)
+            kind = bits, shift, branches
+            last = next((i for i, r in enumerate(ranges) if (*r[:2], r[4]) == kind and r[3] == start), None)
             if last is None:
-                ranges.append((bits, shift, start, stop))
+                ranges.append((bits, shift, start, stop, branches))
             else:
-                ranges[last] = (bits, shift, ranges[last][2], stop)
+                ranges[last] = (bits, shift, ranges[last][2], stop, branches)
             shift += bits
+            branches = False
         start = stop
     return ranges
 
@@ -196,4 +221,4 @@ def _block_segment(plan: Plan, block: Block, exact_bytes: int, offset: int) -> S
     if block.lossless:
         width = len(block.slots) * plan.geometry.head_dim
         return lossless_segment(width, exact_bytes, plan.page_tokens, offset)
-    return coded_segment(block.groups, plan.page_tokens, offset, block.scale_latents)
+    return coded_segment(block.groups, plan.page_tokens, offset, block.scale_latents, block.trellis)

@@ -21,6 +21,8 @@ from .geometry import KINDS, Kind, KVGeometry, PositiveInt, Slot, StrictModel
 FORMAT_VERSION = 2
 RAW_BITS = 16
 PACKED_BITS = tuple(range(1, 9))
+MOST_TRELLIS_BITS = 6
+"""Latents of more bits have no trellis: with half steps their codes would not fit the kernels' products of bytes."""
 
 _LONGEST_PROBLEM = 300  # a message quotes what a stranger wrote
 
@@ -72,6 +74,9 @@ class Block(StrictModel):
     "dynamic" ones are computed for every token over all latents (the paper's int8) and stored with it, two float16.
 
     ``page_means`` says whether a page also stores, in 2 bits an element, what the errors of its tokens have in common.
+
+    ``trellis`` says whether codes of 1 to 6 bits stand for values half a step apart, of which the codes before choose every
+    other one (``kernels/trellis``).
     """
 
     codec: str
@@ -79,6 +84,7 @@ class Block(StrictModel):
     groups: tuple[BitGroup, ...] = Field(default=(), strict=False)
     scales: Scales = "static"
     page_means: bool = False
+    trellis: bool = False
 
     @property
     def latents(self) -> int:
@@ -113,6 +119,8 @@ class Block(StrictModel):
             raise ValueError(f"groups must fall strictly in bits, got {bits}")
         if self.scales == "dynamic" and (len(bits) != 1 or bits[0] not in PACKED_BITS):
             raise ValueError(f"dynamic scales need latents that all have the same 1 to 8 bits, got {bits}")
+        if self.trellis and self.scales == "dynamic":
+            raise ValueError("a trellis needs static scales")
         if len(set(self.slots)) != len(self.slots):
             raise ValueError("a block lists a slot twice")
         return self

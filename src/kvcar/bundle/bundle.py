@@ -104,24 +104,24 @@ class CodedBlock:
         # Of independent errors both terms are the same on average.
         return (cost + together * common.repeat_interleave(together, -1)) / 2
 
-    def on(self, device: torch.device, block: Block, head_dim: int) -> CodedBlock:
+    def on(self, device: torch.device, block: Block, plan: Plan) -> CodedBlock:
         """The same with its tensors on a device; ``block`` is the plan's."""
-        return CodedBlock.from_tensors({name: t.to(device) for name, t in self.tensors().items()}, block, head_dim)
+        return CodedBlock.from_tensors({name: t.to(device) for name, t in self.tensors().items()}, block, plan)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], block: Block, head_dim: int) -> CodedBlock:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], block: Block, plan: Plan) -> CodedBlock:
         """Rebuild and check; raises BundleError."""
         if block.lossless:
             checked(tensors, {})
-            if block.page_means:
+            if block.page_means or block.trellis:
                 raise BundleError(
-                    "a lossless block has no errors for pages to store; the bundle is damaged, fit it again"
+                    "a lossless block has no codes, and no errors for pages to store; the bundle is damaged, fit it again"
                 )
             return cls(None, None)
         prefix = "quantizer."
         own = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
         scales = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        codec = CODECS[block.codec].from_tensors(own, len(block.slots) * head_dim, block.latents)
+        codec = CODECS[block.codec].from_tensors(own, len(block.slots) * plan.geometry.head_dim, block.latents)
         if block.page_means and codec.mean_scale() is None:
             raise BundleError(
                 f"pages store no mean errors of the {block.codec} codec; the bundle is damaged, fit it again"
@@ -132,7 +132,7 @@ class CodedBlock:
                 f"the codec of a block has {len(rounded.decoder)} slots, but the plan needs {len(block.slots)}; the bundle is "
                 "damaged, fit it again"
             )
-        return cls(codec, read_quantizer(scales, block))
+        return cls(codec, read_quantizer(scales, block, plan.page_tokens))
 
 
 @dataclass(frozen=True, repr=False)
@@ -335,7 +335,7 @@ class Bundle:
         of_block = _by_block(tensors, len(plan.blocks))
         values = checked(of_block.pop(_FINGERPRINT), {"values": Stored("n")})["values"]
         blocks = tuple(
-            CodedBlock.from_tensors(of_block[f"blocks.{i}"], block, plan.geometry.head_dim)
+            CodedBlock.from_tensors(of_block[f"blocks.{i}"], block, plan)
             for i, block in enumerate(plan.blocks)
         )
         print_ = Fingerprint(values=values, dtype=model.dtype, digest=model.fingerprint)

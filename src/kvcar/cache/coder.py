@@ -18,6 +18,7 @@ from ..kernels.encode import AffineEncoder, Writer, encode_pages
 from ..kernels.pack import pack, unpack
 from ..kernels.page_means import PageMeans, pack_means, unpack_means
 from ..kernels.rotary import RotaryTable
+from ..kernels.trellis import levels_of, stored_codes
 from ..layout import PageLayout, PageUnit, page_layouts
 
 Restore = Callable[[Tensor], Tensor]
@@ -75,11 +76,14 @@ class UnitCoder:
         lossless = self.coded.codec is None
         return torch.cat([fetch(slot, not lossless) for slot in self.unit.slots], dim=-1)
 
-    def stored(self, x: Tensor) -> Tensor:
-        """Stored values ``[B, N, R]`` of vectors: float32, or the exact dtype when lossless."""
+    def stored(self, x: Tensor, before: Tensor | None = None) -> Tensor:
+        """Stored values ``[B, N, R]`` of vectors: float32, or the exact dtype when lossless.
+
+        ``before`` ``[B, n, R]`` are those of the tokens before them in their page; None where they begin one.
+        """
         if self.coded.codec is None or self.coded.quantizer is None:
             return x.to(self.exact_dtype)
-        return self.coded.quantizer.codes(self.coded.codec.encode(x.float()))
+        return self.coded.quantizer.codes(self.coded.codec.encode(x.float()), before)
 
     def whole_pages(self, x: Tensor, there: Tensor, with_cost: bool = False) -> CodedPages:
         """Code vectors ``[B, N, W]`` that fill pages; tokens that are not ``there``, bool ``[B, N]``, are never read."""
@@ -154,15 +158,22 @@ class UnitCoder:
             values = data.contiguous().view(self.exact_dtype).reshape(batch, -1, segment.latents)
             none = torch.empty(*values.shape[:2], 0, dtype=torch.uint8, device=pages.device)
             return UnitContents(values, none, pages[..., :0])
-        values = unpack(data, segment).reshape(batch, -1, segment.latents)
-        raw, codes = values[..., : segment.raw].to(torch.float16), values[..., segment.raw :].to(torch.uint8)
+        raw, codes = self.parts_of(unpack(data, segment).reshape(batch, -1, segment.latents))
         return UnitContents(raw, codes, pages[..., :0] if means is None else pages[..., means.offset : means.end])
 
     def stored_of(self, contents: UnitContents) -> Tensor:
         """Stored values ``[B, N, R]`` that ``pack`` takes, of what ``contents`` gave."""
         if self.unit.segment.lossless:
             return contents.raw
-        return torch.cat([contents.raw.float(), contents.codes.float()], dim=-1)
+        segment = self.unit.segment
+        levels = levels_of(contents.codes, segment.branched - segment.raw, segment.page_tokens)
+        return torch.cat([contents.raw.float(), levels.float()], dim=-1)
+
+    def parts_of(self, stored: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored values ``[B, N, R]`` of a coded unit, from a page's first token on, as ``UnitContents`` has them."""
+        segment = self.unit.segment
+        codes = stored_codes(stored[..., segment.raw :].to(torch.uint8), segment.branched - segment.raw)
+        return stored[..., : segment.raw].to(torch.float16), codes
 
     def reader(self, slots: tuple[Slot, ...], heads: tuple[int, ...], head_dim: int) -> Reader:
         """Reader that gives ``heads`` of a layer from ``slots`` of this unit."""
@@ -276,7 +287,7 @@ class PageCoder:
         if unit.block is None:
             return UnitCoder(unit, CodedBlock(None, None), self.dtype)
         block = self.plan.blocks[unit.block]
-        coded = bundle.blocks[unit.block].on(device, block, self.plan.geometry.head_dim)
+        coded = bundle.blocks[unit.block].on(device, block, self.plan)
         return UnitCoder(unit, coded, self.dtype)
 
     def _layer_readers(self, layer: int, kind: Kind) -> tuple[Reader, ...]:

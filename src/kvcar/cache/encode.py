@@ -72,7 +72,7 @@ def _part_of_page(unit: UnitCoder, x: Tensor, pages: PageStores, with_costs: boo
     """
     means = pages.open_means(unit)
     x = x if means is None else x.float() - means
-    data = unit.stored(x)
+    data = unit.stored(x, pages.open_stored(unit))
     known = with_costs and unit.knows_cost
     return data, unit.coded.cost(unit.coded.error(x.float(), data), data.shape[1]) if known else None
 

@@ -93,6 +93,11 @@ class PageStore:
         data = self._means_of_page(unit, page) if filled else None
         return None if data is None else unit.read_means(data)
 
+    def open_stored(self, unit: UnitCoder) -> Tensor | None:
+        """Stored values ``[B, n, R]`` of the page under way; None where it has none yet."""
+        page, filled = divmod(self.tokens - self.freed_tokens, self._page_tokens)
+        return self._unpack(unit, self._page(page))[:, :filled] if filled else None
+
     def append_packed(self, packed: Sequence[Tensor], means: Sequence[Tensor | None]) -> None:
         """Add whole pages: bytes uint8 ``[B, pages, size]`` of every unit and of its means, in the units' order."""
         pages = self._joined_units(packed, means)
@@ -299,7 +304,15 @@ class PageStores:
 
     def open_means(self, unit: UnitCoder) -> Tensor | None:
         """See ``PageStore.open_means``."""
-        return next(store for store in self._stores if store.has(unit)).open_means(unit)
+        return self._with(unit).open_means(unit)
+
+    def open_stored(self, unit: UnitCoder) -> Tensor | None:
+        """See ``PageStore.open_stored``."""
+        return self._with(unit).open_stored(unit)
+
+    def _with(self, unit: UnitCoder) -> PageStore:
+        """The store whose pages have what the unit codes."""
+        return next(store for store in self._stores if store.has(unit))
 
     def append_packed(self, packed: Sequence[Tensor], means: Sequence[Tensor | None]) -> None:
         """See ``PageStore.append_packed``."""

@@ -6,7 +6,7 @@ from .checks import Stored, checked
 from .identity import IdentityCodec
 from .linear import LinearCodec
 from .linear8 import Linear8Codec, RoundedMetric
-from .quantizer import DynamicQuantizer, Quantizer, StaticQuantizer, read_quantizer
+from .quantizer import DynamicQuantizer, Quantizer, StaticQuantizer, TrellisQuantizer, read_quantizer
 from .trainable import TrainableCodec
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "StaticQuantizer",
     "Stored",
     "TrainableCodec",
+    "TrellisQuantizer",
     "checked",
     "read_quantizer",
 ]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import BundleError
-from ..plan import DYNAMIC_SCALE_LATENTS, RAW_BITS, BitGroup, Block
+from ..kernels.trellis import Branches, nearest_levels
+from ..plan import DYNAMIC_SCALE_LATENTS, MOST_TRELLIS_BITS, RAW_BITS, BitGroup, Block
 from .checks import Stored, checked
 
 FLOAT16_MAX = 65504.0
@@ -33,8 +34,14 @@ class Quantizer(ABC):
     """Rounds latents ``[..., R]`` to stored values ``[..., S]``, ``S`` of the block's segment, and back."""
 
     @abstractmethod
-    def codes(self, z: Tensor) -> Tensor:
-        """Stored values float32 of latents: whole numbers where they are packed, rounded to float16 where not."""
+    def codes(self, z: Tensor, before: Tensor | None = None) -> Tensor:
+        """Stored values float32 of latents: whole numbers where they are packed, rounded to float16 where not.
+
+        Args:
+            z: latents ``[..., R]``, of tokens that follow each other along the axis before the last.
+            before: stored values ``[..., n, S]`` of the tokens before them in the page that they begin in; None where they
+                begin one.
+        """
 
     @abstractmethod
     def latents(self, u: Tensor) -> Tensor:
@@ -78,8 +85,9 @@ class StaticQuantizer(Quantizer):
         self._lowest = torch.where(self._raw, levels.new_tensor(-FLOAT16_MAX), levels.new_tensor(0.0))
         self._highest = torch.where(self._raw, levels.new_tensor(FLOAT16_MAX), levels)
 
-    def codes(self, z: Tensor) -> Tensor:
+    def codes(self, z: Tensor, before: Tensor | None = None) -> Tensor:
         """See ``Quantizer``."""
+        del before
         u = (z - self.zero) / self.scale
         rounded = torch.where(self._raw, u.to(torch.float16).float(), u.round()) if self._raw.any() else u.round()
         return rounded.clamp(self._lowest, self._highest)
@@ -117,6 +125,50 @@ class StaticQuantizer(Quantizer):
         return cls(groups, scale, zero)
 
 
+class TrellisQuantizer(StaticQuantizer):
+    """A step for each latent, and half steps that a trellis allows; see ``kernels.trellis``.
+
+    Codes are levels, ``scale`` apart; of latents of 1 to ``MOST_TRELLIS_BITS`` bits, which have twice as many, a trellis allows
+    every other one.
+
+    Args:
+        groups, scale, zero: see ``StaticQuantizer``.
+        page_tokens: tokens that a trellis runs over.
+    """
+
+    def __init__(self, groups: Sequence[BitGroup], scale: Tensor, zero: Tensor, page_tokens: int) -> None:
+        super().__init__(groups, scale, zero)
+        self._page_tokens = page_tokens
+        self._first = sum(group.count for group in groups if group.bits > MOST_TRELLIS_BITS)
+        self._highest = torch.cat([self._highest[: self._first], 2 * self._highest[self._first :] + 1])
+
+    def codes(self, z: Tensor, before: Tensor | None = None) -> Tensor:
+        """See ``Quantizer``."""
+        u = super().codes(z)
+        targets = ((z - self.zero) / self.scale)[..., self._first :]
+        u[..., self._first :] = self._levels(targets, None if before is None else before[..., self._first :])
+        return u
+
+    def _levels(self, targets: Tensor, before: Tensor | None) -> Tensor:
+        """Levels ``[..., N, n]`` nearest to ``targets``, a page after the other."""
+        targets = targets.float()
+        count, highest = targets.shape[-2], self._highest[self._first :]
+        flat = targets.reshape(-1, *targets.shape[-2:])
+        begun = 0 if before is None else before.shape[-2] % self._page_tokens
+        head = min(-begun % self._page_tokens, count) if begun else 0
+        parts = []
+        if head and before is not None:
+            begin = Branches.after(before[..., -begun:, :].reshape(-1, begun, before.shape[-1]))
+            parts.append(nearest_levels(flat[:, :head], highest, begin))
+        whole = (count - head) // self._page_tokens * self._page_tokens
+        if whole:
+            pages = flat[:, head : head + whole].unflatten(1, (-1, self._page_tokens))
+            parts.append(nearest_levels(pages.flatten(0, 1), highest).view(*flat[:, :whole].shape))
+        if head + whole < count or not parts:
+            parts.append(nearest_levels(flat[:, head + whole :], highest))
+        return torch.cat(parts, dim=1).view(targets.shape)
+
+
 class DynamicQuantizer(Quantizer):
     """A step and a zero point for each token, over all its latents.
 
@@ -131,8 +183,9 @@ class DynamicQuantizer(Quantizer):
     def __init__(self, bits: int) -> None:
         self._levels = 2**bits - 1
 
-    def codes(self, z: Tensor) -> Tensor:
+    def codes(self, z: Tensor, before: Tensor | None = None) -> Tensor:
         """See ``Quantizer``."""
+        del before
         low = z.amin(-1, keepdim=True).clamp_max(0)
         high = z.amax(-1, keepdim=True).clamp_min(0)
         step = ((high - low) / self._levels).clamp(_SMALLEST_STEP, _LARGEST_STEP).to(torch.float16).float()
@@ -149,9 +202,10 @@ class DynamicQuantizer(Quantizer):
         return {}
 
 
-def read_quantizer(tensors: Mapping[str, Tensor], block: Block) -> Quantizer:
+def read_quantizer(tensors: Mapping[str, Tensor], block: Block, page_tokens: int) -> Quantizer:
     """The quantiser of a block from a bundle's tensors; raises BundleError as ``from_tensors`` does."""
     if block.scales == "dynamic":
         checked(tensors, {})
         return DynamicQuantizer(block.groups[0].bits)
-    return StaticQuantizer.from_tensors(tensors, block.groups)
+    found = StaticQuantizer.from_tensors(tensors, block.groups)
+    return TrellisQuantizer(block.groups, found.scale, found.zero, page_tokens) if block.trellis else found

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..codecs import Linear8Codec, LinearCodec, Quantizer, RoundedMetric, StaticQuantizer
+from ..codecs import Linear8Codec, LinearCodec, Quantizer, RoundedMetric, StaticQuantizer, TrellisQuantizer
 from ..codecs.quantizer import latent_bits
-from ..plan import RAW_BITS, BitGroup
+from ..plan import MOST_TRELLIS_BITS, RAW_BITS, BitGroup
 
 FEWEST_EXACT_BITS, FEWEST_STRONG_BITS = 8, 6
 """Latents of as many bits and more keep their decoder in 16 bits, or are taken out of the others when encoding."""
@@ -101,24 +101,32 @@ def linear_codec(basis: Basis, bits: Tensor, sample: Tensor) -> tuple[LinearCode
 
 
 def linear8_codec(
-    basis: Basis, bits: Tensor, sample: Tensor, metrics: Sequence[RoundedMetric], head_dim: int
+    basis: Basis, bits: Tensor, sample: Tensor, metrics: Sequence[RoundedMetric], head_dim: int, trellis: int | None = None
 ) -> tuple[Linear8Codec, Quantizer]:
-    """Codec in 8 bits and quantiser for given bits; ``metrics`` are those that the basis was made for."""
+    """Codec in 8 bits and quantiser for given bits; ``metrics`` are those that the basis was made for.
+
+    ``trellis``: tokens that one runs over, None for whole steps. Its best steps are those of whole ones, halved.
+    """
     order = torch.argsort(bits, descending=True, stable=True)[: int((bits > 0).sum())]
     own, groups = bits[order], groups_of(bits)
     steps = fit_quantizer(groups, ((sample.double() - basis.mean) @ basis.encoder[:, order]).float()).scale
-    return in_8_bits(basis.mean, basis.decoder[order] * steps[:, None], own, sample, metrics, head_dim)
+    if trellis is not None:
+        steps[own <= MOST_TRELLIS_BITS] /= 2
+    return in_8_bits(basis.mean, basis.decoder[order] * steps[:, None], own, sample, metrics, head_dim, trellis)
 
 
 def in_8_bits(
-    mean: Tensor, decoder: Tensor, bits: Tensor, sample: Tensor, metrics: Sequence[RoundedMetric], head_dim: int
+    mean: Tensor, decoder: Tensor, bits: Tensor, sample: Tensor, metrics: Sequence[RoundedMetric], head_dim: int,
+    trellis: int | None = None,
 ) -> tuple[Linear8Codec, Quantizer]:
     """Round a decoder ``[R, W]`` of codes of falling ``bits``; codes are those of the rounded one, about the sample's mean."""
     exact, strong = (int((bits >= fewest).sum()) for fewest in (FEWEST_EXACT_BITS, FEWEST_STRONG_BITS))
     codec = Linear8Codec.rounded(mean, decoder, metrics, head_dim, exact, strong)
     middle = codec.encode(sample).mean(0)
-    zero = middle - (2.0 ** bits.float() - 1) / 2
-    return codec, StaticQuantizer(groups_of(bits), torch.ones(len(bits), dtype=torch.float32), zero.float())
+    levels = bits if trellis is None else bits + (bits <= MOST_TRELLIS_BITS)
+    zero, one = (middle - (2.0 ** levels.float() - 1) / 2).float(), torch.ones(len(bits), dtype=torch.float32)
+    groups = groups_of(bits)
+    return codec, StaticQuantizer(groups, one, zero) if trellis is None else TrellisQuantizer(groups, one, zero, trellis)
 
 
 def fit_quantizer(groups: Sequence[BitGroup], z: Tensor) -> StaticQuantizer:

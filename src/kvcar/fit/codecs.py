@@ -149,7 +149,7 @@ def solve_linear(
     """PCA of every block under the metric, bits pooled over all of them."""
     bases = bases_of(plan, statistics, options, on_progress)
     bits = bits_of(plan, [basis.variances for basis in bases], budget, options)
-    raw = budget.latents is not None
+    raw, page = budget.latents is not None, plan.page_tokens if options.trellis else None
     for block, basis, own in zip(plan.blocks, bases, bits, strict=True):
         expected = 0.0 if raw else error_of(basis.variances, own)
         if not int(own.sum()):
@@ -159,7 +159,7 @@ def solve_linear(
             codec, quantizer = linear_codec(basis, own, sample)
         else:
             metrics = statistics.rounded_metrics(block.slots)
-            codec, quantizer = linear8_codec(basis, own, sample, metrics, plan.geometry.head_dim)
+            codec, quantizer = linear8_codec(basis, own, sample, metrics, plan.geometry.head_dim, page)
         yield _fitted(block, groups_of(own), codec, quantizer, options, expected)
 
 
@@ -231,5 +231,5 @@ def _fitted(
     scales = "static" if options.structure is None else options.structure.scales
     if scales == "dynamic":
         quantizer = DynamicQuantizer(groups[0].bits)
-    planned = Block(codec=block.codec, slots=block.slots, groups=groups, scales=scales, page_means=block.page_means)
+    planned = block.model_copy(update={"groups": groups, "scales": scales})
     return FittedBlock(planned, CodedBlock(codec, quantizer), expected_kl)

@@ -32,6 +32,7 @@ class Profile:
         fit_tokens: tokens to fit on by default: blocks of thousands of elements at small sizes need many.
         memory_tokens: tokens in memory, of all sequences together, that share the bytes of codecs by default.
         page_means: whether pages store what the errors of their tokens have in common.
+        trellis: whether codes stand for half steps; see ``Block``.
     """
 
     widest_elements: int
@@ -42,6 +43,7 @@ class Profile:
     fit_tokens: int = 24_576
     memory_tokens: int = 65_536
     page_means: bool = True
+    trellis: bool = True
 
 
 PROFILES = {
@@ -55,6 +57,7 @@ PROFILES = {
         entropy_coded=True,
         fit_tokens=65_536,
         page_means=False,
+        trellis=False,
     ),
 }
 
@@ -78,6 +81,7 @@ class Structure:
             measured effect of errors on the model's output; bits and latents of all blocks then share one budget).
         steps: training steps of an autoencoder, per block.
         page_means: whether pages store what the errors of their tokens have in common; for the linear8 codec.
+        trellis: whether codes stand for half steps (see ``Block``); for the linear8 codec.
 
     Raises:
         InputError: values that are out of range or exclude each other.
@@ -96,6 +100,7 @@ class Structure:
     metric: Metric = "std"
     steps: int = 200
     page_means: bool = False
+    trellis: bool = False
 
     def __post_init__(self) -> None:
         require(str, codec=self.codec, scales=self.scales, metric=self.metric)
@@ -122,9 +127,11 @@ class Structure:
                 "the linear8 codec is made of the measured effect of errors and gives latents whole bits: ask for metric='effect', "
                 "and for a size in place of key_latents and value_latents"
             )
-        require(bool, page_means=self.page_means)
+        require(bool, page_means=self.page_means, trellis=self.trellis)
         if self.page_means and self.codec != "linear8":
             raise InputError(f"page_means needs the linear8 codec, which knows what errors cost; got {self.codec!r}")
+        if self.trellis and self.codec != "linear8":
+            raise InputError(f"a trellis needs the linear8 codec, got {self.codec!r}")
         if self.steps < 0:
             raise InputError(f"training steps must not be negative, got {self.steps}")
         self._check_latents()
@@ -232,6 +239,13 @@ class FitOptions:
             self.limits.page_means
             if self.limits is not None
             else self.structure is not None and self.structure.page_means
+        )
+
+    @property
+    def trellis(self) -> bool:
+        """Whether codes stand for half steps; see ``Block``."""
+        return (
+            self.limits.trellis if self.limits is not None else self.structure is not None and self.structure.trellis
         )
 
     @property

@@ -6,7 +6,8 @@ latents, or lossless slots), which count as width 16. In a class a latent has th
 
 - ``offset``: bytes from the start of the page to its column, -1 where it has nothing in this class;
 - ``stride``: bytes from a row of the plane to the next, or from a token's element to the next token's;
-- ``shift``: where the plane's bits go in the code.
+- ``shift``: where the plane's bits go in the code;
+- ``trellis``: 1 where the plane's lowest bits are branches (see ``trellis``).
 
 Then ``code(token) = sum over classes of ((byte[offset + row * stride] >> (width * place)) & mask) << shift`` with
 ``rows = page_tokens * width / 8``, ``row = token % rows`` and ``place = token // rows``.
@@ -24,6 +25,8 @@ from torch import Tensor
 from ..layout import SegmentLayout
 
 WIDTHS = (1, 2, 4, 8, 16)
+BRANCHES = 32
+_FIELDS = 4
 _ELEMENT = WIDTHS.index(16)
 _RAW_BYTES = 2
 _WORD = 4
@@ -34,9 +37,9 @@ class PlaneTable:
     """Latents of one or several segments in blocks of equal length, so that a kernel takes a block at a time.
 
     Attributes:
-        fields: int32 ``[5, 3, blocks * block]``: class, field, latent.
+        fields: int32 ``[5, 4, blocks * block]``: class, field, latent.
         present: int32 ``[blocks]``: the sum of the widths that any latent of the block has.
-        widths: the sum of the widths that any latent has.
+        widths: the sum of the widths that any latent has, and ``BRANCHES`` where any plane has branches.
         blocks: blocks of each segment, the same number for all.
         block: latents of a block.
     """
@@ -54,7 +57,7 @@ class PlaneTable:
 
 
 def segment_fields(segment: SegmentLayout, element_bytes: int = _RAW_BYTES) -> Tensor:
-    """Make fields int32 ``[5, 3, latents]`` of a segment; ``element_bytes`` are those of a lossless one's elements."""
+    """Make fields int32 ``[5, 4, latents]`` of a segment; ``element_bytes`` are those of a lossless one's elements."""
     fields = _absent(segment.latents)
     elements = segment.latents if segment.lossless else segment.raw
     size = element_bytes if segment.lossless else _RAW_BYTES
@@ -64,7 +67,7 @@ def segment_fields(segment: SegmentLayout, element_bytes: int = _RAW_BYTES) -> T
         own = fields[WIDTHS.index(plane.bits), :, plane.start : plane.stop]
         width = plane.stop - plane.start
         own[0] = segment.offset + plane.offset + torch.arange(width, dtype=torch.int32)
-        own[1], own[2] = width, plane.shift
+        own[1], own[2], own[3] = width, plane.shift, int(plane.trellis)
     return fields
 
 
@@ -98,7 +101,7 @@ def word_fields(fields: Tensor) -> Tensor:
     page's first bytes, and keeps no bits.
     """
     parts = fields[:_ELEMENT].unflatten(-1, (-1, _WORD))
-    offset, stride, shift = parts[..., 0].unbind(1)
+    offset, stride, shift, _ = parts[..., 0].unbind(1)
     there = offset >= 0
     span = (parts[:, 0] >= 0).sum(-1) - 1
     width = torch.tensor(WIDTHS[:_ELEMENT])[:, None]
@@ -112,10 +115,16 @@ def has_elements(fields: Tensor) -> bool:
     return bool((fields[_ELEMENT, 0] >= 0).any())
 
 
+def has_branches(fields: Tensor) -> bool:
+    """Whether any plane has branches."""
+    return bool(fields[:, 3].any())
+
+
 def highest_codes(fields: Tensor) -> Tensor:
     """Find the highest code float32 ``[latents]`` that the planes of each latent have room for."""
     width = torch.tensor(WIDTHS[:_ELEMENT])[:, None]
-    return torch.where(fields[:_ELEMENT, 0] >= 0, (2**width - 1) << fields[:_ELEMENT, 2].long(), 0).sum(0).float()
+    there, shift, trellis = fields[:_ELEMENT, 0] >= 0, fields[:_ELEMENT, 2].long(), fields[:_ELEMENT, 3].long()
+    return torch.where(there, ((2**width - 1) << shift) + trellis, 0).sum(0).float()
 
 
 def block_latents(counts: Sequence[int], longest: int) -> int:
@@ -131,10 +140,11 @@ def joined(parts: Sequence[Tensor], block: int, device: torch.device) -> PlaneTa
     has = (fields[:, 0] >= 0).unflatten(-1, (-1, block)).any(-1)
     present = (has * torch.tensor(WIDTHS)[:, None]).sum(0).to(torch.int32)
     widths = sum(width for width, there in zip(WIDTHS, has.any(-1).tolist(), strict=True) if there)
+    widths += BRANCHES * int(has_branches(fields))
     return PlaneTable(fields.contiguous().to(device), present.to(device), widths, blocks, block)
 
 
 def _absent(latents: int) -> Tensor:
-    fields = torch.zeros(len(WIDTHS), 3, latents, dtype=torch.int32)
+    fields = torch.zeros(len(WIDTHS), _FIELDS, latents, dtype=torch.int32)
     fields[:, 0] = -1
     return fields

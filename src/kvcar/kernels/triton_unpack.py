@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 WORD_FIELDS = tl.constexpr(5)
+FIELDS = tl.constexpr(4)
 # Codes as float16 are their own bits, which as a number are this much smaller: exact, and no conversion.
 HALF_SCALE = tl.constexpr(2.0**24)
 _PRODUCT_SIZE = 16
@@ -47,11 +48,11 @@ def page_address(pages, page_count, batch, token, seen, PAGE_TOKENS: tl.constexp
 
 
 @triton.jit
-def _plane(address, inside, seen, table, latent, latents, KLASS: tl.constexpr, PAGE_TOKENS: tl.constexpr):
+def _plane(address, inside, seen, table, latent, latents, KLASS: tl.constexpr, PAGE_TOKENS: tl.constexpr, TRELLIS: tl.constexpr):
     """Read the bits int32 ``[N, BLOCK_R]`` that one plane width adds to the codes; class k is plane width 2**k."""
     BITS: tl.constexpr = 1 << KLASS
     ROWS: tl.constexpr = PAGE_TOKENS * BITS // 8
-    field = table + KLASS * 3 * latents + latent
+    field = table + KLASS * FIELDS * latents + latent
     offset = tl.load(field)
     stride = tl.load(field + latents)
     shift = tl.load(field + 2 * latents)
@@ -62,13 +63,29 @@ def _plane(address, inside, seen, table, latent, latents, KLASS: tl.constexpr, P
     byte = tl.load(where.to(tl.pointer_type(tl.uint8)), mask=there, other=0).to(tl.int32)
     part = (byte >> (place * BITS)[:, None]) & ((1 << BITS) - 1)
     # A product, as it and the sum that follows are one instruction.
-    return part * (1 << shift)[None, :]
+    code = part * (1 << shift)[None, :]
+    if TRELLIS:
+        branches = there & (tl.load(field + 3 * latents) > 0)[None, :]
+        one = _branch(address, inside - 1, branches, offset, stride, BITS, ROWS)
+        three = _branch(address, inside - 3, branches, offset, stride, BITS, ROWS)
+        code = (code ^ ((one ^ three) << 1)) + _branch(address, inside - 2, branches, offset, stride, BITS, ROWS)
+    return code
+
+
+@triton.jit
+def _branch(address, inside, there, offset, stride, BITS: tl.constexpr, ROWS: tl.constexpr):
+    """Read branches int32 ``[N, BLOCK_R]`` of the tokens ``inside`` a page; 0 before its first."""
+    place = tl.maximum(inside, 0) // ROWS
+    row = tl.maximum(inside, 0) - place * ROWS
+    where = address[:, None] + (offset[None, :] + row[:, None] * stride[None, :])
+    byte = tl.load(where.to(tl.pointer_type(tl.uint8)), mask=there & (inside >= 0)[:, None], other=0).to(tl.int32)
+    return (byte >> (place * BITS)[:, None]) & 1
 
 
 @triton.jit
 def _elements(address, inside, seen, table, latent, latents, ELEMENT: tl.constexpr):
     """Read elements ``[N, BLOCK_R]`` stored as they are, in their dtype; 0 where a latent is none."""
-    field = table + 4 * 3 * latents + latent
+    field = table + 4 * FIELDS * latents + latent
     offset = tl.load(field)
     stride = tl.load(field + latents)
     where = address[:, None] + (offset[None, :] + inside[:, None] * stride[None, :])
@@ -100,7 +117,7 @@ def unpack_block(
         seen: bool ``[BLOCK_N]``; nothing is read for other tokens.
         table, present, latents: of the ``PlaneTable``.
         block: which block.
-        WIDTHS: the table's widths; a block skips those it has not.
+        WIDTHS: the table's widths, and 32 where any plane has branches; a block skips those it has not.
         ELEMENT: dtype of elements stored as they are.
     """
     latent = block * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -108,16 +125,16 @@ def unpack_block(
     code = tl.zeros([BLOCK_N, BLOCK_R], tl.int32)
     if WIDTHS & 8:
         if has & 8:
-            code += _plane(address, inside, seen, table, latent, latents, 3, PAGE_TOKENS)
+            code += _plane(address, inside, seen, table, latent, latents, 3, PAGE_TOKENS, WIDTHS & 32)
     if WIDTHS & 4:
         if has & 4:
-            code += _plane(address, inside, seen, table, latent, latents, 2, PAGE_TOKENS)
+            code += _plane(address, inside, seen, table, latent, latents, 2, PAGE_TOKENS, WIDTHS & 32)
     if WIDTHS & 2:
         if has & 2:
-            code += _plane(address, inside, seen, table, latent, latents, 1, PAGE_TOKENS)
+            code += _plane(address, inside, seen, table, latent, latents, 1, PAGE_TOKENS, WIDTHS & 32)
     if WIDTHS & 1:
         if has & 1:
-            code += _plane(address, inside, seen, table, latent, latents, 0, PAGE_TOKENS)
+            code += _plane(address, inside, seen, table, latent, latents, 0, PAGE_TOKENS, WIDTHS & 32)
     value = code.to(OPERAND)
     if WIDTHS & 16:
         if has & 16:

@@ -18,6 +18,7 @@ from ..cache.coder import UnitCoder, UnitContents
 from ..context.file import Part
 from ..context.parts import decode_part, encode_part, is_sound
 from ..errors import ContextError, InputError, require
+from ..kernels.trellis import levels_of
 from ..version import __version__
 from .page_codes import decode_page, encode_page, parameter_bytes
 from .record_coder import DTYPES, RecordCoder
@@ -57,13 +58,8 @@ def encode_record(coder: RecordCoder, keys: Tensor, values: Tensor, key: RecordK
     named: dict[str, Tensor] = {}
     if exact < tokens:
         named = {f"raw.{index}": unit.raw[0] for index, unit in enumerate(units)}
-        codes = (
-            torch.cat([unit.codes[0] for unit in units], dim=-1)
-            if units
-            else torch.empty(tokens, 0, dtype=torch.float32)
-        )
-        named[CODES] = codes[exact:]
-        named |= {name: own[exact:] for name, own in named.items() if name != CODES}
+        none = torch.empty(tokens - exact, 0, dtype=torch.float32)
+        named[CODES] = torch.cat([unit.codes[0] for unit in units], dim=-1) if units else none
     named |= _exact_parts(coder, keys, values, exact)
     parts = [made for name, tensor in named.items() if tensor.numel() for made in _written(name, tensor.cpu(), coder)]
     geometry = coder.geometry
@@ -153,18 +149,18 @@ def _checked_tokens(coder: RecordCoder, keys: Tensor, values: Tensor) -> int:
 def _coded(
     coder: RecordCoder, keys: Tensor, values: Tensor, position: int | None, exact: int
 ) -> tuple[list[UnitContents], bool]:
-    """Stored values of all units, and whether reading them would cost more than the plan allows."""
+    """Stored values of all units, of tokens from ``exact`` on, and whether reading them would cost more than the plan allows."""
     sides = {
         ("key", True): coder.before_rope(keys, position), ("key", False): keys,
         ("value", True): values, ("value", False): values,
     }  # fmt: skip
     limit, contents, cost = coder.plan.cache.page_cost_limit, [], 0.0
     for unit in coder.pages.units:
-        x = coder.vectors(unit, sides)
+        x = coder.vectors(unit, sides)[:, exact:]
         stored = unit.stored(x)
         contents.append(_contents(unit, stored))
         if limit is not None and unit.knows_cost:
-            error = (x.float()[0] - coder.decoded(unit, stored[0]))[exact:]
+            error = x.float()[0] - coder.decoded(unit, stored[0])
             cost += float(unit.coded.cost(error, len(error)).mean()) if len(error) else 0.0
     return contents, limit is not None and cost > limit
 
@@ -176,7 +172,7 @@ def _contents(unit: UnitCoder, stored: Tensor) -> UnitContents:
         return UnitContents(
             stored, torch.empty(*stored.shape[:2], 0, dtype=torch.uint8, device=stored.device), stored[..., :0]
         )
-    raw, codes = stored[..., : segment.raw].to(torch.float16), stored[..., segment.raw :].to(torch.uint8)
+    raw, codes = unit.parts_of(stored)
     # A record's pages are not the cache's, and have no mean errors.
     return UnitContents(raw, codes, codes[..., :0])
 
@@ -296,7 +292,9 @@ def _stored(coder: RecordCoder, index: int, tensors: Mapping[str, Tensor]) -> Te
         parts.append(tensors[f"raw.{index}"].to(coder.device))
     columns = coder.columns[index]
     if columns.stop > columns.start:
-        parts.append(tensors[CODES][:, columns].to(coder.device).float())
+        segment = coder.pages.units[index].unit.segment
+        codes = tensors[CODES][:, columns].to(coder.device)
+        parts.append(levels_of(codes, segment.branched - segment.raw, segment.page_tokens).float())
     return parts[0] if len(parts) == 1 else torch.cat([part.float() for part in parts], dim=-1)
 
 

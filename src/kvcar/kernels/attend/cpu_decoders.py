@@ -49,11 +49,8 @@ class NativeReader(ctypes.Structure):
 
 
 def latent_bits(segment: SegmentLayout) -> Tensor:
-    """Count the bits of every latent of a segment without raw ones, int64 ``[R]``."""
-    bits = torch.zeros(segment.latents, dtype=torch.int64)
-    for plane in segment.planes:
-        bits[plane.start : plane.stop] += plane.bits
-    return bits
+    """Bits of the levels of every latent of a segment without raw ones, int64 ``[R]``."""
+    return torch.tensor(segment.level_bits(), dtype=torch.int64)
 
 
 def decoder_in_8_bits(matrix: Tensor, bias: Tensor, bits: Tensor, head_dim: int) -> RoundedDecoder:

@@ -17,6 +17,7 @@ from ..page_means import PageMeans
 from ..plane_table import (
     PlaneTable,
     block_latents,
+    BRANCHES,
     has_elements,
     highest_codes,
     joined,
@@ -158,7 +159,7 @@ class Bank:
 
     def planes(self, tile: int, page_tokens: int) -> tuple[Tensor, bool]:
         """Table for tiles of so many tokens, and whether it is that of words."""
-        by_words = whole_pages(tile, page_tokens) and not self.with_elements
+        by_words = whole_pages(tile, page_tokens) and not self.with_elements and not self.table.widths & BRANCHES
         return (self.words if by_words else self.table.fields), by_words
 
     @cached_property

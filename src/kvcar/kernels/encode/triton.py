@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...errors import KernelError
 from ..plane_table import PlaneTable, block_latents, joined, segment_fields
-from ..triton_unpack import cannot_run_on
+from ..triton_unpack import FIELDS, cannot_run_on
 from .inputs import ENCODING, Writer, check_pages
 
 _LONGEST_BLOCK = 64
@@ -41,6 +41,8 @@ def unsupported(x: Tensor, writer: Writer) -> str | None:
         return reason
     if writer.segment.lossless:
         return "the segment is lossless: there is nothing to encode"
+    if writer.segment.branched < writer.segment.latents:
+        return "codes have a trellis, which is searched in PyTorch"
     if writer.affine is None and writer.steps is None:
         return "scales are dynamic: they are computed from every token"
     return None
@@ -94,9 +96,7 @@ def _tables(writer: Writer, device: torch.device) -> _Tables:
         segment = replace(writer.segment, offset=0)
         block = block_latents([segment.latents], _LONGEST_BLOCK)
         table = joined([segment_fields(segment)], block, device)
-        bits = torch.zeros(segment.latents, dtype=torch.float32)
-        for plane in segment.planes:
-            bits[plane.start : plane.stop] += plane.bits
+        bits = torch.tensor(segment.level_bits(), dtype=torch.float32)
         _TABLES[writer] = table, (2**bits - 1).to(device)
     return _TABLES[writer]
 
@@ -112,7 +112,7 @@ def _store_plane(
     rho`` the codes' rows are (place, s, rho), and the places of a byte are summed.
     """
     BITS: tl.constexpr = 1 << KLASS
-    field = table + KLASS * 3 * latents + latent
+    field = table + KLASS * FIELDS * latents + latent
     offset = tl.load(field)
     stride = tl.load(field + latents)
     shift = tl.load(field + 2 * latents)
@@ -152,7 +152,7 @@ def _store_codes(
             _store_plane(target, code, table, latent, latents, 0, STEP, BLOCK_RHO, BLOCK_R)
     if WIDTHS & 16:
         if has & 16:
-            field = table + 4 * 3 * latents + latent
+            field = table + 4 * FIELDS * latents + latent
             offset, stride = tl.load(field), tl.load(field + latents)
             raw = tl.minimum(tl.maximum(u, -_FLOAT16_MAXIMUM), _FLOAT16_MAXIMUM).to(tl.float16)
             where = target + inside[:, None] * stride[None, :] + offset[None, :]

@@ -34,6 +34,17 @@ static void pack_plane(const Plane *plane, const uint8_t *codes, int stride, uin
         }
 }
 
+/* Put the branches of levels [tokens][stride] of latents `first` to `stop` in the place of their second bits. */
+static void lay_branches(int tokens, int stride, int first, int stop, uint8_t *levels)
+{
+    for (int t = 1; t < tokens; t++) {
+        uint8_t *own = levels + (long)t * stride;
+        const uint8_t *one = own - stride, *three = t >= 3 ? own - 3L * stride : 0;
+        for (int j = first; j < stop; j++)
+            own[j] ^= (one[j] ^ (three ? three[j] : 0)) & 2;
+    }
+}
+
 static int unpack_page(const void *segments, int64_t page, int worker)
 {
     (void)worker;
@@ -61,6 +72,9 @@ static int pack_page(const void *segments, int64_t page, int worker)
     for (int t = 0; t < s->tokens; t++)
         for (int j = 0; j < count; j++)
             codes[(long)t * stride + j] = (uint8_t)(int)values[(long)t * s->width + j];
+    for (int p = 0; p < s->n_planes; p++)
+        if (s->planes[p].trellis)
+            lay_branches(s->tokens, stride, s->planes[p].start, s->planes[p].start + s->planes[p].count, codes);
     for (int p = 0; p < s->n_planes; p++)
         pack_plane(s->planes + p, codes, stride, segment_at(s, page));
     free(codes);

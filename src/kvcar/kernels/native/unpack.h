@@ -5,9 +5,32 @@
 #include <stdint.h>
 #include <string.h>
 
+/* `trellis`: whether the lowest of its bits are branches; see kernels/trellis. */
 typedef struct {
-    int32_t bits, shift, start, count, rows, offset;
+    int32_t bits, shift, start, count, rows, offset, trellis;
 } Plane;
+
+#define CHUNK 64 /* latents of a plane with branches that are worked out together */
+#define MOST_ROWS 512 /* of such a plane: it has at most 4 bits, and a page at most 1024 tokens */
+
+/* What branches of `count` latents, CHUNK at most, come to: [rows][CHUNK] of the plane with the levels' second bits in the branches'
+ * place in `levels`, and what goes below them in `halves`. The token before a row's first is the last row's, a place lower. */
+static inline void follow_branches(const Plane *plane, const uint8_t *from, const int count, uint8_t *levels, uint8_t *halves)
+{
+    const int rows = plane->rows, bits = plane->bits;
+    const uint8_t mask = bits == 1 ? 0xff : bits == 2 ? 0x55 : 0x11;
+    uint8_t back[3][CHUNK];
+    for (int row = 0; row < 3; row++)
+        for (int j = 0; j < count; j++)
+            back[row][j] = (uint8_t)((from[(long)(rows - 1 - row) * plane->count + j] & mask) << bits);
+    for (int row = 0; row < rows; row++, from += plane->count, levels += CHUNK, halves += CHUNK)
+        for (int j = 0; j < count; j++) {
+            const uint8_t own = from[j], one = back[0][j], two = back[1][j];
+            levels[j] = own ^ one ^ back[2][j];
+            halves[j] = two;
+            back[2][j] = two, back[1][j] = one, back[0][j] = own & mask;
+        }
+}
 
 #if defined(__AVX512BW__)
 #include "unpack_wide.h"
@@ -86,24 +109,52 @@ static inline __attribute__((always_inline)) void unpack_plane(
     }
 }
 
+/* A plane of any bits, known when this runs. */
+static inline void unpack_any(
+    const uint8_t *data, const uint8_t *end, const Plane plane, const int low, const int high, uint8_t *out, const int stride)
+{
+    switch (plane.bits) {
+    case 1: unpack_plane(1, data, end, plane, low, high, out, stride); break;
+    case 2: unpack_plane(2, data, end, plane, low, high, out, stride); break;
+    case 4: unpack_plane(4, data, end, plane, low, high, out, stride); break;
+    default: unpack_plane(8, data, end, plane, low, high, out, stride); break;
+    }
+}
+
+/* A plane with branches, some latents at a time. */
+static void unpack_branches(const uint8_t *data, const Plane plane, const int low, const int high, uint8_t *out, const int stride)
+{
+    uint8_t levels[MOST_ROWS * CHUNK + 16], halves[MOST_ROWS * CHUNK + 16];
+    for (int first = 0; first < plane.count; first += CHUNK) {
+        const int count = plane.count - first < CHUNK ? plane.count - first : CHUNK;
+        follow_branches(&plane, data + plane.offset + first, count, levels, halves);
+        for (int row = 0; row < plane.rows; row++) { /* from rows of CHUNK to rows of `count` */
+            memmove(halves + (long)row * count, halves + (long)row * CHUNK, (size_t)count);
+            memmove(levels + (long)row * count, levels + (long)row * CHUNK, (size_t)count);
+        }
+        Plane part = { plane.bits, 0, plane.start + first, count, plane.rows, 0, 0 };
+        unpack_any(halves, halves + sizeof halves, part, low, high, out, stride);
+        part.shift = 1;
+        unpack_any(levels, levels + sizeof levels, part, low, high, out, stride);
+    }
+}
+
 /* Codes [high - low][stride], and room for 16 more, of tokens `low` to `high` of the segment at `data` in a page that
  * ends at `end`. Planes of low bits come before those that add to them. */
 static void unpack(
     const uint8_t *data, const uint8_t *end, const Plane *planes, int n, int low, int high, uint8_t *out, int stride)
 {
 #if defined(__AVX512BW__)
-    if (n <= WIDE_PLANES_LIMIT) {
+    if (has_wide_room(planes, n)) {
         unpack_wide(data, planes, n, low, high, out, stride);
         return;
     }
 #endif
     for (int p = 0; p < n; p++)
-        switch (planes[p].bits) {
-        case 1: unpack_plane(1, data, end, planes[p], low, high, out, stride); break;
-        case 2: unpack_plane(2, data, end, planes[p], low, high, out, stride); break;
-        case 4: unpack_plane(4, data, end, planes[p], low, high, out, stride); break;
-        default: unpack_plane(8, data, end, planes[p], low, high, out, stride); break;
-        }
+        if (planes[p].trellis)
+            unpack_branches(data, planes[p], low, high, out, stride);
+        else
+            unpack_any(data, end, planes[p], low, high, out, stride);
 }
 
 /* Codes side by side as floats. */

@@ -8,6 +8,7 @@
 
 #define WIDE 64 /* latents in a vector */
 #define WIDE_PLANES_LIMIT 16
+#define WIDE_BRANCH_ROWS 56 /* of all planes with branches: a page of 64 tokens has 8, 16 and 32 of them */
 
 /* What a plane adds to a vector of latents of some tokens: `first` is where the page's first token would be if the
  * plane began with the first of these latents, `from` the same of the first of these tokens. */
@@ -62,20 +63,67 @@ static inline __attribute__((always_inline)) void unpack_eighth_of(
     }
 }
 
-/* What each plane adds to latents `first` to `first` + WIDE; how many add something. */
-static int wide_parts(const uint8_t *data, const Plane *planes, int n, int first, WidePart *parts)
+/* What branches come to; a vector each of a row's latents. */
+typedef struct {
+    __m512i levels[WIDE_BRANCH_ROWS], halves[WIDE_BRANCH_ROWS];
+} WideBranches;
+
+/* Whether the branches of all planes have room. */
+static inline int has_wide_room(const Plane *planes, int n)
 {
-    int found = 0;
+    int rows = 0;
+    for (int p = 0; p < n; p++)
+        rows += planes[p].trellis ? planes[p].rows : 0;
+    return n <= WIDE_PLANES_LIMIT && rows <= WIDE_BRANCH_ROWS;
+}
+
+/* `follow_branches` for the lanes of a vector: rows as they go on the way to tokens, the branches' own bits in the levels'. */
+static inline void follow_wide(const Plane *plane, const WidePart *part, __m512i *levels, __m512i *halves)
+{
+    const int rows = plane->rows, bits = plane->bits;
+    const __m512i mask = _mm512_set1_epi8(bits == 1 ? -1 : bits == 2 ? 0x55 : 0x11);
+    __m512i back[3];
+    for (int row = 0; row < 3; row++) {
+        const __m512i last = _mm512_maskz_loadu_epi8(part->lanes, part->first + (long)(rows - 1 - row) * part->step);
+        /* Of the highest places nothing is left: what a word's byte gives to the next one is masked off. */
+        const __m512i up = _mm512_slli_epi32(_mm512_and_si512(last, mask), (unsigned)bits);
+        back[row] = _mm512_and_si512(up, _mm512_set1_epi8((char)(0xff << bits)));
+    }
+    for (int row = 0; row < rows; row++) {
+        const __m512i own = _mm512_maskz_loadu_epi8(part->lanes, part->first + (long)row * part->step);
+        levels[row] = _mm512_ternarylogic_epi32(own, back[0], back[2], 0x96); /* all three, exclusive or */
+        halves[row] = back[1];
+        back[2] = back[1], back[1] = back[0], back[0] = _mm512_and_si512(own, mask);
+    }
+}
+
+/* What each plane adds to latents `first` to `first` + WIDE; how many add something. */
+static int wide_parts(const uint8_t *data, const Plane *planes, int n, int first, WidePart *parts, WideBranches *branches)
+{
+    int found = 0, row = 0;
     for (int p = 0; p < n; p++) {
         const Plane *plane = planes + p;
         WidePart *part = parts + found;
         part->lanes = lanes_between(plane->start - first, plane->start + plane->count - first);
+        if (!part->lanes)
+            continue;
         part->first = data + plane->offset + first - plane->start;
         part->step = plane->count;
         part->bits = plane->bits;
         part->shift = plane->shift;
         part->keep = _mm512_set1_epi8((char)(((1u << plane->bits) - 1) << plane->shift));
-        found += part->lanes != 0;
+        found++;
+        if (plane->trellis) {
+            follow_wide(plane, part, branches->levels + row, branches->halves + row);
+            part->first = (const uint8_t *)(branches->levels + row);
+            part->step = WIDE;
+            part[1] = part[0];
+            part[1].first = (const uint8_t *)(branches->halves + row);
+            part[1].shift = 0;
+            part[1].keep = _mm512_set1_epi8(1);
+            found++;
+            row += plane->rows;
+        }
     }
     return found;
 }
@@ -95,9 +143,10 @@ static inline void turn_to(WidePart *parts, int n, int tokens, int eighth, int f
 static void unpack_wide(const uint8_t *data, const Plane *planes, int n, int low, int high, uint8_t *out, int stride)
 {
     const int tokens = planes[0].rows / planes[0].bits;
-    WidePart parts[WIDE_PLANES_LIMIT];
+    WidePart parts[2 * WIDE_PLANES_LIMIT];
+    WideBranches branches;
     for (int first = 0; first < stride; first += WIDE) {
-        const int found = wide_parts(data, planes, n, first, parts);
+        const int found = wide_parts(data, planes, n, first, parts, &branches);
         uint8_t *to = out + first;
         for (int token = low; token < high;) {
             const int eighth = token / tokens, end = (eighth + 1) * tokens, stop = end < high ? end : high;

@@ -19,12 +19,12 @@ _I32, _I64, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p
 class NativePlane(ctypes.Structure):
     """``Plane`` of ``unpack.h``."""
 
-    _fields_ = [(name, _I32) for name in ("bits", "shift", "start", "count", "rows", "offset")]
+    _fields_ = [(name, _I32) for name in ("bits", "shift", "start", "count", "rows", "offset", "trellis")]
 
     @classmethod
     def of(cls, plane: Plane) -> Self:
         """Return the same plane as C has it."""
-        return cls(plane.bits, plane.shift, plane.start, plane.stop - plane.start, plane.rows, plane.offset)
+        return cls(plane.bits, plane.shift, plane.start, plane.stop - plane.start, plane.rows, plane.offset, plane.trellis)
 
 
 class _Segments(ctypes.Structure):

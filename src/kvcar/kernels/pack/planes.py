@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...layout import Plane, SegmentLayout
 from ..backend import Operation
+from ..trellis import changes_of, with_branches
 
 PACKING = Operation("packing", __package__ or "")
 UNPACKING = Operation("unpacking", __package__ or "")
@@ -20,7 +21,7 @@ def pack(u: Tensor, layout: SegmentLayout) -> Tensor:
     if layout.raw:
         parts.append(raw_bytes(u, layout))
     if layout.planes:
-        codes = u[..., layout.raw :].to(torch.uint8)
+        codes = with_branches(u[..., layout.raw :].to(torch.uint8), layout.branched - layout.raw)
         parts += [_pack_plane(codes, plane, layout.raw).reshape(*lead, -1) for plane in layout.planes]
     return torch.cat(parts, dim=-1)
 
@@ -37,6 +38,8 @@ def unpack(data: Tensor, layout: SegmentLayout) -> Tensor:
         codes = torch.empty(shape, dtype=torch.uint8, device=data.device)
         for plane in layout.planes:
             _unpack_plane(data, plane, layout.raw, codes)
+        first = layout.branched - layout.raw
+        codes[..., first:] ^= changes_of(codes[..., first:] >> 1 & 1)
         u[..., layout.raw :] = codes
     return u
 
@@ -63,7 +66,7 @@ def _pack_plane(codes: Tensor, plane: Plane, raw: int) -> Tensor:
 
 
 def _unpack_plane(data: Tensor, plane: Plane, raw: int, codes: Tensor) -> None:
-    """Write (shift 0) or add (above) the plane's bits into ``codes`` uint8 ``[..., page_tokens, R - raw]``.
+    """Write or, where another plane did, add the plane's bits into ``codes`` uint8 ``[..., page_tokens, R - raw]``.
 
     Bytes are shifted four at a time as int32: what crosses a byte's border is masked off. A plane's size is a
     multiple of 4 bytes because a page is a multiple of 32 tokens.
@@ -77,7 +80,7 @@ def _unpack_plane(data: Tensor, plane: Plane, raw: int, codes: Tensor) -> None:
         if plane.bits < 8:
             part = part & mask
         tokens = target[..., place * plane.rows : (place + 1) * plane.rows, :]
-        if plane.shift:
+        if plane.shift > plane.trellis:
             tokens |= (part << plane.shift).view(torch.uint8).view(*lead, plane.rows, width)
         else:
-            tokens.copy_(part.view(torch.uint8).view(*lead, plane.rows, width))
+            tokens.copy_((part << plane.shift).view(torch.uint8).view(*lead, plane.rows, width))
