@@ -43,6 +43,7 @@ STRUCTURES: dict[str, Callable[[], Bundle]] = {
     "autoencoder": lambda: fitted(MODEL, codec="autoencoder", times_smaller=3, steps=5),
     "decoders in 8 bits": lambda: fitted(MODEL, codec="linear8", metric="effect", times_smaller=3, layers_per_block=2),
     "means of pages": lambda: fitted(MODEL, codec="linear8", metric="effect", times_smaller=3, layers_per_block=2, page_means=True),
+    "half steps": lambda: fitted(MODEL, codec="linear8", metric="effect", times_smaller=5, layers_per_block=2, page_means=True, trellis=True),
     "lossless": lambda: fitted(MODEL, codec="identity"),
     "plain quantiser": lambda: fitted(MODEL, codec="identity", bits=4.5),
 }  # fmt: skip

@@ -10,14 +10,24 @@ from hypothesis import strategies as st
 from kvcar.codecs.quantizer import latent_bits
 from kvcar.kernels.native import find_compiler
 from kvcar.kernels.pack import PACKING, UNPACKING, naive, pack, unpack
+from kvcar.kernels.trellis import levels_of
 from kvcar.layout import coded_segment
-from kvcar.plan import BitGroup
+from kvcar.plan import MOST_TRELLIS_BITS, RAW_BITS, BitGroup
 
 GROUPS = st.lists(st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 16]), min_size=1, max_size=9, unique=True).flatmap(
     lambda bits: st.tuples(
         *[st.builds(BitGroup, bits=st.just(b), count=st.integers(1, 5)) for b in sorted(bits, reverse=True)]
     )
 )
+
+
+def random_levels(groups, lead, page_tokens, seed):
+    """Stored values of codes with a trellis: those that its branches allow."""
+    codes = random_codes(groups, lead, page_tokens, seed)
+    first = sum(group.count for group in groups if group.bits > MOST_TRELLIS_BITS)
+    raw = sum(group.count for group in groups if group.bits == RAW_BITS)
+    levels = levels_of(codes[..., raw:].to(torch.uint8), first - raw, page_tokens)
+    return torch.cat([codes[..., :raw], levels.float()], dim=-1)
 
 
 def random_codes(groups, lead, page_tokens, seed):
@@ -50,6 +60,27 @@ def test_same_bytes_as_the_specification(form, groups, seed):
     assert torch.equal(data, naive.pack(u, layout))
     assert torch.equal(form.unpack(data, layout), u)
     assert torch.equal(naive.unpack(data, layout), u)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=40, deadline=None)
+@given(groups=GROUPS, seed=st.integers(0, 2**16), page_tokens=st.sampled_from([32, 64, 96]))
+def test_same_bytes_as_the_specification_with_a_trellis(form, groups, seed, page_tokens):
+    layout = coded_segment(groups, page_tokens, 0, trellis=True)
+    assert layout.size == coded_segment(groups, page_tokens, 0).size
+    u = random_levels(groups, (), page_tokens, seed)
+    data = form.pack(u, layout)
+    assert torch.equal(data, naive.pack(u, layout))
+    assert torch.equal(form.unpack(data, layout), u)
+    assert torch.equal(naive.unpack(data, layout), u)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("page_tokens", [64, 1024])
+def test_planes_wider_than_a_vector_with_a_trellis(form, page_tokens):
+    groups = [BitGroup(bits=bits, count=count) for bits, count in ((8, 3), (5, 70), (4, 1), (3, 130), (2, 65), (1, 77))]
+    layout, u = coded_segment(groups, page_tokens, 0, trellis=True), random_levels(groups, (2,), page_tokens, 1)
+    assert torch.equal(form.unpack(form.pack(u, layout), layout), u)
 
 
 def test_the_backend_is_the_one_asked_for(monkeypatch):

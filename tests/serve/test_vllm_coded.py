@@ -84,7 +84,7 @@ def test_coded_plans_give_the_tokens_that_they_give_in_transformers(model, coded
 
 
 def test_codecs_in_8_bits_with_means_of_pages_give_them_too(model, folder):
-    options = {"codec": "linear8", "metric": "effect", "times_smaller": 3, "layers_per_block": 2, "page_means": True}
+    options = {"codec": "linear8", "metric": "effect", "times_smaller": 3, "layers_per_block": 2, "page_means": True, "trellis": True}
     bundle = fitted(model, max_page_cost=None, **options, **PAGES)
     with kvcar.attach(model, bundle, prefill_chunk=64):
         expected = expected_of(model, PLAIN[2:])
