@@ -54,7 +54,9 @@ def test_it_costs_less_in_as_many_bytes(llama):
     kl = {}
     for trellis in (False, True):
         bundle = coarse(llama, trellis)
-        assert times_smaller(bundle.plan, 4096, 4) == pytest.approx(times_smaller(coarse(llama).plan, 4096, 4), rel=0.01)
+        assert times_smaller(bundle.plan, 4096, 4) == pytest.approx(
+            times_smaller(coarse(llama).plan, 4096, 4), rel=0.01
+        )
         with kvcar.attach(llama, bundle) as attached:
             found = measure_fidelity(llama, token_ids(320, batch=4), {"x": attached.new_cache})["x"]
         kl[trellis] = found.kl_divergence.value
@@ -101,4 +103,6 @@ def test_where_it_makes_no_sense():
     with pytest.raises(InputError, match=r"trellis needs the linear8 codec, got 'linear'"):
         kvcar.Structure(trellis=True)
     with pytest.raises(ValueError, match="a trellis needs static scales"):
-        Block(codec="linear8", slots=((0, 0, "key"),), groups=({"bits": 8, "count": 2},), scales="dynamic", trellis=True)
+        Block(
+            codec="linear8", slots=((0, 0, "key"),), groups=({"bits": 8, "count": 2},), scales="dynamic", trellis=True
+        )

@@ -1,5 +1,7 @@
 """The linear codec in 8 bits: as good as the one in float, a fifth of its bytes, and nothing odd from strangers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from kvcar.plan import Block
 
 HEAD_DIM, SIDES, SIDE = 16, 4, 32
 WIDTH = SIDES * SIDE
+PLAN = SimpleNamespace(geometry=SimpleNamespace(head_dim=HEAD_DIM), page_tokens=64)  # what a block needs of its plan
 SLOTS = tuple(Slot(layer, head, kind) for layer in range(2) for kind in ("key", "value") for head in range(2))
 
 
@@ -111,7 +114,7 @@ def test_what_does_not_fit_is_refused(case):
     codec, quantizer = made(case)
     block = Block(codec="linear8", slots=SLOTS, groups=groups_of(case[2]))
     tensors = CodedBlock(codec, quantizer).tensors()
-    assert CodedBlock.from_tensors(tensors, block, HEAD_DIM).codec.latents == codec.latents
+    assert CodedBlock.from_tensors(tensors, block, PLAN).codec.latents == codec.latents
     slots, groups, dim, together = codec.decoder.shape
     changes = {
         "decoder": codec.decoder.reshape(slots // 2, groups, 2 * dim, together),
@@ -123,4 +126,4 @@ def test_what_does_not_fit_is_refused(case):
     }
     for name, changed in changes.items():
         with pytest.raises(BundleError):
-            CodedBlock.from_tensors(tensors | {name: changed}, block, HEAD_DIM)
+            CodedBlock.from_tensors(tensors | {name: changed}, block, PLAN)

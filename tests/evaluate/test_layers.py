@@ -52,7 +52,7 @@ def test_a_block_that_is_worse_is_named_first(judged):
     coded = bundle.blocks[place]
     assert "quantizer.scale" in coded.tensors()
     tensors = {name: t * (40 if name == "quantizer.scale" else 1) for name, t in coded.tensors().items()}
-    worse = type(coded).from_tensors(tensors, bundle.plan.blocks[place], 16)
+    worse = type(coded).from_tensors(tensors, bundle.plan.blocks[place], bundle.plan)
     blocks = (*bundle.blocks[:place], worse, *bundle.blocks[place + 1 :])
     first = block_costs(model, replace(bundle, blocks=blocks), ids)[0]
     assert (first.layers, first.kinds) == (last.layers, last.kinds)

@@ -38,7 +38,7 @@ def limited(bundle, limit):
 BUNDLES = {
     "stored": stored,
     "fitted": lambda m: fitted(m, times_smaller=4, layers_per_block=2),
-    "half-steps": lambda m: fitted(m, codec="linear8", metric="effect", times_smaller=4, layers_per_block=2, trellis=True, page_means=True),
+    "half-steps": lambda m: fitted(m, codec="linear8", metric="effect", times_smaller=4, layers_per_block=2, trellis=True, max_page_cost=None),
     "lossless": lambda m: fitted(m, codec="identity", layers_per_block=4),
     "nothing-coded": exact,
     "across-layers": lambda m: by_hand(m, [slots_of((0, 2)), slots_of((1, 3))], bits=[7, 5, 3, 1], sinks=0),

@@ -25,11 +25,11 @@ def expected(coder, keys, values, position):
     before = {"key": coder.before_rope(keys, position), "value": values}
     found = {"key": torch.zeros_like(keys), "value": torch.zeros_like(values)}
     exact = {"key": keys, "value": values}
-    made = {}
+    made, first = {}, coder.plan.sinks if position == 0 else 0
     for unit in coder.pages.units:
         coded = unit.coded.codec is not None
         x = torch.cat([(before if coded else exact)[s.kind][s.layer, s.head] for s in unit.unit.slots], dim=-1)
-        y = unit.coded.round_trip(x.float())
+        y = torch.cat([x[:first].float(), unit.coded.round_trip(x[first:].float())])
         for slot, own in zip(unit.unit.slots, y.split(coder.geometry.head_dim, dim=-1), strict=True):
             made[slot] = (own, coded)
     for slot, source in coder.plan.stored_source.items():

@@ -84,7 +84,14 @@ def test_coded_plans_give_the_tokens_that_they_give_in_transformers(model, coded
 
 
 def test_codecs_in_8_bits_with_means_of_pages_give_them_too(model, folder):
-    options = {"codec": "linear8", "metric": "effect", "times_smaller": 3, "layers_per_block": 2, "page_means": True, "trellis": True}
+    options = {
+        "codec": "linear8",
+        "metric": "effect",
+        "times_smaller": 3,
+        "layers_per_block": 2,
+        "page_means": True,
+        "trellis": True,
+    }
     bundle = fitted(model, max_page_cost=None, **options, **PAGES)
     with kvcar.attach(model, bundle, prefill_chunk=64):
         expected = expected_of(model, PLAIN[2:])
@@ -135,7 +142,7 @@ def test_ruined_codecs_change_the_text(model, coded, folder, ours_coded):
     bundle = kvcar.Bundle.from_pretrained(coded[1])
     blocks = list(bundle.blocks)
     tensors = {name: t.roll(1, 0) for name, t in blocks[0].tensors().items()}
-    blocks[0] = CodedBlock.from_tensors(tensors, bundle.plan.blocks[0], bundle.plan.geometry.head_dim)
+    blocks[0] = CodedBlock.from_tensors(tensors, bundle.plan.blocks[0], bundle.plan)
     with engine(*saved(model, replace(bundle, blocks=tuple(blocks)), folder)) as ours:
         got = ours.generate(PLAIN).tokens
     expected = ours_coded["texts"]

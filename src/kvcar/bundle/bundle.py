@@ -335,8 +335,7 @@ class Bundle:
         of_block = _by_block(tensors, len(plan.blocks))
         values = checked(of_block.pop(_FINGERPRINT), {"values": Stored("n")})["values"]
         blocks = tuple(
-            CodedBlock.from_tensors(of_block[f"blocks.{i}"], block, plan)
-            for i, block in enumerate(plan.blocks)
+            CodedBlock.from_tensors(of_block[f"blocks.{i}"], block, plan) for i, block in enumerate(plan.blocks)
         )
         print_ = Fingerprint(values=values, dtype=model.dtype, digest=model.fingerprint)
         return cls(plan, blocks, print_, model, fit, figures)

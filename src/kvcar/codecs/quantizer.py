@@ -145,6 +145,8 @@ class TrellisQuantizer(StaticQuantizer):
     def codes(self, z: Tensor, before: Tensor | None = None) -> Tensor:
         """See ``Quantizer``."""
         u = super().codes(z)
+        if self._first == z.shape[-1]:
+            return u
         targets = ((z - self.zero) / self.scale)[..., self._first :]
         u[..., self._first :] = self._levels(targets, None if before is None else before[..., self._first :])
         return u

@@ -101,7 +101,12 @@ def linear_codec(basis: Basis, bits: Tensor, sample: Tensor) -> tuple[LinearCode
 
 
 def linear8_codec(
-    basis: Basis, bits: Tensor, sample: Tensor, metrics: Sequence[RoundedMetric], head_dim: int, trellis: int | None = None
+    basis: Basis,
+    bits: Tensor,
+    sample: Tensor,
+    metrics: Sequence[RoundedMetric],
+    head_dim: int,
+    trellis: int | None = None,
 ) -> tuple[Linear8Codec, Quantizer]:
     """Codec in 8 bits and quantiser for given bits; ``metrics`` are those that the basis was made for.
 
@@ -116,7 +121,12 @@ def linear8_codec(
 
 
 def in_8_bits(
-    mean: Tensor, decoder: Tensor, bits: Tensor, sample: Tensor, metrics: Sequence[RoundedMetric], head_dim: int,
+    mean: Tensor,
+    decoder: Tensor,
+    bits: Tensor,
+    sample: Tensor,
+    metrics: Sequence[RoundedMetric],
+    head_dim: int,
     trellis: int | None = None,
 ) -> tuple[Linear8Codec, Quantizer]:
     """Round a decoder ``[R, W]`` of codes of falling ``bits``; codes are those of the rounded one, about the sample's mean."""
@@ -126,7 +136,9 @@ def in_8_bits(
     levels = bits if trellis is None else bits + (bits <= MOST_TRELLIS_BITS)
     zero, one = (middle - (2.0 ** levels.float() - 1) / 2).float(), torch.ones(len(bits), dtype=torch.float32)
     groups = groups_of(bits)
-    return codec, StaticQuantizer(groups, one, zero) if trellis is None else TrellisQuantizer(groups, one, zero, trellis)
+    return codec, StaticQuantizer(groups, one, zero) if trellis is None else TrellisQuantizer(
+        groups, one, zero, trellis
+    )
 
 
 def fit_quantizer(groups: Sequence[BitGroup], z: Tensor) -> StaticQuantizer:

@@ -244,9 +244,7 @@ class FitOptions:
     @property
     def trellis(self) -> bool:
         """Whether codes stand for half steps; see ``Block``."""
-        return (
-            self.limits.trellis if self.limits is not None else self.structure is not None and self.structure.trellis
-        )
+        return self.limits.trellis if self.limits is not None else self.structure is not None and self.structure.trellis
 
     @property
     def metric(self) -> Metric:

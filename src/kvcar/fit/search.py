@@ -51,7 +51,10 @@ def empty_plan(geometry: KVGeometry, blocks: Sequence[Slots], options: FitOption
     """The plan whose blocks have no bits yet."""
     return Plan.checked(
         geometry=geometry,
-        blocks=tuple(Block(codec=options.codec, slots=slots, page_means=options.page_means, trellis=options.trellis) for slots in blocks),
+        blocks=tuple(
+            Block(codec=options.codec, slots=slots, page_means=options.page_means, trellis=options.trellis)
+            for slots in blocks
+        ),
         reuses=() if options.structure is None else options.structure.reuses,
         cache=options.cache,
     )

@@ -48,7 +48,9 @@ def page_address(pages, page_count, batch, token, seen, PAGE_TOKENS: tl.constexp
 
 
 @triton.jit
-def _plane(address, inside, seen, table, latent, latents, KLASS: tl.constexpr, PAGE_TOKENS: tl.constexpr, TRELLIS: tl.constexpr):
+def _plane(
+    address, inside, seen, table, latent, latents, KLASS: tl.constexpr, PAGE_TOKENS: tl.constexpr, TRELLIS: tl.constexpr
+):
     """Read the bits int32 ``[N, BLOCK_R]`` that one plane width adds to the codes; class k is plane width 2**k."""
     BITS: tl.constexpr = 1 << KLASS
     ROWS: tl.constexpr = PAGE_TOKENS * BITS // 8

@@ -24,7 +24,9 @@ class NativePlane(ctypes.Structure):
     @classmethod
     def of(cls, plane: Plane) -> Self:
         """Return the same plane as C has it."""
-        return cls(plane.bits, plane.shift, plane.start, plane.stop - plane.start, plane.rows, plane.offset, plane.trellis)
+        return cls(
+            plane.bits, plane.shift, plane.start, plane.stop - plane.start, plane.rows, plane.offset, plane.trellis
+        )
 
 
 class _Segments(ctypes.Structure):

@@ -13,6 +13,8 @@ from .bits import branches_of
 SEARCH = Operation("search of a trellis", __package__ or "")
 STATES = 8
 _UNREACHED = 1e30
+_BEYOND = 64.0
+"""Targets lie at most so far beyond all levels, so that float32 tells errors from each other."""
 
 # State: the branches of the last three tokens, the latest in the lowest bit. Into each state leads one from either of two, whose
 # third branches are 0 and 1; the two lowest bits of the level on the way.
@@ -51,7 +53,8 @@ def nearest_levels(targets: Tensor, highest: Tensor, begin: Branches | None = No
         begin: where it begins; None for a page's first token.
     """
     states = None if begin is None else begin.states
-    return SEARCH.choose(backend_for(targets.device), "any")(targets, highest, states)
+    near = targets.clamp_min(-_BEYOND).minimum(highest + _BEYOND)
+    return SEARCH.choose(backend_for(targets.device), "any", near, highest, states)(near, highest, states)
 
 
 @SEARCH.register("torch")

@@ -70,7 +70,8 @@ def search_latents(levels, targets, highest, states, ways, tokens, latents, BEGU
     way = tl.arange(0, 16)
     lowest = (2 * ((way ^ (way >> 1) ^ (way >> 3)) & 1) + ((way >> 2) & 1)).to(tl.float32)
     own = page * tokens * latents + latent
-    for token in range(tokens):
+    token = 0
+    while token < tokens:
         target = tl.load(targets + own + token * latents, mask=there, other=0.0)
         error = _nearest(target[None, :], lowest[:, None], top[None, :]) - target[None, :]
         both = tl.reshape(tl.broadcast_to(cost[:, None, :], [8, 2, BLOCK]), [16, BLOCK]) + error * error
@@ -78,10 +79,11 @@ def search_latents(levels, targets, highest, states, ways, tokens, latents, BEGU
         better = tl.sum((one < zero).to(tl.int32) << state_of[:, None], 0)
         tl.store(ways + own + token * latents, better.to(tl.uint8), mask=there)
         cost = tl.minimum(zero, one)
+        token += 1
     tl.debug_barrier()  # what is read now others may have written
     state = tl.argmin(cost, 0).to(tl.int32)
-    for back in range(tokens):
-        token = tokens - 1 - back
+    while token > 0:
+        token -= 1
         third = (tl.load(ways + own + token * latents, mask=there, other=0).to(tl.int32) >> state) & 1
         bits = 2 * ((state ^ (state >> 1) ^ third) & 1) + ((state >> 2) & 1)
         target = tl.load(targets + own + token * latents, mask=there, other=0.0)
