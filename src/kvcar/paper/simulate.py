@@ -162,7 +162,7 @@ def units_of(bundle: Bundle, device: torch.device) -> nn.ModuleDict:
     for index, (block, coded) in enumerate(zip(bundle.plan.blocks, bundle.blocks, strict=True)):
         if coded.codec is not None and coded.quantizer is not None:
             steps = {name: t.to(device) for name, t in coded.quantizer.tensors().items()}
-            units[str(index)] = Unit(coded.codec.trainable(), read_quantizer(steps, block))
+            units[str(index)] = Unit(coded.codec.trainable(), read_quantizer(steps, block, bundle.plan.page_tokens))
     if not units:
         raise InputError("this bundle has no block that can be trained; fit a linear or autoencoder bundle first")
     return nn.ModuleDict(units).to(device)
@@ -187,7 +187,7 @@ def random_units(model: PreTrainedModel, plan: Plan, windows: Tensor, seed: int,
     for index, block in enumerate(plan.blocks):
         mean, std = statistics.mean(block.slots), statistics.variance(block.slots).clamp_min(1e-12).sqrt()
         module = AutoencoderModule(mean.float(), std.float(), 2 * block.latents, block.latents)
-        units[str(index)] = Unit(module, read_quantizer(_unit_steps(block.latents, device), block))
+        units[str(index)] = Unit(module, read_quantizer(_unit_steps(block.latents, device), block, plan.page_tokens))
     return nn.ModuleDict(units).to(device)
 
 

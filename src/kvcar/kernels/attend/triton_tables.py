@@ -15,9 +15,9 @@ from ...layout import SEGMENT_ALIGNMENT_BYTES, SegmentLayout
 from ...sizes import rotary_table_entries
 from ..page_means import PageMeans
 from ..plane_table import (
+    BRANCHES,
     PlaneTable,
     block_latents,
-    BRANCHES,
     has_elements,
     highest_codes,
     joined,

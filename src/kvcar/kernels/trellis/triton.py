@@ -2,7 +2,7 @@
 
 Imported by the registry when the backend is asked for, as it needs the extra ``kvcar[triton]``.
 """
-# pyright: basic, reportOperatorIssue=false, reportArgumentType=false
+# pyright: basic, reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
 # No "from __future__ import annotations": Triton reads the annotations of jitted functions.
 
 import torch
