@@ -158,4 +158,4 @@ def test_codecs_that_do_not_know_what_errors_cost_have_none(llama, tmp_path):
     assert plan.exists()
     wrong = bundle.plan.blocks[0].model_copy(update={"page_means": True})
     with pytest.raises(BundleError, match="no mean errors of the linear codec"):
-        bundle.blocks[0].on(torch.device("cpu"), wrong, 16)
+        bundle.blocks[0].on(torch.device("cpu"), wrong, bundle.plan)
