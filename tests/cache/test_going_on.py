@@ -48,4 +48,7 @@ def test_a_cache_that_compresses_nothing_is_warned_of(llama, caplog):
         model.generate(token_ids(50), past_key_values=attached.new_cache(), max_new_tokens=2)
         assert not caplog.records
         model.generate(token_ids(50), past_key_values=DynamicCache(config=model.config), max_new_tokens=2)
-    assert "DynamicCache, which stores keys and values as they are" in caplog.text
+        assert "a DynamicCache, which knows nothing of the bundle" in caplog.text
+        caplog.clear()
+        model.generate(token_ids(50), cache_implementation="static", max_new_tokens=2)
+    assert "cache_implementation='static'" in caplog.text

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from families import LARGEST_KL, LOSSLESS_NOISE, family
+from tiny import tiny_model
 from tiny_families import tiny_family
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 import kvcar
 from kvcar.cache.layer import CodedStateLayer
@@ -167,3 +168,18 @@ def test_compiled_layers_that_read_the_keys_of_others(name):
         for part in ids.split([70, 1, 29], dim=1):
             got = compiled(input_ids=part, past_key_values=cache).logits
             assert torch.allclose(got, model(input_ids=part, past_key_values=own).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3n_text", "gemma4_text"])
+def test_a_static_cache_is_as_without_kvcar(name):
+    model = tiny_model("llama") if name == "llama" else tiny_family(name)
+    ids = torch.randint(20, 100, (2, 60), generator=torch.Generator().manual_seed(1))
+
+    def passes():
+        cache = StaticCache(config=model.config, max_cache_len=100)
+        return [model(part, past_key_values=cache).logits for part in ids.split([40, 1, 19], dim=1)]
+
+    with torch.no_grad():
+        expected = passes()
+        with kvcar.attach(model, kvcar.lossless(model)):
+            torch.testing.assert_close(passes(), expected)

@@ -234,9 +234,13 @@ class Attachment:
     @uncompiled
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache = _given_cache(args, kwargs)
+        given = [kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None] or args
         if cache is None:
-            self._current.enter(None)
+            self._current.enter(
+                None, given[0].shape[1] if given and isinstance(given[0], Tensor) and given[0].ndim > 1 else 0
+            )
             return
+        inputs = given[0]
         self._refuse_switched()
         if kwargs.get("output_attentions", self.model.config.get_text_config().output_attentions):
             raise UnsupportedModelError(
@@ -246,8 +250,6 @@ class Attachment:
             raise UnsupportedModelError(
                 "a compressed cache is for inference; call model.eval() and use torch.no_grad()"
             )
-        inputs = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
-        inputs = args[0] if inputs is None else inputs
         if cache.tokens == 0 or inputs.shape[1] > 1:
             self.check_weights()
         outer, self._current.mask = self._current.mask, None
@@ -256,7 +258,7 @@ class Attachment:
         with stored_plainly(self._parts.device):
             cache.begin_pass(self, inputs.shape[0], inputs.shape[1], mask, text_positions(kwargs.get("position_ids")))
         try:
-            self._current.enter(cache)
+            self._current.enter(cache, inputs.shape[1])
         except AttachError:
             cache.leave_pass()
             raise

@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from itertools import count
-from typing import Any, NoReturn, SupportsIndex, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, SupportsIndex, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -44,6 +44,13 @@ def uncompiled(function: F) -> F:
     return cast(F, torch.compiler.disable(function))
 
 
+class _Pass(NamedTuple):
+    """A way to the cache of a pass, and the tokens of each of its sequences."""
+
+    cache: Callable[[], KVCarCache | None]
+    tokens: int
+
+
 class Current:
     """The cache of an attached model's pass, one for each thread that runs the model.
 
@@ -63,39 +70,45 @@ class Current:
     def cache(self) -> KVCarCache | None:
         """The cache; None outside of a pass, and where the model was given another cache."""
         passes = self._passes()
-        return passes[-1]() if passes else None
+        return passes[-1].cache() if passes else None
 
-    def enter(self, cache: KVCarCache | None) -> None:
+    @property
+    def tokens(self) -> int:
+        """Tokens of each sequence in the pass; 0 outside of one."""
+        passes = self._passes()
+        return passes[-1].tokens if passes else 0
+
+    def enter(self, cache: KVCarCache | None, tokens: int) -> None:
         """Begin a pass over ``cache``, None for one of another kind; raises AttachError where the model is detached just now."""
         passes = self._passes()
         if cache is not None:
             # A pass over the same cache that is there yet was ended by an interrupt, and those within it too.
-            del passes[next((n for n, other in enumerate(passes) if other() is cache), len(passes)) :]
+            del passes[next((n for n, other in enumerate(passes) if other.cache() is cache), len(passes)) :]
         with self._lock:
             if cache is not None and self._closed:
                 raise AttachError("another thread detached the model as this pass began; attach it again")
             # The caller has the cache; that of a pass that an interrupt ended is not kept alive from here.
-            passes.append(_no_cache if cache is None else weakref.ref(cache))
+            passes.append(_Pass(_no_cache if cache is None else weakref.ref(cache), tokens))
             self._note(passes)
 
     def leave(self, cache: KVCarCache | None) -> bool:
         """End the pass over ``cache``; False where it is not the one that began last."""
         passes = self._passes()
-        if not passes or passes[-1]() is not cache:
+        if not passes or passes[-1].cache() is not cache:
             return False
         passes.pop()
         with self._lock:
             self._note(passes)
         return True
 
-    def _passes(self) -> list[Callable[[], KVCarCache | None]]:
-        """Ways to the caches of this thread's passes, the innermost last."""
+    def _passes(self) -> list[_Pass]:
+        """This thread's passes, the innermost last."""
         if not hasattr(self._by_thread, "passes"):
             self._by_thread.passes = []
         return self._by_thread.passes
 
-    def _note(self, passes: list[Callable[[], KVCarCache | None]]) -> None:
-        if any(other() is not None for other in passes):
+    def _note(self, passes: list[_Pass]) -> None:
+        if any(other.cache() is not None for other in passes):
             self._in_a_pass.add(threading.get_ident())
         else:
             self._in_a_pass.discard(threading.get_ident())
@@ -165,7 +178,9 @@ def _attention(
     layer = None if cache is None else _layer_read(cache, layers, key, value)
     if current is None or cache is None or layer is None:
         function = base_function(base, module)
-        mask = _mask_of_last(base, module, query, key, attention_mask, kwargs.get("is_causal"))
+        mask = attention_mask
+        if mask is None and current is not None and _is_of_last(current, cache, query.shape[2], key.shape[2]):
+            mask = _mask_of_last(base, module, query, key, kwargs.get("is_causal"))
         return function(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
     softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
     _refuse_unknown(base, module, dropout, kwargs)
@@ -180,16 +195,21 @@ def _attention(
     return cast(Tensor, _NotDifferentiable.apply(output, query)) if differentiable else output, None
 
 
-def _mask_of_last(
-    base: str, module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool | None
-) -> Tensor | None:
+def _is_of_last(current: Current, cache: KVCarCache | None, queries: int, keys: int) -> bool:
+    """Whether queries are those of a pass' last tokens alone; fewer than keys are also the first tokens of a static cache."""
+    if cache is None:
+        return not torch.compiler.is_compiling() and 1 < queries < current.tokens
+    return 1 < queries < keys
+
+
+def _mask_of_last(base: str, module: nn.Module, query: Tensor, key: Tensor, is_causal: bool | None) -> Tensor | None:
     """The mask that sdpa needs where queries are those of the last tokens alone, which it would take for the first ones.
 
     Models know that and pass all queries to an implementation that is named sdpa; ours has another name.
     """
     queries, keys = query.shape[2], key.shape[2]
-    if base != "sdpa" or mask is not None or not 1 < queries < keys or not _causal(module, is_causal):
-        return mask
+    if base != "sdpa" or not _causal(module, is_causal):
+        return None
     return torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
 
 
