@@ -102,7 +102,7 @@ class Current:
         return True
 
     def _passes(self) -> list[_Pass]:
-        """This thread's passes, the innermost last."""
+        """Passes of the thread that asks, the innermost last."""
         if not hasattr(self._by_thread, "passes"):
             self._by_thread.passes = []
         return self._by_thread.passes
