@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ _REUSE = (
     Reuse(slot=Slot(1, 0, "key"), source=Slot(0, 1, "key")),
     Reuse(slot=Slot(2, 1, "value"), source=Slot(1, 1, "value")),
 )
+_FINER = "pages beyond their limit"
 _STRUCTURES = {
     "linear": Structure(bits=4),
     "blocks over layers": Structure(bits=3, layers_per_block=3),
@@ -46,6 +47,9 @@ _STRUCTURES = {
     "autoencoder": Structure(codec="autoencoder", bits=4, steps=2),
     "dynamic scales": Structure(codec="autoencoder", key_latents=8, value_latents=8, scales="dynamic", steps=2),
     "raw latents": Structure(key_latents=8, value_latents=8, latent_bits=16),
+    "decoders in 8 bits": Structure(codec="linear8", metric="effect", bits=4),
+    "half steps, mean errors": Structure(codec="linear8", metric="effect", bits=3, page_means=True, trellis=True),
+    _FINER: Structure(codec="linear8", metric="effect", bits=3, layers_per_block=3, page_means=True, trellis=True),
     "quantiser": Structure(codec="identity", bits=4.5),
     "lossless": Structure(codec="identity"),
 }
@@ -105,7 +109,8 @@ def make_corpus(folder: Path) -> Corpus:
         for name, structure in _STRUCTURES.items():
             if family == "gemma3" and (structure.reuses or structure.layers or structure.layers_per_block > 1):
                 continue
-            options = FitOptions(structure=structure, cache=_CACHE)
+            cache = replace(_CACHE, max_page_cost=1e-4) if name == _FINER else _CACHE
+            options = FitOptions(structure=structure, cache=cache)
             path = folder / f"{family} {name}"
             if not path.exists():
                 bundle = next(fit_bundles(model, token_ids(128, 8, 7), [options], name=family))
