@@ -57,6 +57,8 @@ def _note(r: dict[str, Any], speed: dict[str, Any]) -> str:
         f"{r['full_bytes_per_token']:,.0f} bytes per token of the model's own cache in bfloat16. Codecs exist once, beside the cache, "
         f"counted as they lie in memory: cache and codecs together are smaller from so many tokens on, of all sequences together. KL divergence from the model's "
         f"own output in nats per token. A step is a decode step's time, relative to `DynamicCache` (below 1: faster), on {c['usable_cores']} "
-        f"cores ({c['device']}); empty: not measured. More: [quality](docs/results/frontier.md), [speed](docs/results/decode.md)."
+        f"cores ({c['device']}); empty: not measured. These fits are of two kinds of text and had no limit to what a page may cost (`max_page_cost=None`), nor "
+        f"half steps yet; with the limit that a fit sets, such a narrow one keeps up to a tenth of the pages of these texts exactly, at half of the size "
+        f"ratio: fit on many kinds, as `kvcar fit` does. More: [quality](docs/results/frontier.md), [speed](docs/results/decode.md)."
     )
     return textwrap.fill(sentences, 120, break_long_words=False, break_on_hyphens=False)
