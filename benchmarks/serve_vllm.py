@@ -10,29 +10,42 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from vllm_engines import STOCK, capacity, command, contenders, described, engine, environment
+from vllm_engines import (
+    RESULTS,
+    STOCK,
+    Bundles,
+    Fp8,
+    Memory,
+    Model,
+    Name,
+    Output,
+    PassTokens,
+    capacity,
+    command,
+    contenders,
+    described,
+    engine,
+    environment,
+)
 
 from kvcar.record import Record, provenance
 from kvcar.sizes import parse_bytes
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def main(
-    name: Annotated[str, typer.Option(help="Of the record.")],
-    model: Annotated[str, typer.Option(help="Folder of the model.")],
-    bundle: Annotated[list[str] | None, typer.Option("--bundle", "-b", help="NAME=FOLDER; repeatable.")] = None,
-    memory: Annotated[str, typer.Option(help="For the cache.")] = "1GiB",
+    name: Name,
+    model: Model,
+    bundle: Bundles = None,
+    memory: Memory = "1GiB",
     model_tokens: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 8192,
     dtype: str = "bfloat16",
-    tokens_of_a_pass: Annotated[str, typer.Option(help="Of kvcar's contenders; with commas for several.")] = "64",
-    fp8: Annotated[bool, typer.Option(help="Also vLLM's own cache in 8 bits.")] = True,
+    tokens_of_a_pass: PassTokens = "64",
+    fp8: Fp8 = True,
     threads: int = 2,
-    output: Annotated[Path, typer.Option(help="Folder of the record.")] = RESULTS,
+    output: Output = RESULTS,
 ) -> None:
     """Start an engine for every contender and write one record."""
     given = {

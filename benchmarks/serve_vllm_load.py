@@ -17,31 +17,45 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from vllm_engines import capacity, command, contenders, described, engine, environment
+from vllm_engines import (
+    RESULTS,
+    Bundles,
+    Fp8,
+    Memory,
+    Model,
+    Name,
+    Output,
+    PassTokens,
+    capacity,
+    command,
+    contenders,
+    described,
+    engine,
+    environment,
+)
 
 from kvcar.record import Record, provenance
 from kvcar.sizes import parse_bytes
 from kvcar.text import read_text
 
-RESULTS = Path(__file__).parent / "results"
 _SAYS = "kvcar-load "
 
 
 def main(
     text: Annotated[Path, typer.Argument(help="A .txt or .jsonl file that prompts are cut from.")],
-    name: Annotated[str, typer.Option(help="Of the record.")],
-    model: Annotated[str, typer.Option(help="Folder of the model.")],
-    bundle: Annotated[list[str] | None, typer.Option("--bundle", "-b", help="NAME=FOLDER; repeatable.")] = None,
-    memory: Annotated[str, typer.Option(help="For the cache.")] = "64MiB",
+    name: Name,
+    model: Model,
+    bundle: Bundles = None,
+    memory: Memory = "64MiB",
     turns: Annotated[int, typer.Option(help="How often each contender serves the load.")] = 3,
     requests: int = 8,
     prompt_tokens: int = 960,
     new_tokens: int = 64,
     dtype: str = "bfloat16",
-    tokens_of_a_pass: Annotated[str, typer.Option(help="Of kvcar's contenders; with commas for several.")] = "64",
-    fp8: Annotated[bool, typer.Option(help="Also vLLM's own cache in 8 bits.")] = True,
+    tokens_of_a_pass: PassTokens = "64",
+    fp8: Fp8 = True,
     threads: int = 2,
-    output: Annotated[Path, typer.Option(help="Folder of the record.")] = RESULTS,
+    output: Output = RESULTS,
 ) -> None:
     """Let all contenders serve in turn and write one record."""
     given = {

@@ -8,12 +8,23 @@ import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from kvcar.bundle import Bundle
 from kvcar.text import read_text
 
 STOCK = "vLLM"
+RESULTS = Path(__file__).parent / "results"
+
+Name = Annotated[str, typer.Option(help="Of the record.")]
+Model = Annotated[str, typer.Option(help="Folder of the model.")]
+Bundles = Annotated[list[str] | None, typer.Option("--bundle", "-b", help="NAME=FOLDER; repeatable.")]
+Memory = Annotated[str, typer.Option(help="For the cache.")]
+PassTokens = Annotated[str, typer.Option(help="Of kvcar's contenders; with commas for several.")]
+Fp8 = Annotated[bool, typer.Option(help="Also vLLM's own cache in 8 bits.")]
+Output = Annotated[Path, typer.Option(help="Folder of the record.")]
 
 
 def contenders(bundles: list[str], tokens_of_a_pass: list[int], fp8: bool) -> dict[str, dict[str, Any]]:

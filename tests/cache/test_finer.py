@@ -1,11 +1,11 @@
 """Pages that would cost too much are kept exactly, whatever is done to the cache."""
 
 import copy
-from importlib.util import find_spec
 
 import pytest
 import torch
 from bundles import fitted
+from stepped import EVERY_KERNEL, KERNELS, error, logits
 from tiny import tiny_model, token_ids
 from transformers import DynamicCache
 
@@ -14,9 +14,6 @@ from kvcar.cache.finer import FinerPages, FinerWrite
 from kvcar.fit.page_costs import page_costs
 
 TINY, PAGE = 1e-12, 32
-KERNELS = ["cpu", "torch", "naive"]
-# The extra is not among the core dependencies that these tests run with too.
-EVERY_KERNEL = [*KERNELS, *(["triton"] if find_spec("triton") else [])]
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +28,6 @@ def coarse(model, limit, **options):
 def typical_limit(model, ids, **options):
     """A limit that about half of the pages are beyond."""
     return float(page_costs(model, coarse(model, 1e9, **options), ids).median())
-
-
-def logits(model, ids, cache, sizes=(70, 1, 60, 1, 1, 50, 1), **given):
-    parts = ids[:, : sum(sizes)].split(sizes, dim=1)
-    with torch.no_grad():
-        return torch.cat([model(part, past_key_values=cache, **given).logits for part in parts], dim=1)
-
-
-def error(got, expected):
-    return float((got - expected).square().mean().sqrt() / expected.std())
 
 
 @pytest.mark.parametrize("kernels", KERNELS)

@@ -1,11 +1,11 @@
 """Pages that store what the errors of their tokens have in common."""
 
 import copy
-from importlib.util import find_spec
 
 import pytest
 import torch
 from bundles import fitted
+from stepped import EVERY_KERNEL, error, logits
 from tiny import tiny_model, token_ids
 from transformers import DynamicCache
 
@@ -14,9 +14,6 @@ from kvcar.bundle import Bundle
 from kvcar.errors import BundleError, InputError
 from kvcar.layout import MEAN_STEP_BYTES, page_layout
 from kvcar.sizes import times_smaller
-
-# The extra triton is not among the core dependencies that these tests run with too.
-KERNELS = ["cpu", "torch", "naive", *(["triton"] if find_spec("triton") else [])]
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +27,6 @@ def coarse(model, **options):
     )
 
 
-def logits(model, ids, cache, sizes=(70, 1, 60, 1, 1, 50, 1), **given):
-    parts = ids[:, : sum(sizes)].split(sizes, dim=1)
-    with torch.no_grad():
-        return torch.cat([model(part, past_key_values=cache, **given).logits for part in parts], dim=1)
-
-
-def error(got, expected):
-    return float((got - expected).square().mean().sqrt() / expected.std())
-
-
 def all_means(cache):
     """Bytes of the means of all pages that hold tokens."""
     return [unit.means for unit in cache._pages.contents()]
@@ -49,7 +36,7 @@ def all_means(cache):
 def test_kernels_agree(family, monkeypatch):
     model, ids = tiny_model(family), token_ids(184, batch=2)
     bundle, found = coarse(model), {}
-    for kernels in KERNELS:
+    for kernels in EVERY_KERNEL:
         monkeypatch.setenv("KVCAR_KERNELS", kernels)
         with kvcar.attach(model, bundle) as attached:
             found[kernels] = logits(model, ids, attached.new_cache())

@@ -1,10 +1,9 @@
 """Codes with a trellis: less error in the same bytes, whatever reads and writes the pages."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from bundles import fitted
+from stepped import EVERY_KERNEL, error, logits
 from tiny import tiny_model, token_ids
 
 import kvcar
@@ -13,9 +12,6 @@ from kvcar.errors import InputError
 from kvcar.evaluate.fidelity import measure_fidelity
 from kvcar.plan import Block
 from kvcar.sizes import times_smaller
-
-# The extra triton is not among the core dependencies that these tests run with too.
-KERNELS = ["cpu", "torch", "naive", *(["triton"] if find_spec("triton") else [])]
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +24,12 @@ def coarse(model, trellis=True, **options):
     return fitted(model, trellis=trellis, **(own | options))
 
 
-def logits(model, ids, cache, sizes=(70, 1, 60, 1, 1, 50, 1), **given):
-    parts = ids[:, : sum(sizes)].split(sizes, dim=1)
-    with torch.no_grad():
-        return torch.cat([model(part, past_key_values=cache, **given).logits for part in parts], dim=1)
-
-
-def error(got, expected):
-    return float((got - expected).square().mean().sqrt() / expected.std())
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("means", [False, True])
 def test_kernels_agree(family, means, monkeypatch):
     model, ids = tiny_model(family), token_ids(184, batch=2)
     bundle, found = coarse(model, page_means=means), {}
-    for kernels in KERNELS:
+    for kernels in EVERY_KERNEL:
         monkeypatch.setenv("KVCAR_KERNELS", kernels)
         with kvcar.attach(model, bundle) as attached:
             found[kernels] = logits(model, ids, attached.new_cache())

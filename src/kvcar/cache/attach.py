@@ -66,8 +66,8 @@ class Attachment:
     """
 
     def __init__(self, model: PreTrainedModel, bundle: Bundle, window: int | None, prefill_chunk: int) -> None:
-        prepare = getattr(type(model), _PREPARE, None)
         bundle.check_model(model)
+        prepare = getattr(type(model), _PREPARE, None)
         if prepare is None:
             raise UnsupportedModelError(
                 f"this version of transformers prepares caches in a way kvcar does not know ({_PREPARE} is gone); "

@@ -168,8 +168,7 @@ def run_tasks(lm: KVCarLM, tasks: Sequence[str | Path], limit: int | None = None
     Raises:
         InputError: as ``check_tasks``.
     """
-    check_tasks(tasks)
-    given = [local_task(task) if isinstance(task, Path) else task for task in tasks]
+    given = [_known(task) for task in tasks]
     manager = _manager(any(isinstance(task, str) for task in tasks))
     results = _simple_evaluate(
         model=lm, tasks=given, task_manager=manager, limit=limit, bootstrap_iters=_BOOTSTRAP, random_seed=seed, numpy_random_seed=seed,
@@ -189,12 +188,18 @@ def run_tasks(lm: KVCarLM, tasks: Sequence[str | Path], limit: int | None = None
 def check_tasks(tasks: Sequence[str | Path]) -> None:
     """Refuse tasks that cannot be run, before anything is loaded for them; raises InputError."""
     for task in tasks:
-        if isinstance(task, Path):
-            local_task(task)
-        elif not _manager(True).match_tasks([task]):
-            raise InputError(
-                f"the harness knows no task {task[:80]!r}; give a name that it lists (lm-eval ls tasks), or a .jsonl file"
-            )
+        _known(task)
+
+
+def _known(task: str | Path) -> str | dict[str, Any]:
+    """A task as the harness takes it; raises InputError where there is none."""
+    if isinstance(task, Path):
+        return local_task(task)
+    if not _manager(True).match_tasks([task]):
+        raise InputError(
+            f"the harness knows no task {task[:80]!r}; give a name that it lists (lm-eval ls tasks), or a .jsonl file"
+        )
+    return task
 
 
 @cache

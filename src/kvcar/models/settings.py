@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any, TypeGuard
 
 from transformers import PreTrainedConfig
@@ -40,9 +41,10 @@ def differing_settings(wanted: Mapping[str, Setting], found: Mapping[str, Settin
     return [f"{name}: {found[name]} instead of {wanted[name]}" for name in both if not _same(wanted[name], found[name])]
 
 
-def _common_names() -> set[str]:
+@cache
+def _common_names() -> frozenset[str]:
     """What every configuration has, of whatever model."""
-    return set(PreTrainedConfig().to_dict())
+    return frozenset(PreTrainedConfig().to_dict())
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Setting]]:
