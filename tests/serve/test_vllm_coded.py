@@ -163,9 +163,17 @@ def test_what_is_not_supported_is_refused(model, coded, folder, tmp_path, monkey
     part = saved(model, by_hand(model, CODED[1:2], **PAGES), folder)
     refused(PlanError, r"keeps layers \[0, 2, 3\]", *part)
     refused(UnsupportedModelError, "hybrid KV cache manager is off", *coded, disable_hybrid_kv_cache_manager=True)
+    refused(
+        UnsupportedModelError,
+        "would wait for ever.* at least max_model_len, 1024",
+        *coded,
+        enable_chunked_prefill=False,
+    )
     refused(InputError, "may be added", *coded, {"windows": 3})
     refused(InputError, "whole number", *coded, {"max_num_batched_tokens": "many"})
-    refused(InputError, "only the first", coded[0], attention_backend="CUSTOM")
-    refused(InputError, "only the second", coded[0], additional_config={"kvcar": {"bundle": "here"}})
+    refused(InputError, "add --additional-config.*which is {}", coded[0], attention_backend="CUSTOM")
+    named = {"additional_config": {"kvcar": {"bundle": "here"}}}
+    refused(InputError, "add --attention-backend CUSTOM, which is not given", coded[0], **named)
+    refused(InputError, "which is TRITON_ATTN", coded[0], attention_backend="TRITON_ATTN", **named)
     monkeypatch.setattr("kvcar.serve.vllm.checks.VLLM_VERSION", "0.99.0")
     refused(UnsupportedModelError, "this is 0.99.0", *coded)

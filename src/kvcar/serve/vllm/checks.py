@@ -55,6 +55,20 @@ def check_config(config: Any, options: Options) -> None:
         raise UnsupportedModelError(f"kvcar's cache in vLLM cannot be used: {'; '.join(reasons)}")
 
 
+def check_prompts_fit(config: Any, tokens: int) -> None:
+    """Refuse passes of so few ``tokens`` that vLLM, told not to cut prompts, would let long ones wait for ever.
+
+    Raises:
+        UnsupportedModelError: chunked prefill is off, and ``max_model_len`` is more.
+    """
+    longest = config.model_config.max_model_len
+    if not config.scheduler_config.enable_chunked_prefill and tokens < longest:
+        raise UnsupportedModelError(
+            f"with --no-enable-chunked-prefill a prompt of more than the {tokens} tokens of a pass would wait for ever; take it away, "
+            f"or set max_num_batched_tokens in kvcar's options to at least max_model_len, {longest}"
+        )
+
+
 def check_bundle(bundle: Bundle, options: Options) -> None:
     """Refuse plans that leave layers exact or code a window, for which vLLM would need more groups; raises PlanError."""
     plan = bundle.plan

@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from ...errors import InputError
 from .checks import check_version
-from .options import asked_for, options_of
+from .options import NAME, asked_for, options_of
 
 
 def __getattr__(name: str) -> Any:
@@ -20,10 +20,7 @@ def __getattr__(name: str) -> Any:
     config = get_current_vllm_config()
     selected = config.attention_config.backend == AttentionBackendEnum.CUSTOM
     if selected != asked_for(config):
-        raise InputError(
-            'kvcar needs both --attention-backend CUSTOM and --additional-config \'{"kvcar": {"bundle": ...}}\'; only '
-            f"the {'first' if selected else 'second'} was given"
-        )
+        raise InputError(_half_asked_for(config, selected))
     if not selected:
         from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -32,3 +29,17 @@ def __getattr__(name: str) -> Any:
     from .backend import KVCarBackend
 
     return KVCarBackend
+
+
+def _half_asked_for(config: Any, selected: bool) -> str:
+    """Say which of the two options that kvcar needs is there, and which is to be added."""
+    if selected:
+        return (
+            "--attention-backend CUSTOM takes kvcar's cache, whose bundle is not named: add --additional-config "
+            f'\'{{"{NAME}": {{"bundle": "FOLDER or hub id"}}}}\', which is {config.additional_config!r}, or take the backend away'
+        )
+    backend = config.attention_config.backend
+    return (
+        f"--additional-config names {NAME}, whose cache is not taken: add --attention-backend CUSTOM, which is "
+        f"{'not given' if backend is None else backend.name}, or take {NAME} out of it"
+    )

@@ -11,7 +11,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 
 from ...bundle import Bundle
 from ...cache.coder import PageCoder
-from .checks import check_bundle, check_config, check_layers
+from .checks import check_bundle, check_config, check_layers, check_prompts_fit
 from .codes import CODES_LAYER, Codes, RealLayer, in_order
 from .model import check_weights, rotation_of
 from .options import Options, options_of
@@ -59,6 +59,7 @@ def _limit_batch(config: Any, options: Options, bundle: Bundle) -> None:
     """Lower the tokens of a pass, which vLLM reserves exact memory for in every sequence."""
     asked = options.max_num_batched_tokens or max(bundle.plan.window, bundle.plan.page_tokens)
     given = config.scheduler_config.max_num_batched_tokens
+    check_prompts_fit(config, min(asked, given))
     if not limit_batch(config.scheduler_config, asked):
         return
     _log.warning(
