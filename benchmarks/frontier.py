@@ -18,9 +18,10 @@ from kvcar.cache.cache import KVCarCache
 from kvcar.evaluate.fidelity import fidelity_figures, measure_fidelity
 from kvcar.fit.fit import fit_bundles
 from kvcar.fit.options import PROFILES, FitOptions
+from kvcar.fit.windows import text_windows
 from kvcar.models.load import LoadedModel, load_model
 from kvcar.record import Record
-from kvcar.text import TextSource, joined, read_text, token_windows, windows_of_all
+from kvcar.text import read_text, token_windows
 
 RESULTS = Path(__file__).parent / "results"
 SETTINGS = {
@@ -50,29 +51,28 @@ def fit(
 ) -> None:
     """Fit the bundles from shared statistics, those for stored contexts from their own; a record of each goes into ``results/``.
 
-    Without ``tokens`` each profile takes as many as it does by default.
+    As ``kvcar fit`` does, half of what they are fitted on the model writes itself. Without ``tokens`` each profile takes as many as
+    it does by default.
     """
-    sources = [read_text(text) for text in texts]
     loaded = load_model(model, "float32")
     chosen = [name for name in SETTINGS if not only or name in only]
     for stored in (False, True):
         names = [name for name in chosen if PROFILES[SETTINGS[name][0]].entropy_coded == stored]
         if names:
-            _fit_together(folder, loaded, sources, names, model, tokens)
+            _fit_together(folder, loaded, texts, names, model, tokens)
 
 
 def _fit_together(
     folder: Path,
     loaded: LoadedModel,
-    sources: list[TextSource],
+    texts: list[Path],
     names: list[str],
     model: str,
     tokens: int | None,
 ) -> None:
-    most = tokens or PROFILES[SETTINGS[names[0]][0]].fit_tokens
-    windows = windows_of_all(loaded.tokenizer, sources, 1024, most // 1024)
     options = [FitOptions(profile=SETTINGS[name][0], times_smaller=SETTINGS[name][1]) for name in names]
-    bundles = fit_bundles(loaded.model, windows, options, joined(sources), model, _tell)
+    read = text_windows(loaded.model, loaded.tokenizer, texts, tokens, options[0], check=False, on_progress=_tell)
+    bundles = fit_bundles(loaded.model, read.windows, options, read.source, model, _tell)
     for name, option in zip(names, options, strict=True):
         began = time.perf_counter()
         bundle = next(bundles)

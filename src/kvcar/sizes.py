@@ -191,6 +191,17 @@ def codecs_in_words(plan: Plan, codec_bytes: int) -> str:
     return f"codecs take {codec_bytes:,} bytes once, and {since}; with them one sequence of {tokens:,} tokens is {together}"
 
 
+def kept_exactly_in_words(plan: Plan, share: float) -> str:
+    """Say that a share, 0 to 1, of a text's coded tokens is kept exactly, and why; empty where none is."""
+    limit = plan.cache.page_cost_limit
+    if not share or limit is None:
+        return ""
+    return (
+        f"{100 * share:.1f} % of the coded tokens of this text are kept exactly, as their pages would have cost more than {limit:.4f} nats "
+        "a token; their bytes are counted"
+    )
+
+
 def full_size(geometry: KVGeometry) -> SizeOf:
     """Make a function that counts the bytes of the model's own cache in bfloat16."""
     return lambda tokens, batch: geometry.full_bytes(tokens) * batch

@@ -26,6 +26,21 @@ def test_a_fit_searches_and_says_what_it_found(model_folder, text_file, tmp_path
     assert [size for size, _ in data["curve"]][:2] == [3.0, 4.0]
 
 
+def test_a_fit_says_how_much_of_held_out_text_is_kept_exactly(model_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvcar.fit.page_costs.TIMES_A_TYPICAL_PAGE", 0.5)
+    monkeypatch.setattr("kvcar.fit.page_costs.MARGIN", 0.5)
+    given = ("--text", text_file, "--times-smaller", 4, "--tokens", 6000)
+    printed = " ".join(run("fit", model_folder, "-o", tmp_path / "b", *given).split())
+    found = Bundle.from_pretrained(tmp_path / "b").figures["held_out"]
+    share = found["finer_page_share"]
+    assert share > 0.1
+    assert f"{100 * share:.1f} % of the coded tokens of this text are kept exactly" in printed
+    assert (
+        f"kept exactly, as their pages would cost too much | {100 * share:.1f} % |"
+        in (tmp_path / "b/README.md").read_text()
+    )
+
+
 def test_several_texts_take_turns(model_folder, text_file, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": words(120, seed)}) + "\n" for seed in range(100, 160)))

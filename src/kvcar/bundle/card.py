@@ -67,7 +67,8 @@ def _quality(fit: FitProvenance, figures: Mapping[str, Any]) -> str:
         f"| perplexity, full cache | {found['perplexity_full']:.3f} | {found['perplexity_full_stderr']:.3f} |\n"
         f"| perplexity, this cache | {found['perplexity']:.3f} | {found['perplexity_stderr']:.3f} |\n"
         f"| ratio of the two | {found['perplexity_ratio']:.4f} | {found['perplexity_ratio_stderr']:.4f} |\n"
-        f"| times smaller at this context | {found['times_smaller']:.2f} | |"
+        f"| times smaller at this context | {found['times_smaller']:.2f} | |\n"
+        f"| coded tokens kept exactly, as their pages would cost too much | {100 * found.get('finer_page_share', 0):.1f} % | |"
     )
 
 

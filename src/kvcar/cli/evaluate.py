@@ -114,12 +114,10 @@ def evaluate(
 
 def _print_verdict(bundle: Bundle, result: Fidelity) -> bool:
     """Say in plain words whether the bundle keeps on this text what the fit promised; False where it does not."""
-    if result.finer_page_share:
-        out.print(
-            f"{100 * result.finer_page_share:.1f} % of the coded tokens are kept exactly, as their pages would have cost more than "
-            f"{bundle.plan.cache.page_cost_limit:.4f} nats a token; their bytes are counted",
-            highlight=False,
-        )
+    from ..sizes import kept_exactly_in_words
+
+    if line := kept_exactly_in_words(bundle.plan, result.finer_page_share):
+        out.print(line, highlight=False)
     promised = (bundle.figures.get("held_out") or {}).get("kl_divergence")
     if not promised:
         return True

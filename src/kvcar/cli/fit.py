@@ -207,7 +207,7 @@ def _fit(
 def _report(bundle: Bundle, model: str, output: Path) -> None:
     """Print what was written, what it costs, and what to do with it."""
     from ..bundle import windows_in_words
-    from ..sizes import codecs_in_words, size_in_words, stored_bytes
+    from ..sizes import codecs_in_words, kept_exactly_in_words, size_in_words, stored_bytes
     from .console import out
 
     plan, figures, geometry = bundle.plan, bundle.figures, bundle.plan.geometry
@@ -227,6 +227,8 @@ def _report(bundle: Bundle, model: str, output: Path) -> None:
             f"on {found['tokens']:,} tokens of held-out text: KL divergence {found['kl_divergence']:.5f} nats per token, same "
             f"top-1 token {100 * found['same_top']:.2f} %, perplexity x {found['perplexity_ratio']:.4f}"
         )
+        if line := kept_exactly_in_words(plan, found.get("finer_page_share", 0.0)):
+            out.print(line, highlight=False)
     if len(kinds := figures.get("kl_divergence_by_kind", {})) > 1:
         by_kind = ", ".join(f"{kind} {kl:.5f}" for kind, kl in kinds.items())
         out.print(f"KL divergence by kind of text: {by_kind}; other kinds may cost more", highlight=False)
