@@ -7,6 +7,7 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from optimum.quanto import freeze, qint8, quantize
 from tiny import FAMILIES, tiny_model, token_ids
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import (
     CLIPVisionConfig,
     DynamicCache,
@@ -41,6 +42,16 @@ def quantised_by_hqq(model, folder):
     return model
 
 
+def quantised_by_torchao(model, folder):
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def activations_quantised_by_torchao(model, folder):
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model
+
+
 def on_cpu_until_needed(model, folder):
     return cpu_offload(model, execution_device=torch.device("cpu"))
 
@@ -54,7 +65,14 @@ def dispatched(model, folder):
     return dispatch_model(model, device_map=ELSEWHERE, main_device="cpu", offload_dir=folder)
 
 
-WRAPPERS = [quantised_by_quanto, quantised_by_hqq, on_cpu_until_needed, on_disk_until_needed, dispatched]
+WRAPPERS = [
+    quantised_by_quanto,
+    quantised_by_hqq,
+    quantised_by_torchao,
+    on_cpu_until_needed,
+    on_disk_until_needed,
+    dispatched,
+]
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS, ids=[wrap.__name__ for wrap in WRAPPERS])
@@ -73,7 +91,11 @@ def test_a_wrapped_model_says_over_lossless_pages_what_it_says_without(wrap, tmp
     assert cache.pages > 0
 
 
-@pytest.mark.parametrize("wrap", [quantised_by_hqq, on_disk_until_needed], ids=lambda wrap: wrap.__name__)
+@pytest.mark.parametrize(
+    "wrap",
+    [quantised_by_hqq, quantised_by_torchao, activations_quantised_by_torchao, on_disk_until_needed],
+    ids=lambda wrap: wrap.__name__,
+)
 def test_a_wrapped_model_is_fitted(wrap, tmp_path):
     model = wrap(tiny_model("llama"), str(tmp_path))
     bundle = kvcar.fit(
@@ -83,6 +105,48 @@ def test_a_wrapped_model_is_fitted(wrap, tmp_path):
         cache = attached.new_cache()
         model(input_ids=token_ids(150), past_key_values=cache)
         assert cache.pages > 0
+
+
+def test_activations_rounded_to_few_bits_are_no_reason_to_refuse():
+    model = activations_quantised_by_torchao(tiny_model("llama"), "")
+    ids = token_ids(150)
+
+    def stepped(cache):
+        with torch.no_grad():
+            return torch.cat([model(input_ids=part, past_key_values=cache).logits for part in ids.split(50, dim=1)], 1)
+
+    expected = stepped(DynamicCache(config=model.config))
+    with kvcar.attach(model, kvcar.lossless(model)) as attached:
+        got = stepped(attached.new_cache())
+    assert (got - expected).square().mean().sqrt() < 0.1 * expected.std()
+
+
+def test_a_model_that_rounds_activations_and_answers_wrongly_is_refused(monkeypatch):
+    model = activations_quantised_by_torchao(tiny_model("llama"), "")
+    own = kvcar.KVCarCache.attend
+
+    def wrong(self, layer, query, *args):
+        return own(self, layer, query.roll(1, dims=1), *args)
+
+    monkeypatch.setattr(kvcar.KVCarCache, "attend", wrong)
+    with pytest.raises(UnsupportedModelError, match="over lossless pages differs"):
+        kvcar.attach(model, kvcar.lossless(model))
+
+
+def test_quantised_weights_are_told_by_their_integers():
+    first, second = (quantised_by_torchao(tiny_model("llama"), "") for _ in range(2))
+    assert mismatch(fingerprint(first), fingerprint(second)) is None
+    weight = second.model.layers[0].mlp.down_proj.weight
+    weight.qdata.neg_()
+    assert "weights differ" in str(mismatch(fingerprint(first), fingerprint(second)))
+
+
+def test_quantised_weights_that_were_written_to_are_noticed():
+    model = quantised_by_torchao(tiny_model("llama"), "")
+    with kvcar.attach(model, kvcar.lossless(model)):
+        model.model.layers[0].mlp.down_proj.weight.scale.data.mul_(2)
+        with pytest.raises(kvcar.KVCarError, match=r"written to|weights"):
+            model(input_ids=token_ids(20), past_key_values=kvcar.KVCarCache(kvcar.lossless(model)))
 
 
 def test_weights_kept_elsewhere_are_those_of_the_model(tmp_path):

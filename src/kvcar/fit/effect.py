@@ -64,7 +64,9 @@ class EffectProbe(AttentionHook):
                     self._draw = torch.Generator().manual_seed(self._seed + int(window.sum()))
                     with torch.inference_mode(False), torch.enable_grad():
                         logits = self.model(input_ids=window[None].to(self.parts.device), use_cache=False).logits[0]
-                        self._likelihood(logits).backward()
+                        likelihood = self._likelihood(logits)
+                        if likelihood.requires_grad:  # not where the last product is of weights that have no gradient
+                            likelihood.backward()
                     yield len(window) - self.sinks
         finally:
             handle.remove()
@@ -87,7 +89,10 @@ class EffectProbe(AttentionHook):
         scores = q @ key.float()[:, :, None].transpose(-1, -2)
         far = self._far(tokens, key.device)
 
-        def hear_keys(gradient: Tensor) -> None:
+        # None where what comes after the layer has no gradient, as products of some quantised weights.
+        def hear_keys(gradient: Tensor | None) -> None:
+            if gradient is None:
+                return
             reached = (gradient.masked_fill(~far, 0).transpose(-1, -2) @ q.detach()).sum(2)
             scale = self.tables[layer].attention_scale ** 2 if layer in self.tables else 1.0
             # The adjoint of rotating by an angle is rotating back; a factor on it appears once more.
@@ -100,7 +105,9 @@ class EffectProbe(AttentionHook):
         weights = softmax_with_sinks(scores.masked_fill(self.hidden(layer, tokens, key.device), -torch.inf), sinks)
         output = weights @ value.float()[:, :, None]
 
-        def hear_values(gradient: Tensor) -> None:
+        def hear_values(gradient: Tensor | None) -> None:
+            if gradient is None:
+                return
             reached = (weights.detach().masked_fill(~far, 0).transpose(-1, -2) @ gradient).sum(2)
             self._gradients(layer, "value", self._flat(reached))
 

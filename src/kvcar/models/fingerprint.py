@@ -36,14 +36,18 @@ class Fingerprint:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """Sample a model's floating-point parameters in use at fixed places, a few of each, and the scales of its adapters.
+    """Sample a model's parameters in use at fixed places, a few of each, and the scales of its adapters.
+
+    Integers are looked at where they are part of a quantised weight.
 
     Raises:
         UnsupportedModelError: the weights are not loaded (meta device) or none is a floating-point number.
     """
     used = weights_in_use(model, offloaded=True)
-    parameters = sorted((n, p) for n, p in used.parameters.items() if p.is_floating_point() and p.numel())
-    if not parameters:
+    chosen = (n for n, p in used.parameters.items() if p.numel() and (p.is_floating_point() or n in used.inner))
+    parameters = [(name, used.parameters[name]) for name in sorted(chosen)]
+    floating = [parameter.dtype for _, parameter in parameters if parameter.is_floating_point()]
+    if not floating:
         raise UnsupportedModelError(f"{type(model).__name__} has no floating-point weights to recognise it by")
     digest = hashlib.sha256()
     values = []
@@ -59,7 +63,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     for name, scale in sorted(used.scales.items()):
         digest.update(f"{name} {scale!r}".encode())
         values.append(torch.tensor([scale], dtype=torch.float32))
-    dtype = str(parameters[0][1].dtype).removeprefix("torch.")
+    dtype = str(floating[0]).removeprefix("torch.")
     return Fingerprint(torch.cat(values), dtype, digest.hexdigest(), active_adapters(model))
 
 

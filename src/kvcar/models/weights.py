@@ -22,12 +22,15 @@ class WeightsInUse(NamedTuple):
     """What a model's output depends on.
 
     Attributes:
-        parameters: by name; each once, where it is shared.
+        parameters: by name; each once, where it is shared. One that is made of other tensors, as quantised weights are, is
+            given as those.
         scales: by name, the factors of the adapters that are on.
+        inner: names of the tensors that such parameters are made of.
     """
 
     parameters: dict[str, Tensor]
     scales: dict[str, float]
+    inner: set[str]
 
 
 def weights_in_use(model: nn.Module, offloaded: bool = False) -> WeightsInUse:
@@ -38,17 +41,30 @@ def weights_in_use(model: nn.Module, offloaded: bool = False) -> WeightsInUse:
         offloaded: give weights that accelerate keeps elsewhere until they are needed (``device_map``) as they lie there, instead
             of what stands in their places.
     """
-    found, seen = WeightsInUse({}, {}), set[int]()
+    found, seen = WeightsInUse({}, {}, set()), set[int]()
     for name, value in _walk(model, "", offloaded):
         if not isinstance(value, Tensor):
             found.scales[name] = value
             continue
         # What is kept elsewhere is another tensor at every look, but in the same place where it is shared.
         known = value.data_ptr() if offloaded and not isinstance(value, nn.Parameter) else id(value)
-        if known not in seen:
-            seen.add(known)
-            found.parameters[name] = value
+        if known in seen:
+            continue
+        seen.add(known)
+        parts = dict(_parts(name, value))
+        found.parameters.update(parts)
+        found.inner.update(parts.keys() - {name})
     return found
+
+
+def _parts(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, or those that one is made of whose class says so, as torchao's and quanto's do; they lack most operations."""
+    flatten = getattr(type(tensor), "__tensor_flatten__", None)
+    if flatten is None:
+        yield name, tensor
+        return
+    for own in flatten(tensor)[0]:
+        yield from _parts(f"{name}.{own}", getattr(tensor, own))
 
 
 def offload_hooks(module: nn.Module) -> list[Any]:
