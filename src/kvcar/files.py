@@ -73,6 +73,12 @@ def read_regular(path: Path, maximum: int | None = None) -> bytes:
     return path.read_bytes()
 
 
+def remove_if_allowed(path: Path) -> None:
+    """Remove a file that is of no use; where it is gone already or must stay, nothing depends on it."""
+    with suppress(OSError):
+        path.unlink()
+
+
 @contextmanager
 def staged_file(folder: Path, pieces: Iterable[bytes]) -> Iterator[Path]:
     """Write a file of a temporary name in ``folder``, to be renamed; removed at the end if it is still there."""

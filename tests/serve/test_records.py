@@ -1,6 +1,7 @@
 """Records: what the codec gives comes back, whatever the plan; sinks and costly pages exactly; bad ones are refused."""
 
 import json
+import shutil
 import struct
 import sys
 from hashlib import sha256
@@ -13,6 +14,7 @@ from record_pages import BUNDLES, coder_of, keys_of, limited, model_and_sides
 
 from kvcar.errors import ContextError, InputError, KVCarError, UnsupportedModelError
 from kvcar.serve.record_file import MAX_HEADER_BYTES, RecordKey, token_chain
+from kvcar.serve.record_store import RecordStore
 from kvcar.serve.records import decode_record, encode_record
 
 
@@ -258,3 +260,30 @@ def test_headers_that_are_none(coder, key, text):
 def test_a_header_beyond_all_measure(coder, key):
     with pytest.raises(ContextError, match="longer than the record"):
         decode_record(coder, signed(b" " * (MAX_HEADER_BYTES + 1), b""), key)
+
+
+# Folders
+
+
+def test_a_folder_that_somebody_removes_comes_back(llama, coder, key, tmp_path):
+    store = RecordStore(tmp_path / "records", coder)
+    assert store.write(key, *page(llama[2:]))
+    shutil.rmtree(tmp_path / "records")
+    assert not store.holds(key)
+    assert store.write(key, *page(llama[2:]))
+    assert store.holds(key)
+
+
+def test_a_bad_record_is_looked_at_once_until_it_is_written_again(llama, coder, key, record, tmp_path, caplog):
+    store = RecordStore(tmp_path, coder)
+    path = store.path(key)
+    path.parent.mkdir()
+    path.write_bytes(record[:-1])
+    assert [store.holds(key) for _ in range(3)] == [False] * 3
+    assert len(caplog.records) == 1
+    path.write_bytes(record)
+    assert store.holds(key)
+    path.write_bytes(record[:-2])
+    assert not store.holds(key)
+    assert store.write(key, *page(llama[2:]))
+    assert store.holds(key)

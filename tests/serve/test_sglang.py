@@ -1,5 +1,6 @@
 """SGLang's storage backend, against its interface alone: flat host pages in and out by key."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,26 @@ def test_pages_of_another_size_come_back_as_they_were(folders, tmp_path):
     own, page = storage(folders, tmp_path), torch.randn(1001)
     assert own.set("a", page)
     assert torch.equal(own.get("a", torch.empty_like(page)), page)
+
+
+def test_a_folder_that_somebody_removes_comes_back(folders, tmp_path):
+    own, page = storage(folders, tmp_path / "pages"), torch.randn(1001)
+    shutil.rmtree(tmp_path / "pages")
+    assert own.set("a", page)
+    assert torch.equal(own.get("a", torch.empty_like(page)), page)
+
+
+def test_damaged_pages_that_cannot_be_removed_count_as_missing(folders, tmp_path, monkeypatch):
+    own, page = storage(folders, tmp_path), torch.randn(1001)
+    assert own.set("a", page)
+    (path,) = tmp_path.rglob(f"*{SUFFIX}")
+    path.write_bytes(path.read_bytes()[:-3])
+
+    def refuse(*args, **kwargs):
+        raise PermissionError("as in a folder of somebody else")
+
+    monkeypatch.setattr("pathlib.Path.unlink", refuse)
+    assert own.get("a", torch.empty_like(page)) is None
 
 
 def test_what_is_not_supported_is_refused(folders, tmp_path):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..bundle import Bundle
 from ..errors import ContextError, InputError, require
+from ..files import remove_if_allowed
 from .chunks import HEAD_BYTES, ChunkKey, Chunks, checked
 
 _log = logging.getLogger("kvcar.serve")
@@ -116,5 +117,5 @@ class KVCarFolder(FSL2Adapter):
                 continue
             except (OSError, ContextError) as error:
                 _log.warning("the stored chunk %s is computed again: %s", path.name, error)
-                path.unlink(missing_ok=True)
+                remove_if_allowed(path)
         return super().submit_load_task(keys, objects)

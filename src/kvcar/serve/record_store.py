@@ -18,6 +18,7 @@ _log = logging.getLogger("kvcar.serve")
 
 SUFFIX = ".kvr"
 _REMEMBERED = 100_000
+_AGAIN = "the record %s is computed again: %s"
 
 
 class RecordStore:
@@ -35,7 +36,7 @@ class RecordStore:
         require(str, Path, folder=folder)
         self.coder = coder
         self.folder = Path(folder) / coder.bundle.digest[:32]
-        self._checked: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._sound: OrderedDict[str, tuple[tuple[int, int], bool]] = OrderedDict()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
@@ -48,19 +49,30 @@ class RecordStore:
         return self.folder / key.chain[:2] / (key.chain + SUFFIX)
 
     def holds(self, key: RecordKey) -> bool:
-        """Whether there is a record that passes every check but decoding; one that does not is logged, and counts as none."""
+        """Whether there is a record that passes every check but decoding; one that does not is logged, and counts as none.
+
+        A file is looked at once, and again when it was written again.
+        """
         path = self.path(key)
         try:
             found = path.stat()
             seen = (found.st_mtime_ns, found.st_size)
-            if self._checked.get(key.chain) != seen:
-                check_record(self.coder, read_regular(path, self.coder.largest_bytes), key)
-                self._remember(key, seen)
+            if self._sound.get(key.chain, (None, False))[0] != seen:
+                self._remember(key, seen, self._check(path, key))
         except FileNotFoundError:
             return False
-        except (OSError, ValueError, ContextError) as error:
-            _log.warning("the record %s is computed again: %s", path.name, error)
-            self._checked.pop(key.chain, None)
+        except (OSError, ValueError) as error:
+            _log.warning(_AGAIN, path.name, error)
+            return False
+        return self._sound[key.chain][1]
+
+    def _check(self, path: Path, key: RecordKey) -> bool:
+        """Look at a record; raises OSError and ValueError where it cannot be read."""
+        data = read_regular(path, self.coder.largest_bytes)
+        try:
+            check_record(self.coder, data, key)
+        except ContextError as error:
+            _log.warning(_AGAIN, path.name, error)
             return False
         return True
 
@@ -85,17 +97,18 @@ class RecordStore:
         path = self.path(key)
         try:
             data = encode_record(self.coder, keys, values, key)
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the whole folder
             write_whole(path, [data])
             found = path.stat()
         except (OSError, ValueError) as error:
             reason = reason_of(error) if isinstance(error, OSError) else error
             _log.warning("no record of %d tokens is written to %s: %s", keys.shape[2], path, reason)
             return 0
-        self._remember(key, (found.st_mtime_ns, found.st_size))
+        self._remember(key, (found.st_mtime_ns, found.st_size), True)
         return len(data)
 
-    def _remember(self, key: RecordKey, seen: tuple[int, int]) -> None:
-        self._checked[key.chain] = seen
-        while len(self._checked) > _REMEMBERED:
-            self._checked.popitem(last=False)
+    def _remember(self, key: RecordKey, seen: tuple[int, int], sound: bool) -> None:
+        self._sound[key.chain] = (seen, sound)
+        self._sound.move_to_end(key.chain)
+        while len(self._sound) > _REMEMBERED:
+            self._sound.popitem(last=False)

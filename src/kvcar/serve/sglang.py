@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ContextError, InputError, UnsupportedModelError, require
-from ..files import read_regular, reason_of, write_whole
+from ..files import read_regular, reason_of, remove_if_allowed, write_whole
 from .chunks import ChunkKey, Chunks
 
 HiCacheStorage: Any = object
@@ -93,7 +93,7 @@ class KVCarStorage(HiCacheStorage):
             return None
         except (OSError, ValueError, ContextError) as error:
             _log.warning("the stored page %s is computed again: %s", path.name, error)
-            path.unlink(missing_ok=True)
+            remove_if_allowed(path)
             return None
         chunk.copy_(made)
         return target_location
@@ -114,7 +114,7 @@ class KVCarStorage(HiCacheStorage):
             return True
         try:
             data = self._chunks.packed([self._chunk(value).cpu()], self._key(key))
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have removed the whole folder
             write_whole(path, [data])
         except OSError as error:
             _log.warning("no page is written to %s: %s", path, reason_of(error))
