@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """How many tokens fit in vLLM's memory, by its own log: its own cache and bundles.
 
 python benchmarks/serve_vllm.py --name capacity --model FOLDER -b fast-4x=bundles/fast-4x -b balanced-8x=bundles/balanced-8x
@@ -23,11 +24,10 @@ from vllm_engines import (
     Name,
     Output,
     PassTokens,
-    capacity,
     command,
     contenders,
     described,
-    engine,
+    engine_options,
     environment,
 )
 
@@ -65,14 +65,18 @@ def main(
 
 def _in_process(given: dict[str, Any]) -> dict[str, Any]:
     own = [sys.executable, __file__, "contender", json.dumps(given)]
-    done = subprocess.run(own, env=environment(given["threads"]), stdout=subprocess.PIPE, text=True, check=True)
+    variables = environment(given["threads"]) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    done = subprocess.run(own, env=variables, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def contender(given: dict[str, Any]) -> dict[str, Any]:
     """Start an engine for one contender and ask what fits."""
-    tokens, sequences = capacity(engine(given, given["memory"], given["model_tokens"]))
-    return {"capacity_tokens": tokens, "capacity_sequences": sequences}
+    from vllm import LLM
+
+    llm = LLM(**engine_options(given, given["memory"], given["model_tokens"]), skip_tokenizer_init=True)
+    cache = llm.llm_engine.vllm_config.cache_config
+    return {"capacity_tokens": cache.kv_cache_size_tokens, "capacity_sequences": cache.kv_cache_max_concurrency}
 
 
 if __name__ == "__main__":

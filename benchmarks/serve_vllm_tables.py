@@ -17,7 +17,10 @@ with the tokens of a pass (`max_num_batched_tokens` of kvcar's options)."""
 _LOAD = """All requests are given at once, to one engine after the other, in several turns; the prefix cache is empty when a turn begins. A
 preempted request is computed again from its beginning. *At once* are the most requests that ran beside each other. Other work ran on the
 two cores, so seconds are of this machine at that time: what compares are the ratios, each taken within a turn, with the least and the
-greatest in brackets, and the CPU time of the whole turn. Seconds to the first token are those of all requests in all turns."""
+greatest in brackets, and the CPU time of the whole turn. Seconds to the first token are those of all requests in all turns; of the
+seconds between two tokens of a request, the median of the turns is given."""
+_CLIENT = "vLLM's OpenAI server on the loopback, measured by vLLM's own benchmark client."
+_IN_PROCESS = "Measured inside the engine's process, without a server."
 
 
 def serve_vllm_pages() -> dict[str, str]:
@@ -46,10 +49,12 @@ def _load(r: dict[str, Any]) -> list[str]:
     head = [
         "cache", "sequences that fit", "at once", "preemptions", "new tokens a second", "times vLLM's own",
         "CPU time, times vLLM's own", "seconds to the first token, median", "95th percentile",
+        *(["seconds between tokens, median", "95th percentile"] if "client" in c else []),
     ]  # fmt: skip
     stock, *_ = r["contenders"].values()
     rows = [[name, *_served(own, stock["turns"])] for name, own in r["contenders"].items()]
-    return [title, _about(r), markdown([head, *rows])]
+    how = _CLIENT if "client" in c else _IN_PROCESS
+    return [title, f"{how} {_about(r)}", markdown([head, *rows])]
 
 
 def _served(own: dict[str, Any], stock: list[dict[str, Any]]) -> list[str]:
@@ -64,7 +69,14 @@ def _served(own: dict[str, Any], stock: list[dict[str, Any]]) -> list[str]:
         _range(turn["preemptions"] for turn in turns), _spread((turn["new_tokens_per_second"] for turn in turns), 1),
         ratio(lambda turn: turn["new_tokens_per_second"]), ratio(lambda turn: turn["cpu_seconds"]),
         f"{median(waits):.1f}", f"{quantiles(waits, n=20, method='inclusive')[-1]:.1f}",
+        *_between(turns),
     ]  # fmt: skip
+
+
+def _between(turns: list[dict[str, Any]]) -> list[str]:
+    """Seconds between tokens, which records without a client do not have."""
+    found = [turn["seconds_between_tokens"] for turn in turns if "seconds_between_tokens" in turn]
+    return [f"{median(own[name] for own in found):.3f}" for name in ("median", "p95")] if found else []
 
 
 def _spread(figures: Iterable[float], digits: int) -> str:

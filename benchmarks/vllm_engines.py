@@ -1,5 +1,4 @@
-# pyright: reportMissingImports=false
-"""Engines of vLLM in this process, with its own cache or with a bundle, for ``serve_vllm.py`` and ``serve_vllm_load.py``."""
+"""Contenders of ``serve_vllm.py`` and ``serve_vllm_load.py``: vLLM's own cache and bundles, and how their engines are set up."""
 
 from __future__ import annotations
 
@@ -38,33 +37,22 @@ def contenders(bundles: list[str], tokens_of_a_pass: list[int], fp8: bool) -> di
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Variables of a process that has an engine inside it."""
-    own = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }  # fmt: skip
-    return os.environ | own
+    """Variables of a process that runs vLLM."""
+    return os.environ | {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def engine(given: dict[str, Any], memory: int, tokens: int) -> Any:
-    """Start an engine for one contender, with ``memory`` bytes of cache and sequences of up to ``tokens`` tokens."""
-    from vllm import LLM
-
+def engine_options(given: dict[str, Any], memory: int, tokens: int) -> dict[str, Any]:
+    """Options of one contender's engine, with ``memory`` bytes of cache and sequences of up to ``tokens`` tokens."""
     own: dict[str, Any] = {}
     if "bundle" in given:
         options = {"bundle": given["bundle"], "max_num_batched_tokens": given["max_num_batched_tokens"]}
         own = {"attention_backend": "CUSTOM", "additional_config": {"kvcar": options}}
     if "kv_cache_dtype" in given:
         own = {"kv_cache_dtype": given["kv_cache_dtype"]}
-    return LLM(
-        model=given["model"], dtype=given["dtype"], max_model_len=tokens, kv_cache_memory_bytes=memory,
-        max_num_seqs=64, enforce_eager=True, skip_tokenizer_init=True, disable_log_stats=False, seed=0, **own,
-    )  # fmt: skip
-
-
-def capacity(llm: Any) -> tuple[int, float]:
-    """Tokens and sequences that fit, as vLLM counts and logs them."""
-    cache = llm.llm_engine.vllm_config.cache_config
-    return cache.kv_cache_size_tokens, cache.kv_cache_max_concurrency
+    return {
+        "model": given["model"], "dtype": given["dtype"], "max_model_len": tokens, "kv_cache_memory_bytes": memory,
+        "max_num_seqs": 64, "enforce_eager": True, "seed": 0, **own,
+    }  # fmt: skip
 
 
 def described(given: dict[str, Any], caches: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
