@@ -36,7 +36,7 @@ class Server:
     """
 
     def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
-        self._process, self._url = process, url
+        self._process, self.url = process, url
 
     def capacity(self) -> tuple[int, float]:
         """Tokens and sequences that fit, as vLLM counts them."""
@@ -46,10 +46,10 @@ class Server:
 
     def serve(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
         """Send all prompts at once, greedily, from an empty prefix cache; what the client saw and what the server counted."""
-        _get(f"{self._url}/reset_prefix_cache", b"")
+        _get(f"{self.url}/reset_prefix_cache", b"")
         before, cpu = self._counters(), self._cpu_seconds()
         with self._running() as at_once:
-            seen = asyncio.run(_client(self._url, prompts, new_tokens))
+            seen = asyncio.run(_client(self.url, prompts, new_tokens))
         after = self._counters()
         if seen["total_output_tokens"] != len(prompts) * new_tokens:
             raise RuntimeError(f"not all requests were answered in full: {[each for each in seen['errors'] if each]}")
@@ -69,14 +69,14 @@ class Server:
             if self._process.poll() is not None:
                 raise RuntimeError(f"a server ended with status {self._process.returncode} before it answered")
             try:
-                _get(f"{self._url}/health")
+                _get(f"{self.url}/health")
                 return
             except OSError:
                 time.sleep(1)
         raise RuntimeError(f"a server did not answer in {_START_SECONDS} s")
 
     def _metrics(self) -> str:
-        return _get(f"{self._url}/metrics")
+        return _get(f"{self.url}/metrics")
 
     def _counters(self) -> dict[str, int]:
         return {name: int(float(value)) for name, _, value in _METRIC.findall(self._metrics()) if value[0].isdigit()}

@@ -18,15 +18,18 @@ def words(count, seed=0):
     return " ".join(f"w{i}" for i in torch.randint(0, 125, (count,), generator=generator).tolist())
 
 
+def words_tokenizer():
+    """A tokenizer whose tokens are words."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<pad>", eos_token="<pad>")
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model") / "tiny-llama"
     tiny_model("llama").save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<pad>", eos_token="<pad>"
-    ).save_pretrained(folder)
+    words_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -155,6 +156,15 @@ def test_folders_that_are_no_bundles(tmp_path):
     (tmp_path / PLAN_FILE).write_text("{")
     with pytest.raises(BundleError, match="cannot be read"):
         Bundle.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"short")], ids=["missing", "truncated"])
+def test_errors_are_of_public_kinds(folder, damage):
+    """A traceback names the class of its error, also where an engine prints it in a process of its own."""
+    damage(folder / CODECS_FILE)
+    with pytest.raises(BundleError) as error:
+        Bundle.from_pretrained(folder)
+    assert type(error.value) is BundleError
 
 
 def test_a_pickle_is_never_opened(folder):

@@ -168,10 +168,10 @@ def read_files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         sha256 = manifest.get("codecs_sha256")
         try:
             return manifest, read_codecs(folder / CODECS_FILE, sha256)
-        except _OtherCodecsError:
+        except _OtherCodecsError as error:
             # The same manifest again, and nobody is overwriting it.
             if attempt == _ATTEMPTS or (attempt and manifest == before):
-                raise
+                raise BundleError(str(error)) from None
         with suppress(_OtherCodecsError):
             return manifest, read_codecs(folder / _interim_name(str(sha256)), sha256)
         attempt, before = attempt + 1, manifest
