@@ -19,7 +19,7 @@ preempted request is computed again from its beginning. *At once* are the most r
 two cores, so seconds are of this machine at that time: what compares are the ratios, each taken within a turn, with the least and the
 greatest in brackets, and the CPU time of the whole turn. Seconds to the first token are those of all requests in all turns; of the
 seconds between two tokens of a request, the median of the turns is given."""
-_CLIENT = "vLLM's OpenAI server on the loopback, measured by vLLM's own benchmark client."
+_CLIENT = "vLLM's OpenAI server on the loopback, measured by vLLM's own benchmark client; CPU time is that of all its processes."
 _IN_PROCESS = "Measured inside the engine's process, without a server."
 
 

@@ -163,6 +163,8 @@ def test_what_is_not_supported_is_refused(model, coded, folder, tmp_path, monkey
     part = saved(model, by_hand(model, CODED[1:2], **PAGES), folder)
     refused(PlanError, r"keeps layers \[0, 2, 3\]", *part)
     refused(UnsupportedModelError, "hybrid KV cache manager is off", *coded, disable_hybrid_kv_cache_manager=True)
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    refused(UnsupportedModelError, "cannot be used: a KV connector is set", *coded, kv_transfer_config=connector)
     refused(
         UnsupportedModelError,
         "would wait for ever.* at least max_model_len, 1024",

@@ -36,7 +36,8 @@ def check_config(config: Any, options: Options) -> None:
     device = config.device_config.device.type
     found = {
         "the hybrid KV cache manager is off (take --disable-hybrid-kv-cache-manager away)": bool(
-            scheduler.disable_hybrid_kv_cache_manager
+            # A connector switches it off by itself.
+            scheduler.disable_hybrid_kv_cache_manager and config.kv_transfer_config is None
         ),
         "a KV connector is set (--kv-transfer-config)": config.kv_transfer_config is not None,
         "tensor, pipeline or context parallelism is on": parallel.world_size > 1
