@@ -20,7 +20,6 @@ from transformers import (
 import kvcar
 from kvcar.errors import UnsupportedModelError
 from kvcar.models.fingerprint import fingerprint, mismatch
-from kvcar.models.structure import _refuse_several_devices
 
 LAYERS = {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk", "model.layers.3": "cpu"}
 ELSEWHERE = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"} | LAYERS
@@ -159,11 +158,6 @@ def test_weights_kept_elsewhere_are_those_of_the_model(tmp_path):
 def test_weights_that_are_nowhere_are_refused():
     with pytest.raises(UnsupportedModelError, match="load the model first"):
         kvcar.lossless(tiny_model("llama").to("meta"))
-
-
-def test_layers_on_several_devices_are_refused_with_what_to_do():
-    with pytest.raises(UnsupportedModelError, match=r"several devices \(cpu, meta\).*device_map"):
-        _refuse_several_devices("a model", {torch.device("cpu"), torch.device("meta")})
 
 
 def test_a_pipeline_of_a_padded_batch():

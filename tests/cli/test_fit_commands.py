@@ -29,6 +29,7 @@ def test_a_fit_searches_and_says_what_it_found(model_folder, text_file, tmp_path
 def test_a_fit_says_how_much_of_held_out_text_is_kept_exactly(model_folder, text_file, tmp_path, monkeypatch):
     monkeypatch.setattr("kvcar.fit.page_costs.TIMES_A_TYPICAL_PAGE", 0.5)
     monkeypatch.setattr("kvcar.fit.page_costs.MARGIN", 0.5)
+    monkeypatch.setattr("kvcar.fit.page_costs.LEAST_LIMIT", 0)
     given = ("--text", text_file, "--times-smaller", 4, "--tokens", 6000)
     printed = " ".join(run("fit", model_folder, "-o", tmp_path / "b", *given).split())
     found = Bundle.from_pretrained(tmp_path / "b").figures["held_out"]

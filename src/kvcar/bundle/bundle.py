@@ -49,6 +49,10 @@ from .origin import FitProvenance, ModelIdentity
 _FINGERPRINT = "fingerprint"
 
 
+_PERIODS = (2, 3, 4)  # an emoji takes two to four tokens
+_TURNS_WEIGHT = 2
+
+
 @dataclass(frozen=True)
 class CodedBlock:
     """The codec and quantiser of one block; both None for a lossless one."""
@@ -90,7 +94,8 @@ class CodedBlock:
         """What errors of vectors cost, nats ``[..., N]``; for codecs that know it alone.
 
         The metric takes errors of different tokens for independent, so that attention averages them. One that many tokens have in
-        common, as in text that repeats itself, is not averaged: it costs as often as it would have been.
+        common, or every second to fourth one, as in text that repeats itself, is not averaged: it costs as often as it would
+        have been. What comes in turns counts more, as the pages before and after have it too.
 
         Args:
             error: float32 ``[..., N, W]``.
@@ -100,9 +105,24 @@ class CodedBlock:
         cost = self.codec.error_cost(error)
         if together == 1:
             return cost
-        common = self.codec.error_cost(error.unflatten(-2, (-1, together)).mean(-2))
+        pages = error.unflatten(-2, (-1, together))
+        alone, common = cost.unflatten(-1, (-1, together)).mean(-1), self._in_turns(pages, 1)
+        # Of independent errors, and of those that all tokens have, nothing is left in turns on average.
+        turns = [
+            self._in_turns(pages, period) - common / period - alone * (1 - 1 / period)
+            for period in _PERIODS
+            if together >= 2 * period
+        ]
+        extra = _TURNS_WEIGHT * torch.stack([torch.zeros_like(common), *turns]).amax(0)
         # Of independent errors both terms are the same on average.
-        return (cost + together * common.repeat_interleave(together, -1)) / 2
+        return (cost + common.repeat_interleave(together, -1)) / 2 + extra.repeat_interleave(together, -1)
+
+    def _in_turns(self, pages: Tensor, period: int) -> Tensor:
+        """What errors ``[..., pages, tokens, W]`` would cost, nats a token, if each were the mean of every ``period``-th one."""
+        assert self.codec is not None
+        count = pages.shape[-2] // period
+        means = pages[..., : count * period, :].unflatten(-2, (count, period)).mean(-3)
+        return count * self.codec.error_cost(means).mean(-1)
 
     def on(self, device: torch.device, block: Block, plan: Plan) -> CodedBlock:
         """The same with its tensors on a device; ``block`` is the plan's."""

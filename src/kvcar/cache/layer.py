@@ -55,8 +55,8 @@ class CodedLayer(CacheLayerMixin):
         self.write(key_states, value_states)
         return key_states, value_states
 
-    def write(self, key: Tensor, value: Tensor) -> None:
-        """Take the keys and values ``[B, H, T, D]`` of this pass; see ``KVCarCache.write`` for the errors."""
+    def write(self, key: Tensor, value: Tensor, device: torch.device | None = None) -> None:
+        """Take the keys and values ``[B, H, T, D]`` of this pass, to be kept on ``device``; see ``KVCarCache.write`` for the errors."""
         if not self.open:
             raise AttachError(
                 "a KVCarCache was given to a model that is not attached to kvcar; call kvcar.attach(model, bundle) first (or "
@@ -66,7 +66,7 @@ class CodedLayer(CacheLayerMixin):
             raise CacheStateError("a layer stored keys twice in one forward pass; kvcar does not support such models")
         # Under autocast keys come out of their rotation in float32, and values in what products give.
         dtype = torch.promote_types(key.dtype, value.dtype)
-        self.pending = (key.to(dtype), value.to(dtype))
+        self.pending = (key.to(device, dtype), value.to(device, dtype))
         self._given, self.attended = (key, value), False
 
     def gave(self, key: Tensor, value: Tensor) -> bool:

@@ -45,6 +45,12 @@ def _each(states: Any) -> list[Tensor | None]:
     return list(states.values()) if isinstance(states, dict) else [states]
 
 
+def _bring(layer: Any, device: torch.device) -> None:
+    """Move what an own layer keeps to where the layer computes; a context is loaded to where pages lie."""
+    if isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys.device != device:
+        layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+
+
 _holding = threading.Lock()
 
 
@@ -186,7 +192,7 @@ class PassCache(Cache):
                 "model.gradient_checkpointing_disable()"
             )
         for name, given, own in zip(("keys", "values"), (key, value), stored, strict=True):
-            if given is not own and not (given.shape == own.shape and torch.equal(given.to(own.dtype), own)):
+            if given is not own and not (given.shape == own.shape and torch.equal(given.to(own), own)):
                 raise UnsupportedModelError(
                     f"the {name} that attention of layer {layer} is given, {given.dtype} {tuple(given.shape)}, are not those "
                     f"that the cache was given, {own.dtype} {tuple(own.shape)}: this model changes them in between, which a "
@@ -219,7 +225,9 @@ class PassCache(Cache):
             return
         if mask is given:
             return
-        if not is_causal_mask(mask, self._next_state, total - queries, queries, window):
+        if not is_causal_mask(
+            mask.to(self._next_state.padding.device), self._next_state, total - queries, queries, window
+        ):
             to = f"all {total} tokens" if window is None else f"{_in_words(window)} of {total}"
             raise UnsupportedModelError(
                 f"the mask that attention of layer {layer} is given, {mask.dtype} {tuple(mask.shape)}, is not that of causal "
@@ -251,11 +259,14 @@ class PassCache(Cache):
         exact, paged = self.past(layer, query.shape[2])
         self._coded[layer].attended = True
         # Pages are decoded in float32, whatever the model computes its products in.
-        with torch.autocast(query.device.type, enabled=False):
-            output = attend(query, exact, paged, scaling, softcap, self.backend, sinks).transpose(1, 2).contiguous()
         assert self._next_state is not None
-        lost = self._next_state.lost
-        return output if lost is None else output.masked_fill(lost[:, None, None, None], torch.nan)
+        # A layer may compute on another device than the one that holds all pages.
+        device, lost = self._next_state.padding.device, self._next_state.lost
+        with torch.autocast(device.type, enabled=False):
+            sinks = None if sinks is None else sinks.to(device)
+            output = attend(query.to(device), exact, paged, scaling, softcap, self.backend, sinks)
+        output = output.transpose(1, 2).contiguous()
+        return (output if lost is None else output.masked_fill(lost[:, None, None, None], torch.nan)).to(query.device)
 
     def past(self, layer: int, queries: int) -> tuple[ExactPast, PagedPast | None]:
         """Give what the queries of the last ``queries`` tokens of the pass under way attend to in a coded layer.
@@ -289,6 +300,7 @@ class PassCache(Cache):
     ) -> tuple[Tensor, Tensor]:
         """Take the keys and values ``[B, H, T, D]`` of a layer and return what its attention is to be given."""
         if layer_idx not in self._coded:
+            _bring(self.layers[layer_idx], key_states.device)
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         # Where attention is compiled, the operator writes them (``attention.attend_layer``).
         if not (torch.compiler.is_compiling() and self._coded[layer_idx].open):
@@ -302,7 +314,7 @@ class PassCache(Cache):
             AttachError: the model that calls is not attached, so that its attention would miss the past.
             CacheStateError: the layer is written to twice in one pass.
         """
-        self._coded[layer].write(key, value)
+        self._coded[layer].write(key, value, None if self._state is None else self._state.padding.device)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen by a layer, padding included."""

@@ -19,6 +19,9 @@ from ..progress import OnProgress, counter, silent
 # one page in 250. Prompts of one or few tokens repeated cost ten to several hundred times the median.
 TIMES_A_TYPICAL_PAGE = 5.5
 MARGIN = 1.2
+# What a page may cost in any case, nats a token, however little others do: fits of few kinds of text have a small median, and pages of
+# other ordinary text beyond it that nobody would miss. One emoji over and over costs 0.0154 and more.
+LEAST_LIMIT = 0.015
 _NO_LIMIT = 1e30
 
 
@@ -38,7 +41,9 @@ def with_page_cost_limit(
     costs = page_costs(model, _limited(bundle, _NO_LIMIT), windows, on_progress)
     if not costs.numel():
         return bundle
-    return _limited(bundle, float(max(TIMES_A_TYPICAL_PAGE * costs.median(), MARGIN * costs.quantile(0.9))))
+    return _limited(
+        bundle, float(max(TIMES_A_TYPICAL_PAGE * costs.median(), MARGIN * costs.quantile(0.9), LEAST_LIMIT))
+    )
 
 
 @torch.no_grad()

@@ -176,10 +176,11 @@ class _Measure:
 
     @torch.no_grad()
     def __call__(self, solved: Solved) -> float:
-        tokens = [solved.plan.page_tokens if block.page_means else None for block in solved.plan.blocks]
+        plan, device = solved.plan, self._passes.parts.device
+        tokens = [plan.page_tokens if block.page_means else None for block in plan.blocks]
+        there = [own.on(device, block, plan) for own, block in zip(solved.blocks, plan.blocks, strict=True)]
         codes = {
-            i: partial(coded.round_trip, mean_tokens=n)
-            for i, (coded, n) in enumerate(zip(solved.blocks, tokens, strict=True))
+            i: partial(coded.round_trip, mean_tokens=n) for i, (coded, n) in enumerate(zip(there, tokens, strict=True))
         }
         with self._passes:
             parts = [float(kl_divergence(self._passes.read(p, codes), p.logits)) for p in self._prefilled]

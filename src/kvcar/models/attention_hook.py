@@ -137,8 +137,11 @@ def _attention(
     layer = None if hook is None else hook.layer_of(module)
     if hook is not None and layer is not None:
         scale = float(query.shape[-1]) ** -0.5 if scaling is None else scaling
-        output = hook.attend(layer, query, key, value, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        # Layers may compute on several devices; what a hook knows of them lies on one.
+        there, sinks = hook.parts.device, kwargs.get("s_aux")
+        given, sinks = (x.to(there) for x in (query, key, value)), None if sinks is None else sinks.to(there)
+        output = hook.attend(layer, *given, scale, kwargs.get("softcap"), sinks)
         if output is not None:
-            return output.transpose(1, 2).contiguous(), None
+            return output.transpose(1, 2).contiguous().to(query.device), None
     function = base_function(base, module)
     return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)

@@ -96,7 +96,8 @@ def _window(length: int, device: torch.device) -> dict[str, Tensor]:
 
 def _tables(seen: _Seen, later: _LaterPass) -> dict[int, RotaryTable]:
     """The table of each layer whose keys rotate."""
-    guesses = {call: _guesses_of(*call_parts) for call, call_parts in seen.calls.items()}
+    device = next((side.device for side in seen.keys.values()), None)
+    guesses = {call: _guesses_of(*call_parts, device) for call, call_parts in seen.calls.items()}
     tables: dict[tuple[bytes, float, str], RotaryTable] = {}
     found: dict[int, RotaryTable] = {}
     for layers, call in _alike(seen.keys, seen.own):
@@ -169,7 +170,7 @@ def _watched_pass(
 
     def take(layer: int, layer_keys: Tensor, values: Tensor) -> None:
         del values
-        keys[layer] = layer_keys[-1]
+        keys[layer] = layer_keys[-1].to(parts.device)
 
     rotary = [m for m in parts.decoder.modules() if "rotary" in type(m).__name__.lower()]
     handles = [m.register_forward_hook(note_call, with_kwargs=True) for m in rotary]
@@ -243,12 +244,15 @@ def _turned_back(guess: Rotation | None, keys: Tensor, first: int) -> Tensor:
     return RotaryTable(*guess).unrotate(keys, positions[None].expand(len(keys), -1))
 
 
-def _guesses_of(module: nn.Module, extra: tuple[Any, ...], named: Mapping[str, Any]) -> list[Rotation]:
-    """What a rotary module may do to keys: its own pairing first, then the other one, then both turned backwards."""
+def _guesses_of(
+    module: nn.Module, extra: tuple[Any, ...], named: Mapping[str, Any], device: torch.device | None
+) -> list[Rotation]:
+    """What a rotary module may do to keys, on the device that these are on: its own pairing first, then the other one, then both turned backwards."""
     found = _angles_of(module, extra, named)
     if found is None:
         return []
     frequency, scale, style = found
+    frequency = frequency.to(device)
     styles: tuple[RotaryStyle, ...] = ("half", "interleaved") if style == "half" else ("interleaved", "half")
     return [Rotation(sign * frequency, scale, each) for sign in (1, -1) for each in styles]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -80,7 +80,7 @@ class DecoderParts:
 
     @property
     def device(self) -> torch.device:
-        """Where the keys and values are computed."""
+        """Where the first layer's keys and values are computed, and where kvcar keeps those of all."""
         # Layers that are quantised as they run have no parameters.
         found = (device_of(module) for module in (next(iter(self.attention.values())), self.decoder))
         return next((device for device in found if device.type != "meta"), torch.device("meta"))
@@ -252,7 +252,6 @@ class _Probe:
                 f"{name} keeps states of a fixed size and no keys and values; nothing of it grows, so there is nothing to compress"
             )
         entries = self._run(name)
-        _refuse_several_devices(name, {key.device for _, key, _ in self.cache.writes})
         kinds: tuple[LayerKind, ...] = tuple(kind_of(layer) for layer in layers)
         written = Counter(layer for layer, _, _ in self.cache.writes)
         shapes, attention, reasons = {}, {}, {}
@@ -339,15 +338,6 @@ def _refuse_unloaded(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.device.type == "meta" and not is_offloaded(module, name):
                 raise UnsupportedModelError(f"{type(model).__name__} is not loaded (meta device); load the model first")
-
-
-def _refuse_several_devices(name: str, devices: Collection[torch.device]) -> None:
-    if len(devices) > 1:
-        raise UnsupportedModelError(
-            f"layers of {name} compute on several devices ({', '.join(sorted(map(str, devices)))}), and pages of all layers lie "
-            "together on one; load it on one device (device_map={'': 0}), with the weights that do not fit on the CPU or on disk "
-            "(device_map='auto' with max_memory)"
-        )
 
 
 class _Local(threading.local):
