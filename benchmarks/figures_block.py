@@ -53,12 +53,12 @@ def _note(r: dict[str, Any], speed: dict[str, Any]) -> str:
     fit, c = r["config"]["fit"], speed["config"]
     sentences = (
         f"SmolLM2-135M-Instruct (weights dequantised from a Q4_1 file, run in float32), context {r['context']:,}, stepped through the "
-        f"cache; fitted on {fit['tokens']:,} tokens of WikiText-2's validation text and C4. All bytes of the cache's tensors count, against "
+        f"cache; fitted on {fit['tokens']:,} tokens of WikiText-2's validation text, C4 and samples of the model. All bytes of the cache's tensors count, against "
         f"{r['full_bytes_per_token']:,.0f} bytes per token of the model's own cache in bfloat16. Codecs exist once, beside the cache, "
         f"counted as they lie in memory: cache and codecs together are smaller from so many tokens on, of all sequences together. KL divergence from the model's "
         f"own output in nats per token. A step is a decode step's time, relative to `DynamicCache` (below 1: faster), on {c['usable_cores']} "
-        f"cores ({c['device']}); empty: not measured. These fits are of two kinds of text and had no limit to what a page may cost (`max_page_cost=None`), nor "
-        f"half steps yet; with the limit that a fit sets, such a narrow one keeps up to a tenth of the pages of these texts exactly, at half of the size "
-        f"ratio: fit on many kinds, as `kvcar fit` does. More: [quality](docs/results/frontier.md), [speed](docs/results/decode.md)."
+        f"cores ({c['device']}); empty: not measured. Half of what "
+        f"is fitted on the model writes itself, as in `kvcar fit`; pages beyond the limit that the fit sets are kept exactly and counted. "
+        f"More: [quality](docs/results/frontier.md), [speed](docs/results/decode.md)."
     )
     return textwrap.fill(sentences, 120, break_long_words=False, break_on_hyphens=False)

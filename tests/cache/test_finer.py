@@ -211,3 +211,25 @@ def test_passes_that_fill_no_page_have_no_cost_of_a_page(llama, page_tokens):
 def test_a_limit_that_is_none_is_refused(wrong):
     with pytest.raises(kvcar.KVCarError, match="max_page_cost must be a number of nats above 0"):
         kvcar.CacheConfig(max_page_cost=wrong)
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 4])
+def test_errors_that_come_in_turns_cost_more_than_as_many_that_do_not(llama, period):
+    coded = next(block for block in coarse(llama, None).blocks if block.codec is not None)
+    draw = torch.Generator().manual_seed(0)
+    errors = torch.randn(10 * PAGE, coded.codec.mean.numel(), generator=draw, dtype=torch.float32)
+    alone = float(coded.codec.error_cost(errors).mean())
+    assert float(coded.cost(errors, PAGE).mean()) == pytest.approx(alone, rel=0.4)
+    turns = torch.cat([errors[:period].repeat(PAGE, 1)[:PAGE] for _ in range(10)])
+    own = float(coded.codec.error_cost(turns).mean())
+    assert float(coded.cost(turns, PAGE).mean()) > (PAGE / period) * own / 2
+    # By the formula: independent ones, common ones, and what is left of those in turns.
+    page = errors[:PAGE]
+    in_turns = [
+        PAGE // p * coded.codec.error_cost(page[: PAGE // p * p].unflatten(0, (-1, p)).mean(0)).mean()
+        for p in (1, 2, 3, 4)
+    ]
+    mean = coded.codec.error_cost(page).mean()
+    left = max(0.0, *(float(c - in_turns[0] / p - mean * (1 - 1 / p)) for p, c in enumerate(in_turns, 1)))
+    expected = (coded.codec.error_cost(page) + in_turns[0]) / 2 + 2 * left
+    torch.testing.assert_close(coded.cost(page, PAGE), expected, rtol=1e-4, atol=1e-9)

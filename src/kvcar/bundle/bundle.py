@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,27 @@ from .origin import FitProvenance, ModelIdentity
 _FINGERPRINT = "fingerprint"
 
 
-_PERIODS = (2, 3, 4)  # an emoji takes two to four tokens
+_PERIODS = (1, 2, 3, 4)  # an emoji takes two to four tokens
 _TURNS_WEIGHT = 2
+
+
+@cache
+def _turns(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What takes the errors of a page to their means over every n-th token, for each period, and the costs of these to nats a token.
+
+    Returns:
+        Float32 ``[means, tokens]``, and ``[means, periods]``.
+    """
+    periods = [period for period in _PERIODS if period == 1 or tokens >= 2 * period]
+    means, weights = [], []
+    for place, period in enumerate(periods):
+        count = tokens // period
+        for first in range(period):
+            row = torch.zeros(tokens, dtype=torch.float32)
+            row[first : count * period : period] = 1 / count
+            means.append(row)
+            weights.append(count / period * torch.eye(len(periods), dtype=torch.float32)[place])
+    return torch.stack(means).to(device), torch.stack(weights).to(device)
 
 
 @dataclass(frozen=True)
@@ -102,27 +121,18 @@ class CodedBlock:
             together: neighbouring tokens, of which ``N`` is a multiple, whose common error counts so.
         """
         assert self.codec is not None
-        cost = self.codec.error_cost(error)
         if together == 1:
-            return cost
+            return self.codec.error_cost(error)
         pages = error.unflatten(-2, (-1, together))
-        alone, common = cost.unflatten(-1, (-1, together)).mean(-1), self._in_turns(pages, 1)
-        # Of independent errors, and of those that all tokens have, nothing is left in turns on average.
-        turns = [
-            self._in_turns(pages, period) - common / period - alone * (1 - 1 / period)
-            for period in _PERIODS
-            if together >= 2 * period
-        ]
-        extra = _TURNS_WEIGHT * torch.stack([torch.zeros_like(common), *turns]).amax(0)
-        # Of independent errors both terms are the same on average.
-        return (cost + common.repeat_interleave(together, -1)) / 2 + extra.repeat_interleave(together, -1)
-
-    def _in_turns(self, pages: Tensor, period: int) -> Tensor:
-        """What errors ``[..., pages, tokens, W]`` would cost, nats a token, if each were the mean of every ``period``-th one."""
-        assert self.codec is not None
-        count = pages.shape[-2] // period
-        means = pages[..., : count * period, :].unflatten(-2, (count, period)).mean(-3)
-        return count * self.codec.error_cost(means).mean(-1)
+        means, weights = _turns(together, error.device)
+        cost = self.codec.error_cost(torch.cat([pages, means @ pages], dim=-2))
+        own, turns = cost[..., :together], cost[..., together:] @ weights
+        alone, common = own.mean(-1, keepdim=True), turns[..., :1]
+        periods = torch.arange(1, turns.shape[-1] + 1, device=error.device)
+        # Of independent errors, and of those that all tokens have, nothing is left in turns on average; the first period has none.
+        left = (turns - common / periods - alone * (1 - 1 / periods)).amax(-1, keepdim=True).clamp_min(0)
+        # Of independent errors the first two terms are the same on average.
+        return ((own + common) / 2 + _TURNS_WEIGHT * left).flatten(-2)
 
     def on(self, device: torch.device, block: Block, plan: Plan) -> CodedBlock:
         """The same with its tensors on a device; ``block`` is the plan's."""

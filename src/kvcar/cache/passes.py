@@ -47,7 +47,7 @@ def _each(states: Any) -> list[Tensor | None]:
 
 def _bring(layer: Any, device: torch.device) -> None:
     """Move what an own layer keeps to where the layer computes; a context is loaded to where pages lie."""
-    if isinstance(layer, DynamicLayer) and layer.is_initialized and layer.keys.device != device:
+    if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
         layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
 
 

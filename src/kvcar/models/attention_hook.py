@@ -139,8 +139,10 @@ def _attention(
         scale = float(query.shape[-1]) ** -0.5 if scaling is None else scaling
         # Layers may compute on several devices; what a hook knows of them lies on one.
         there, sinks = hook.parts.device, kwargs.get("s_aux")
-        given, sinks = (x.to(there) for x in (query, key, value)), None if sinks is None else sinks.to(there)
-        output = hook.attend(layer, *given, scale, kwargs.get("softcap"), sinks)
+        sinks = None if sinks is None else sinks.to(there)
+        output = hook.attend(
+            layer, query.to(there), key.to(there), value.to(there), scale, kwargs.get("softcap"), sinks
+        )
         if output is not None:
             return output.transpose(1, 2).contiguous().to(query.device), None
     function = base_function(base, module)
