@@ -18,6 +18,8 @@ CPU = torch.device("cpu")
 _GETTERS = {Tensor.device.__get__}
 _SET_DATA = Tensor.data.__set__
 _MOVES = {Tensor.to, Tensor.copy_, Tensor.cpu, Tensor.numpy, Tensor.tolist, Tensor.item, Tensor.type_as}
+# What a module asks that moves.
+_ASK = {torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type}  # pyright: ignore[reportAttributeAccessIssue]
 _LIKE = {Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor}
 
 
@@ -35,7 +37,13 @@ class _Pretend(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func in _GETTERS:
             return where(args[0])
-        if func is _SET_DATA:  # as modules do that move
+        if func is Tensor.__deepcopy__:  # its memo, with tensors of all devices, is written to
+            return put(func(*args), where(args[0]))
+        if func in _ASK:
+            return func(*args, **kwargs)
+        if func is torch.histc:  # takes no integers on a CPU, where models know it
+            args = (put(args[0].float(), where(args[0])), *args[1:])
+        if func == _SET_DATA:  # as modules do that move
             put(args[0], where(args[1]))
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         target = self._target(func, tensors, args, kwargs)
@@ -92,16 +100,19 @@ def on_one_device(model: nn.Module) -> nn.Module:
     return model
 
 
-def over_two_devices(model: nn.Module, layers: nn.ModuleList) -> nn.Module:
-    """Lay the second half of ``layers`` on the second device and all else on the first, with hooks as ``device_map`` makes them."""
-    halves = {f: SECOND if f in set(list(layers)[len(layers) // 2 :]) else FIRST for f in layers}
+def over_two_devices(
+    model: nn.Module, layers: nn.ModuleList, devices: tuple[torch.device, ...] = (FIRST, SECOND)
+) -> nn.Module:
+    """Share ``layers`` out among ``devices``, neighbours together; lay all else on the first, with hooks as ``device_map`` makes them."""
     on_one_device(model)
-    for layer, device in halves.items():
+    for place, layer in enumerate(layers):
+        device = devices[place * len(devices) // len(layers)]
         for tensor in [*layer.parameters(), *layer.buffers()]:
             put(tensor, device)
         add_hook_to_module(layer, AlignDevicesHook(execution_device=device, skip_keys="past_key_values"))
     for part in _outside(model, set(layers)):
-        add_hook_to_module(part, AlignDevicesHook(execution_device=FIRST))
+        for each in part.modules():
+            add_hook_to_module(each, AlignDevicesHook(execution_device=FIRST))
     add_hook_to_module(
         model, AlignDevicesHook(execution_device=FIRST, io_same_device=True, skip_keys="past_key_values")
     )

@@ -2,19 +2,23 @@
 
 import pytest
 import torch
+from bundles import fitted
 from commands import words, words_tokenizer
 from pretend_devices import FIRST, SECOND, on_one_device, over_two_devices, pretend_devices, put, where
 from tiny import tiny_model, token_ids
+from tiny_families import tiny_family
+from transformers import DynamicCache
 
 import kvcar
+from kvcar.evaluate.layers import block_costs
 from kvcar.fit.samples import sample_windows
 
 FAMILIES = ("llama", "gpt2", "gemma3", "qwen3")
 
 
-def spread(family, seed=0):
+def spread(family, seed=0, devices=(FIRST, SECOND)):
     model = tiny_model(family, seed=seed)
-    return over_two_devices(model, model.transformer.h if family == "gpt2" else model.model.layers)
+    return over_two_devices(model, model.transformer.h if family == "gpt2" else model.model.layers, devices)
 
 
 def stepped(model, cache, ids):
@@ -52,6 +56,53 @@ def test_two_devices_say_what_one_says(family):
     assert where(got) == FIRST
     torch.testing.assert_close(here(got), expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(here(generated), longer)
+
+
+def test_the_first_layers_may_be_elsewhere_than_the_embeddings():
+    ids, single = token_ids(150, batch=2), tiny_model("llama")
+    expected = stepped(single, DynamicCache(config=single.config), ids)
+    with pretend_devices():
+        model = spread("llama", devices=(SECOND, FIRST))
+        with kvcar.attach(model, kvcar.lossless(model)) as attached:
+            got = stepped(model, attached.new_cache(), put(ids.clone(), FIRST))
+    torch.testing.assert_close(here(got), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_that_read_the_keys_of_others_may_be_elsewhere_than_these():
+    """Gemma 4: its last two layers read the keys of the two before them, one of them sliding, one full."""
+    ids, single = token_ids(150), tiny_family("gemma4_text")
+    expected = stepped(single, DynamicCache(config=single.config), ids)
+    with pretend_devices(), torch.no_grad():
+        model = tiny_family("gemma4_text")
+        over_two_devices(model, model.model.layers, 3 * (FIRST, SECOND))
+        with kvcar.attach(model, kvcar.lossless(model)) as attached:
+            cache, x = attached.new_cache(), put(ids.clone(), FIRST)
+            got = here(stepped(model, cache, x[:, :100]))
+            last = here(model(input_ids=x[:, 100:], past_key_values=cache, logits_to_keep=2).logits)
+    torch.testing.assert_close(torch.cat([got, last], 1), expected[:, [*range(100), -2, -1]], atol=1e-4, rtol=1e-4)
+
+
+def test_sequences_are_chosen_on_all_devices():
+    ids = token_ids(100, batch=3)
+    single = tiny_model("gemma3")
+    expected = stepped(single, DynamicCache(config=single.config), ids)
+    with pretend_devices(), torch.no_grad():
+        model, places, x = spread("gemma3"), put(torch.tensor([2, 0]), FIRST), put(ids.clone(), FIRST)
+        with kvcar.attach(model, kvcar.lossless(model)) as attached:
+            cache = attached.new_cache()
+            stepped(model, cache, x[:, :90])
+            cache.batch_select_indices(places)
+            got = here(model(input_ids=x[:, 90:][places], past_key_values=cache).logits)
+    torch.testing.assert_close(got, expected[[2, 0], 90:], atol=1e-5, rtol=1e-5)
+
+
+def test_costs_of_blocks_over_two_devices():
+    ids, single = token_ids(180), tiny_model("llama")
+    bundle = fitted(single, codec="linear8", metric="effect", times_smaller=4)
+    expected = {(cost.layers, cost.kinds): cost.nats for cost in block_costs(single, bundle, ids)}
+    with pretend_devices():
+        found = {(cost.layers, cost.kinds): cost.nats for cost in block_costs(spread("llama"), bundle, ids)}
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_fit_over_two_devices_is_that_over_one():

@@ -149,7 +149,8 @@ class KVCarCache(PassCache):
             if is_state(layer):
                 layer.reorder_cache(places)
             else:
-                layer.batch_select_indices(places)
+                # Layers may lie on several devices; places on the CPU do for all.
+                layer.batch_select_indices(places.cpu())
         if len(places):
             self._map_states(places)
 

@@ -68,7 +68,7 @@ def block_costs(model: PreTrainedModel, bundle: Bundle, token_ids: Tensor) -> li
     own = DynamicCache(config=model.config)
     model(input_ids=token_ids[:, :tokens].to(device_of(model)), past_key_values=own, use_cache=True)
     units = [unit for unit in attached.coder(bundle).units if unit.knows_cost]
-    nats = [_unit_cost(unit, attached, own) for unit in units]
+    nats = [_unit_cost(unit, attached, own, attached.coder(bundle).device) for unit in units]
     found = [
         BlockCost(
             tuple(sorted({slot.layer for slot in unit.unit.slots})),
@@ -81,12 +81,12 @@ def block_costs(model: PreTrainedModel, bundle: Bundle, token_ids: Tensor) -> li
     return sorted(found, key=lambda each: -each.nats)
 
 
-def _unit_cost(unit: UnitCoder, attached: Attachment, own: DynamicCache) -> float:
-    """Nats a token, the mean over tokens of ``own`` that are no sinks."""
+def _unit_cost(unit: UnitCoder, attached: Attachment, own: DynamicCache, device: torch.device) -> float:
+    """Nats a token, the mean over tokens of ``own`` that are no sinks; computed on ``device``, wherever layers lie."""
 
     def fetch(slot: Slot, before_rope: bool) -> Tensor:
         layer: Any = own.layers[slot.layer]
-        side: Tensor = layer.keys if slot.kind == "key" else layer.values
+        side: Tensor = (layer.keys if slot.kind == "key" else layer.values).to(device)
         rotary = attached.rotary(slot.layer)
         if slot.kind == "key" and before_rope and rotary is not None:
             side = rotary.unrotate(side, torch.arange(side.shape[2], device=side.device).expand(side.shape[0], -1))

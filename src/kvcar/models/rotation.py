@@ -24,6 +24,7 @@ from ..geometry import KVGeometry
 from ..kernels.rotary import RotaryStyle, RotaryTable
 from .structure import DecoderParts, cache_argument, evaluating, find_decoder
 from .watching import WatchingCache
+from .weights import device_of
 
 _log = logging.getLogger("kvcar.models")
 
@@ -78,7 +79,7 @@ def look_at_rotations(
     """
     parts = find_decoder(model)
     length = beside["input_ids"].shape[1] if beside else min(_WINDOW_TOKENS, geometry.max_positions)
-    window = _window(length, parts.device)
+    window = _window(length, device_of(model))
     # Where a model takes nothing but token ids it is given nothing else.
     given = {name: torch.cat([other, window[name]]) for name, other in beside.items()} or {
         "input_ids": window["input_ids"]
@@ -190,7 +191,7 @@ class _LaterPass:
 
     def __init__(self, model: PreTrainedModel, parts: DecoderParts, geometry: KVGeometry) -> None:
         self._run = partial(_watched_pass, model, parts, geometry)
-        places = torch.arange(_WINDOW_TOKENS, device=parts.device)[None]
+        places = torch.arange(_WINDOW_TOKENS, device=device_of(model))[None]
         self._ids = 1 + places * 7919 % max(1, model.config.get_text_config(decoder=True).vocab_size - 8)
         self._keys: list[dict[int, Tensor]] | None = None
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters

@@ -351,11 +351,20 @@ def _probing(base: str, module: nn.Module, query: Tensor, key: Tensor, value: Te
     """Attention that notes who calls it, with what, and does what the model's own does."""
     function, probe = base_function(base, module), _local.probe
     if probe is not None:
-        layers = [n for n, keys, values in probe.cache.writes if keys is key and values is value]
+        writes = probe.cache.writes
+        several = len({keys.device for _, keys, _ in writes}) > 1
+        layers = [n for n, keys, values in writes if _same(keys, key, several) and _same(values, value, several)]
         asked = {name for name, given in kwargs.items() if given is not None} & honoured(base, module)
         unknown = sorted(asked - HONOURED - _HARMLESS)
         probe.reads.append(_Read(module, layers[0] if layers else None, query.shape[1], unknown))
     return function(module, query, key, value, *args, **kwargs)
+
+
+def _same(written: Tensor, given: Tensor, several: bool) -> bool:
+    """Whether a tensor is the one that was written; where layers lie on several devices, it may have been brought to that of another one."""
+    if given is written or not several or given.shape != written.shape:
+        return given is written
+    return torch.equal(given.to(written), written)
 
 
 def _takes_inputs(module: nn.Module) -> bool:
