@@ -5,6 +5,7 @@ import torch
 from bundles import fitted
 from commands import words, words_tokenizer
 from pretend_devices import FIRST, SECOND, on_one_device, over_two_devices, pretend_devices, put, where
+from stepped import logits
 from tiny import tiny_model, token_ids
 from tiny_families import tiny_family
 from transformers import DynamicCache
@@ -14,16 +15,12 @@ from kvcar.evaluate.layers import block_costs
 from kvcar.fit.samples import sample_windows
 
 FAMILIES = ("llama", "gpt2", "gemma3", "qwen3")
+SIZES = (50, 50, 50)
 
 
 def spread(family, seed=0, devices=(FIRST, SECOND)):
     model = tiny_model(family, seed=seed)
     return over_two_devices(model, model.transformer.h if family == "gpt2" else model.model.layers, devices)
-
-
-def stepped(model, cache, ids):
-    with torch.no_grad():
-        return torch.cat([model(input_ids=part, past_key_values=cache).logits for part in ids.split(50, dim=1)], dim=1)
 
 
 def here(tensor):
@@ -44,13 +41,13 @@ def test_tensors_of_two_devices_do_not_meet():
 def test_two_devices_say_what_one_says(family):
     ids, single = token_ids(150, batch=2), tiny_model(family)
     with kvcar.attach(single, kvcar.lossless(single)) as attached:
-        expected = stepped(single, attached.new_cache(), ids)
+        expected = logits(single, ids, attached.new_cache(), SIZES)
         longer = single.generate(ids[:1, :90], max_new_tokens=8, do_sample=False)
     with pretend_devices():
         model = spread(family)
         with kvcar.attach(model, kvcar.lossless(model)) as attached:
             cache = attached.new_cache()
-            got = stepped(model, cache, put(ids.clone(), FIRST))
+            got = logits(model, put(ids.clone(), FIRST), cache, SIZES)
             generated = model.generate(put(ids[:1, :90].clone(), FIRST), max_new_tokens=8, do_sample=False)
     assert cache.pages > 0
     assert where(got) == FIRST
@@ -60,24 +57,24 @@ def test_two_devices_say_what_one_says(family):
 
 def test_the_first_layers_may_be_elsewhere_than_the_embeddings():
     ids, single = token_ids(150, batch=2), tiny_model("llama")
-    expected = stepped(single, DynamicCache(config=single.config), ids)
+    expected = logits(single, ids, DynamicCache(config=single.config), SIZES)
     with pretend_devices():
         model = spread("llama", devices=(SECOND, FIRST))
         with kvcar.attach(model, kvcar.lossless(model)) as attached:
-            got = stepped(model, attached.new_cache(), put(ids.clone(), FIRST))
+            got = logits(model, put(ids.clone(), FIRST), attached.new_cache(), SIZES)
     torch.testing.assert_close(here(got), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_layers_that_read_the_keys_of_others_may_be_elsewhere_than_these():
     """Gemma 4: its last two layers read the keys of the two before them, one of them sliding, one full."""
     ids, single = token_ids(150), tiny_family("gemma4_text")
-    expected = stepped(single, DynamicCache(config=single.config), ids)
+    expected = logits(single, ids, DynamicCache(config=single.config), SIZES)
     with pretend_devices(), torch.no_grad():
         model = tiny_family("gemma4_text")
         over_two_devices(model, model.model.layers, 3 * (FIRST, SECOND))
         with kvcar.attach(model, kvcar.lossless(model)) as attached:
             cache, x = attached.new_cache(), put(ids.clone(), FIRST)
-            got = here(stepped(model, cache, x[:, :100]))
+            got = here(logits(model, x, cache, (50, 50)))
             last = here(model(input_ids=x[:, 100:], past_key_values=cache, logits_to_keep=2).logits)
     torch.testing.assert_close(torch.cat([got, last], 1), expected[:, [*range(100), -2, -1]], atol=1e-4, rtol=1e-4)
 
@@ -85,12 +82,12 @@ def test_layers_that_read_the_keys_of_others_may_be_elsewhere_than_these():
 def test_sequences_are_chosen_on_all_devices():
     ids = token_ids(100, batch=3)
     single = tiny_model("gemma3")
-    expected = stepped(single, DynamicCache(config=single.config), ids)
+    expected = logits(single, ids, DynamicCache(config=single.config), (50, 50))
     with pretend_devices(), torch.no_grad():
         model, places, x = spread("gemma3"), put(torch.tensor([2, 0]), FIRST), put(ids.clone(), FIRST)
         with kvcar.attach(model, kvcar.lossless(model)) as attached:
             cache = attached.new_cache()
-            stepped(model, cache, x[:, :90])
+            logits(model, x, cache, (50, 40))
             cache.batch_select_indices(places)
             got = here(model(input_ids=x[:, 90:][places], past_key_values=cache).logits)
     torch.testing.assert_close(got, expected[[2, 0], 90:], atol=1e-5, rtol=1e-5)
@@ -110,7 +107,7 @@ def test_a_fit_over_two_devices_is_that_over_one():
     windows, ids, single = token_ids(256, batch=6), token_ids(150, batch=2), tiny_model("llama")
     bundle = kvcar.fit(single, token_ids=windows, **given)
     with kvcar.attach(single, bundle) as attached:
-        expected = stepped(single, attached.new_cache(), ids)
+        expected = logits(single, ids, attached.new_cache(), SIZES)
     with pretend_devices():
         model = spread("llama")
         own = kvcar.fit(model, token_ids=windows, **given)
@@ -118,7 +115,7 @@ def test_a_fit_over_two_devices_is_that_over_one():
         for each in (own, bundle):
             with kvcar.attach(model, each) as attached:
                 cache = attached.new_cache()
-                got = stepped(model, cache, put(ids.clone(), FIRST))
+                got = logits(model, put(ids.clone(), FIRST), cache, SIZES)
             torch.testing.assert_close(here(got), expected, atol=1e-3, rtol=1e-3)
 
 
@@ -137,8 +134,7 @@ def test_padding_forks_and_decoded_caches():
                     model(input_ids=x[:, :140], attention_mask=m[:, :140], past_key_values=cache)
                     fork = cache.fork()
                     for own in (cache, fork):
-                        logits = model(input_ids=x[:, 140:], attention_mask=m, past_key_values=own).logits
-                        results.append(here(logits))
+                        results.append(here(model(input_ids=x[:, 140:], attention_mask=m, past_key_values=own).logits))
     for one, other in zip(results[:4], results[4:], strict=True):
         torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)
 

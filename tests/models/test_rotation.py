@@ -39,7 +39,7 @@ def rest_after_unrotating(model):
     with torch.no_grad():
         find_decoder(model).decoder(
             input_ids=torch.full((1, 200), 5),
-            past_key_values=WatchingCache(model.config, geometry, take),
+            past_key_values=WatchingCache(model.config, geometry, take, model.device),
             use_cache=True,
         )
     return rests

@@ -42,9 +42,9 @@ def capture(
     parts = find_decoder(model)
     tables = learn_rotations(model, geometry)
     for window in windows:
-        gather = _BlockGatherer(blocks, sinks, tables, on_block, parts.device)
+        gather = _BlockGatherer(blocks, sinks, tables, on_block)
         ids = window[None].to(parts.device)
-        cache = WatchingCache(model.config, geometry, gather.take)
+        cache = WatchingCache(model.config, geometry, gather.take, parts.device)
         parts.decoder(input_ids=ids, **cache_argument(parts.decoder, cache), use_cache=True)
         yield len(window) - sinks
 
@@ -53,14 +53,8 @@ class _BlockGatherer:
     """Collects the layers of a window until a block is complete, hands it on, and lets go of what is done."""
 
     def __init__(
-        self,
-        blocks: Sequence[Sequence[Slot]],
-        sinks: int,
-        tables: dict[int, RotaryTable],
-        on_block: OnBlock,
-        device: torch.device,
+        self, blocks: Sequence[Sequence[Slot]], sinks: int, tables: dict[int, RotaryTable], on_block: OnBlock
     ) -> None:
-        self._device = device
         self._blocks, self._sinks, self._tables, self._on_block = blocks, sinks, tables, on_block
         self._last_layer = [max(slot.layer for slot in block) for block in blocks]
         self._sides: dict[tuple[int, str], Tensor] = {}
@@ -69,7 +63,6 @@ class _BlockGatherer:
         """Take keys after RoPE and values ``[1, H, T, D]`` of one layer."""
         if not (torch.isfinite(keys).all() and torch.isfinite(values).all()):
             raise FitError(f"layer {layer} computes NaN or infinity; check the model's weights and dtype")
-        keys, values = keys.to(self._device), values.to(self._device)
         table = self._tables.get(layer)
         if table is not None:
             keys = table.unrotate(keys, torch.arange(keys.shape[2], device=keys.device)[None])

@@ -171,14 +171,14 @@ def _watched_pass(
 
     def take(layer: int, layer_keys: Tensor, values: Tensor) -> None:
         del values
-        keys[layer] = layer_keys[-1].to(parts.device)
+        keys[layer] = layer_keys[-1]
 
     rotary = [m for m in parts.decoder.modules() if "rotary" in type(m).__name__.lower()]
     handles = [m.register_forward_hook(note_call, with_kwargs=True) for m in rotary]
     handles += [m.register_forward_pre_hook(note_use, with_kwargs=True) for m in parts.readers]
     try:
         with evaluating(model):
-            cache = WatchingCache(model.config, geometry, take)
+            cache = WatchingCache(model.config, geometry, take, parts.device)
             output = model(**given, **cache_argument(model, cache), use_cache=True)
     finally:
         for handle in handles:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
@@ -23,15 +24,22 @@ class WatchingCache(Cache):
         config: of the model; its other layers are those of its own cache.
         geometry: of the model.
         on_keys_values: called once for each such layer in a pass.
+        device: where they are shown, wherever layers compute.
     """
 
-    def __init__(self, config: PreTrainedConfig, geometry: KVGeometry, on_keys_values: OnKeysValues) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, geometry: KVGeometry, on_keys_values: OnKeysValues, device: torch.device
+    ) -> None:
         layers = own_cache_layers(config)
+
+        def show(layer: int, keys: Tensor, values: Tensor) -> None:
+            on_keys_values(layer, keys.to(device), values.to(device))
+
         for layer in geometry.codable_layers:
             if hasattr(layers[layer], "recurrent_states"):
-                layers[layer] = _WatchingStateLayer(layer, on_keys_values, layers[layer])
+                layers[layer] = _WatchingStateLayer(layer, show, layers[layer])
             else:
-                layers[layer] = _WatchingLayer(layer, on_keys_values)
+                layers[layer] = _WatchingLayer(layer, show)
         super().__init__(layers=layers)
 
 
