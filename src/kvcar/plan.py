@@ -170,8 +170,8 @@ class CacheConfig:
         sinks: first tokens of a sequence, kept exact for ever.
         page_tokens: tokens in a page of packed codes, a multiple of 32.
         max_page_cost: nats a token, on average over a page, beyond which a page is kept exactly instead of being read from its
-            codes, in bundles whose codecs know what their errors cost (``linear8``); "auto" takes a few times what a page of
-            the text costs that a bundle is fitted on; None for no limit.
+            codes, as is one with a token that costs 2.5 times as much. For bundles whose codecs know what their errors cost
+            (``linear8``); "auto" takes a few times what a page of the text costs that a bundle is fitted on; None for no limit.
 
     Raises:
         InputError: they do not fit each other.

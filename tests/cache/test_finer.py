@@ -182,12 +182,27 @@ def test_what_a_page_costs_adds_up_token_by_token():
     """As without a window: the page is finer from the token on that brings it over the limit."""
     finer = FinerPages.none(1, PAGE, torch.device("cpu"))
     for token in range(2 * PAGE):
-        finer, writes = finer.after(torch.full((1, 1), 0.1 if token < PAGE else 3.0), token, 1, 1.0)
-        assert bool(writes) == (token >= PAGE + 10)
+        finer, writes = finer.after(torch.full((1, 1), 0.1 if token < PAGE else 2.0), token, 1, 1.0)
+        assert bool(writes) == (token >= PAGE + 16)
     assert finer.pages == (1,)
-    assert finer.shown.tolist() == [[10]]
+    assert finer.shown.tolist() == [[16]]
     assert finer.cropped(PAGE + 5).pages == (1,)
     assert finer.cropped(PAGE).pages == ()
+
+
+@pytest.mark.parametrize(("costliest", "bad"), [(2.4, False), (2.6, True)])
+def test_a_page_with_one_token_that_costs_far_more_is_finer(costliest, bad):
+    costs = torch.full((2, 2 * PAGE), 0.01)
+    costs[1, PAGE + 7] = costliest
+    whole, _ = FinerPages.none(2, PAGE, torch.device("cpu")).after(costs, 0, 2 * PAGE, 1.0)
+    assert whole.pages == ((1,) if bad else ())
+    in_steps = FinerPages.none(2, PAGE, torch.device("cpu"))
+    for token in range(2 * PAGE):
+        in_steps, _ = in_steps.after(costs[:, token : token + 1], token, 1, 1.0)
+    assert in_steps.pages == whole.pages
+    if bad:
+        assert whole.shown.tolist() == [[PAGE], [0]]
+        assert in_steps.shown.tolist() == [[PAGE], [7]]
 
 
 def test_a_fit_sets_the_limit_so_that_no_page_of_its_kind_is_finer(llama):
@@ -231,5 +246,5 @@ def test_errors_that_come_in_turns_cost_more_than_as_many_that_do_not(llama, per
     ]
     mean = coded.codec.error_cost(page).mean()
     left = max(0.0, *(float(c - in_turns[0] / p - mean * (1 - 1 / p)) for p, c in enumerate(in_turns, 1)))
-    expected = (coded.codec.error_cost(page) + in_turns[0]) / 2 + 2 * left
+    expected = coded.codec.error_cost(page) + (in_turns[0] - mean) / 2 + 2 * left
     torch.testing.assert_close(coded.cost(page, PAGE), expected, rtol=1e-4, atol=1e-9)

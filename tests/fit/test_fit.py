@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import kvcar
 from kvcar.errors import InputError
 from kvcar.evaluate.fidelity import measure_fidelity
+from kvcar.models.geometry import geometry_of
 
 MODEL = tiny_model("llama")
 
@@ -63,6 +64,7 @@ def test_what_does_not_go_together_is_refused():
 
 
 def test_a_lossless_bundle_takes_no_pass_and_costs_nothing(monkeypatch, tmp_path):
+    geometry_of(MODEL)  # a model is looked at once
     with monkeypatch.context() as patch:
         patch.setattr(type(MODEL), "forward", lambda *_, **__: pytest.fail("the model was run"))
         bundle = kvcar.lossless(MODEL, name="tiny")

@@ -131,8 +131,8 @@ class CodedBlock:
         periods = torch.arange(1, turns.shape[-1] + 1, device=error.device)
         # Of independent errors, and of those that all tokens have, nothing is left in turns on average; the first period has none.
         left = (turns - common / periods - alone * (1 - 1 / periods)).amax(-1, keepdim=True).clamp_min(0)
-        # Of independent errors the first two terms are the same on average.
-        return ((own + common) / 2 + _TURNS_WEIGHT * left).flatten(-2)
+        # Of independent errors the second term is nothing on average.
+        return (own + (common - alone) / 2 + _TURNS_WEIGHT * left).flatten(-2)
 
     def on(self, device: torch.device, block: Block, plan: Plan) -> CodedBlock:
         """The same with its tensors on a device; ``block`` is the plan's."""

@@ -127,7 +127,7 @@ def lossless(
 ) -> Bundle:
     """Make the bundle that keeps every key and value exactly, by the same cache: the noise floor of every measurement.
 
-    Nothing is fitted, and the model is not run.
+    Nothing is fitted; the model is run on a few tokens, once, to see how it uses its cache.
 
     Args:
         model: a causal language model.

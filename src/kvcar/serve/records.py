@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cache.coder import UnitCoder, UnitContents
+from ..cache.finer import costs_too_much
 from ..context.file import Part
 from ..context.parts import decode_part, encode_part, is_sound
 from ..errors import ContextError, InputError, require
@@ -154,15 +155,16 @@ def _coded(
         ("key", True): coder.before_rope(keys, position), ("key", False): keys,
         ("value", True): values, ("value", False): values,
     }  # fmt: skip
-    limit, contents, cost = coder.plan.cache.page_cost_limit, [], 0.0
+    limit, contents, cost = coder.plan.cache.page_cost_limit, [], torch.zeros(keys.shape[-2] - exact, dtype=torch.float32)
     for unit in coder.pages.units:
         x = coder.vectors(unit, sides)[:, exact:]
         stored = unit.stored(x)
         contents.append(_contents(unit, stored))
         if limit is not None and unit.knows_cost:
             error = x.float()[0] - coder.decoded(unit, stored[0])
-            cost += float(unit.coded.cost(error, len(error)).mean()) if len(error) else 0.0
-    return contents, limit is not None and cost > limit
+            cost = cost + unit.coded.cost(error, len(error)) if len(error) else cost
+    costly = limit is not None and len(cost) > 0 and bool(costs_too_much(cost.mean(), cost.max(), limit))
+    return contents, costly
 
 
 def _contents(unit: UnitCoder, stored: Tensor) -> UnitContents:
