@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from kvcar.cache.attach import PREFILL_CHUNK_TOKENS
-from kvcar.cache.encode import ENCODED_PAGES_AT_ONCE
+from kvcar.cache.encode import tokens_encoded_at_once
 from kvcar.geometry import BFLOAT16_BYTES, KINDS, Slot
 from kvcar.kernels.attend.tiled import tile_tokens
 from kvcar.layout import page_layout
@@ -80,7 +80,7 @@ def prefill_transient(
     phases = {
         "attention": tokens * hidden * element_bytes + _attention(plan, text, past_tokens, element_bytes, chunk, batch),
         "mlp": tokens * (hidden + _MLP_ALIVE * _mlp_width(text)) * element_bytes,
-        "encoding": _encoding(plan, min(chunk, ENCODED_PAGES_AT_ONCE * plan.page_tokens), batch),
+        "encoding": _encoding(plan, min(chunk, tokens_encoded_at_once(plan, batch)), batch),
         "logits of one token": batch * int(text.vocab_size) * element_bytes,
     }
     return Transient(held, phases)

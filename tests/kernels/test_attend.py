@@ -108,3 +108,38 @@ def folded(coder, query):
     """Whether any keys of layer 1 are folded into the queries."""
     rows = query.reshape(2, 2, -1, 16)
     return any(tiled._sums_latents(rows, reader) for reader in coder.readers(1, "key"))
+
+
+@pytest.mark.parametrize("pages", [True, False], ids=["pages", "no pages"])
+@pytest.mark.parametrize("kind", ["causal", "past hidden", "padded", "a window"])
+@pytest.mark.parametrize(("before", "tokens"), [(0, 130), (70, 130), (70, 127)])
+def test_what_sees_itself_causally_is_attended_as_such_and_all_else_as_it_is_hidden(
+    coder, before, tokens, kind, pages, monkeypatch
+):
+    causal = []
+    attend_causal = tiled._attend_causal
+    monkeypatch.setattr(tiled, "_attend_causal", lambda *given: causal.append(1) or attend_causal(*given))
+    mask = torch.ones(2, 1, tokens, before + tokens, dtype=torch.bool).tril(before)
+    if kind == "past hidden":
+        mask[1, :, :, : before // 2] = False
+    elif kind == "padded":
+        mask[1, ..., : before + 3] = False
+    elif kind == "a window":
+        mask &= torch.ones_like(mask).triu(before - 60)
+    query, keys, values = torch.randn(2, 4, tokens, 16), *torch.randn(2, 2, 2, before + tokens, 16)
+    exact = ExactPast(keys, values, mask)
+    paged = paged_past(coder, 0, 96, 2, rotary(), [0, 5]) if pages else None
+    for _ in range(2):  # a second layer
+        got = attend(query, exact, paged, 0.25)
+        torch.testing.assert_close(got, naive.attend(query, exact, paged, 0.25), atol=2e-5, rtol=2e-5)
+    assert len(causal) == (2 if tokens >= 128 and kind in ("causal", "past hidden") else 0)
+
+
+def test_nothing_is_known_of_a_mask_that_is_gone():
+    query, keys = torch.randn(1, 2, 128, 16), torch.randn(1, 2, 131, 16)
+    mask = torch.ones(1, 1, 128, 131, dtype=torch.bool).tril(3)
+    known = len(tiled._KNOWN)
+    attend(query, ExactPast(keys, keys, mask), None, 0.25)
+    assert len(tiled._KNOWN) == known + 1
+    del mask
+    assert len(tiled._KNOWN) == known

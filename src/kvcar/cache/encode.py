@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import CacheStateError
 from ..geometry import KINDS, Slot
 from ..kernels.rotary import RotaryTable
+from ..plan import Plan
 from .coder import PageCoder, UnitCoder
 from .layer import CodedLayer
 from .pages import PageStores
@@ -19,9 +20,16 @@ from .sequence import SequenceState
 
 _log = logging.getLogger("kvcar")
 
-ENCODED_PAGES_AT_ONCE = 4
+# Of a block in float32: so much at once that its codec is not read often, and little exists.
+_ELEMENTS_AT_ONCE = 2**22
 
 RotaryOf = Callable[[int], RotaryTable | None]
+
+
+def tokens_encoded_at_once(plan: Plan, batch: int) -> int:
+    """Tokens of whole pages of each of ``batch`` sequences that are encoded at once."""
+    widest = max((len(block.slots) for block in plan.blocks), default=1) * plan.geometry.head_dim
+    return max(1, _ELEMENTS_AT_ONCE // (widest * plan.page_tokens * batch)) * plan.page_tokens
 
 
 def encode_oldest(
@@ -40,14 +48,13 @@ def encode_oldest(
         codec knows.
     """
     start, costs, first, page_tokens = pages.tokens, [], 0, coder.plan.page_tokens
+    at_once = tokens_encoded_at_once(coder.plan, len(state.padding))
     index = torch.arange(start, start + leave, device=state.padding.device)
     there = index >= state.padding[:, None] + coder.plan.sinks
     while first < leave:
         # Up to where a page ends, then whole pages, then what is left: what a page costs is known where all of it is at hand.
         missing, left = -pages.tokens % page_tokens, leave - first
-        count = min(
-            left, missing or (min(left, ENCODED_PAGES_AT_ONCE * page_tokens) // page_tokens * page_tokens or left)
-        )
+        count = min(left, missing or (min(left, at_once) // page_tokens * page_tokens or left))
         fetch = _fetcher(layers, state, rotary_of, pages.tokens, first, count)
         if pages.fits_whole(count):
             own = there[:, first : first + count]

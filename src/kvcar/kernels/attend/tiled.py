@@ -6,16 +6,19 @@ token: nearly always). Keys of models without rotary positions are not decoded e
 folds into the query.
 
 Many query rows on a CPU (prefill) go to PyTorch's fused attention: keys and values of a tile are decoded, scores never
-exist. The fused operation returns the log-sum-exp of its scores, with which a tile joins the others.
+exist. The fused operation returns the log-sum-exp of its scores, with which a tile joins the others. Where a pass' own tokens see
+each other causally and nothing else, it leaves out the half that is hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .inputs import ATTENTION, ExactPast, PagedPast, Reader, all_heads, pick, turned_keys
 
@@ -25,6 +28,7 @@ _LONGEST_TILE = 4096
 _SCORES_AT_ONCE = 2**21
 # Fused, a tile has no scores, and joining its output to what came before costs as much for a short one.
 _FUSED_TILE = 2048
+_FEWEST_CAUSAL_TOKENS = 128
 _NOTHING = -1e30  # log-sum-exp of a row that has seen no token; finite, so that differences are numbers
 _FUSED_OPERATION = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
@@ -68,15 +72,19 @@ def _begin(query: Tensor, exact: ExactPast, scaling: float, softcap: float | Non
     batch, query_heads, tokens, head_dim = query.shape
     heads = exact.keys.shape[1]
     q = query.float().reshape(batch, heads, -1, head_dim) * scaling
-    mask = None
-    if exact.mask is not None:
-        # [B, 1, T, S] -> [B, 1, G * T, S]; one query token needs no copy.
-        mask = exact.mask if tokens == 1 else exact.mask.repeat(1, 1, query_heads // heads, 1)
     state = OnlineSoftmax(q, softcap)
     keys, values = exact.keys.float(), exact.values.float()
+    shown = None if exact.mask is None else _known(exact.mask)
     if _can_fuse(q, softcap):
-        state.merge_output(*_attend_fused(q, keys, values, mask))
+        past = keys.shape[2] - tokens
+        if shown is not None and shown.own_causal:
+            state.merge_output(*_attend_causal(q, keys[:, :, past:], values[:, :, past:]))
+            keys, values, shown = keys[:, :, :past], values[:, :, :past], shown.past
+        if keys.shape[2]:
+            state.merge_output(*_attend_fused(q, keys, values, shown))
     else:
+        # [B, 1, T, S] -> [B, 1, G * T, S]; one query token needs no copy.
+        mask = exact.mask if exact.mask is None or tokens == 1 else exact.mask.repeat(1, 1, query_heads // heads, 1)
         state.add(q @ keys.transpose(2, 3), mask, values)
     return q, state
 
@@ -87,12 +95,13 @@ def _add_pages(state: OnlineSoftmax, q: Tensor, paged: PagedPast, softcap: float
     for start, pages, count in _tiles(paged, tile_tokens(q.shape[1] * q.shape[2], fuse)):
         stored: dict[int, Tensor] = {}
         mask = paged.mask(start, count)
+        if fuse:
+            shown = None if mask is None else _Shown(mask)
+            state.merge_output(*_attend_tile(q, paged, pages, start, count, shown))
+            continue
         if mask is not None and mask.shape[2] > 1:
             # Query heads that share a KV head are rows of it: as many times the tokens of the pass.
             mask = mask.repeat(1, 1, q.shape[2] // mask.shape[2], 1)
-        if fuse:
-            state.merge_output(*_attend_tile(q, paged, pages, start, count, mask))
-            continue
         weights = state.weights(_scores(q, paged, pages, start, count, key_folds, stored), mask)
         for reader in paged.value_readers:
             u = _restored_once(reader, pages, count, stored)
@@ -199,8 +208,58 @@ def _can_fuse(q: Tensor, softcap: float | None) -> bool:
     )
 
 
+class _Shown:
+    """What queries see, and what the fused operation needs to know of it: found once for all layers of a pass.
+
+    Args:
+        mask: bool ``[B or 1, 1, T, S]``, True where a query may attend.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        # The mask itself, or a view that knows it, would keep its entry in the table of those known alive for ever.
+        self._mask = mask.detach()
+
+    @cached_property
+    def own_causal(self) -> bool:
+        """Whether the last ``T`` tokens, those of the pass, see each other causally and nothing of them is hidden otherwise."""
+        tokens = self._mask.shape[2]
+        if tokens < _FEWEST_CAUSAL_TOKENS:
+            return False
+        own = self._mask[..., -tokens:]
+        return bool((own == torch.ones_like(own[0, 0]).tril()).all())
+
+    @cached_property
+    def past(self) -> _Shown | None:
+        """What they see of the tokens before those; None for all."""
+        past = self._mask[..., : self._mask.shape[3] - self._mask.shape[2]]
+        return None if bool(past.all()) else _Shown(past)
+
+    @cached_property
+    def added(self) -> Tensor:
+        """0 where a query may attend, minus infinity elsewhere, float32 ``[B or 1, 1, T, S]``."""
+        return torch.zeros(self._mask.shape, device=self._mask.device, dtype=torch.float32).masked_fill_(
+            ~self._mask, -torch.inf
+        )
+
+    @cached_property
+    def nothing(self) -> Tensor | None:
+        """Which queries see nothing, bool ``[B or 1, 1, T, 1]``; None where all see something."""
+        nothing = ~self._mask.any(-1, keepdim=True)
+        return nothing if bool(nothing.any()) else None
+
+
+_KNOWN: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _known(mask: Tensor) -> _Shown:
+    """What is known of the mask of a pass, which its layers share."""
+    if mask not in _KNOWN:
+        _KNOWN[mask] = _Shown(mask)
+    return _KNOWN[mask]
+
+
 def _attend_tile(
-    q: Tensor, paged: PagedPast, pages: tuple[Tensor, ...], start: int, count: int, mask: Tensor | None
+    q: Tensor, paged: PagedPast, pages: tuple[Tensor, ...], start: int, count: int, shown: _Shown | None
 ) -> tuple[Tensor, Tensor]:
     """Attend to one tile, fused; see ``_attend_fused``."""
     stored: dict[int, Tensor] = {}
@@ -209,23 +268,38 @@ def _attend_tile(
         return reader.vectors(_restored_once(reader, pages, count, stored), pages, slice(count))
 
     keys = turned_keys(paged, all_heads(paged.key_readers, vectors), start)
-    return _attend_fused(q, keys, all_heads(paged.value_readers, vectors), mask)
+    return _attend_fused(q, keys, all_heads(paged.value_readers, vectors), shown)
 
 
-def _attend_fused(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attend with scaled queries ``[B, H, Q, D]`` under ``mask`` bool, broadcastable to ``[B, 1, Q, S]``.
+def _attend_fused(q: Tensor, keys: Tensor, values: Tensor, shown: _Shown | None) -> tuple[Tensor, Tensor]:
+    """Attend with scaled queries ``[B, H, G * T, D]`` of ``T`` tokens to what is ``shown`` of keys ``[B, H, S, D]``; None for all.
 
     Returns:
-        Output ``[B, H, Q, D]`` and log-sum-exp of the scores ``[B, H, Q, 1]``.
+        Output ``[B, H, G * T, D]`` and log-sum-exp of the scores ``[B, H, G * T, 1]``.
     """
     assert _FUSED_OPERATION is not None
-    if mask is None:
+    if shown is None:
         output, log_sum = _FUSED_OPERATION(q, keys, values, 0.0, False, scale=1.0)
         return output, log_sum[..., None]
-    added = torch.zeros(mask.shape, device=q.device, dtype=torch.float32).masked_fill_(~mask, -torch.inf)
+    times = q.shape[2] // shown.added.shape[2] if shown.added.shape[2] > 1 else 1
+    added = shown.added.repeat(1, 1, times, 1)
     output, log_sum = _FUSED_OPERATION(q, keys, values, 0.0, False, attn_mask=added, scale=1.0)
-    # For a row that sees nothing the operation returns 0, both times.
-    return output, log_sum[..., None].masked_fill_(~mask.any(-1, keepdim=True), _NOTHING)
+    log_sum = log_sum[..., None]
+    if shown.nothing is not None:
+        # For a row that sees nothing the operation returns 0, both times.
+        log_sum = log_sum.masked_fill_(shown.nothing.repeat(1, 1, times, 1), _NOTHING)
+    return output, log_sum
+
+
+def _attend_causal(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of as many keys ``[B, H, T, D]`` as queries have tokens, each of which sees itself and those before it."""
+    assert _FUSED_OPERATION is not None
+    heads, tokens = keys.shape[1:3]
+    own = q.unflatten(2, (-1, tokens)).flatten(1, 2)
+    groups = own.shape[1] // heads
+    keys, values = (side.repeat_interleave(groups, dim=1) for side in (keys, values))
+    output, log_sum = _FUSED_OPERATION(own, keys, values, 0.0, True, scale=1.0)
+    return tuple(x.unflatten(1, (heads, groups)).flatten(2, 3) for x in (output, log_sum[..., None]))
 
 
 class OnlineSoftmax:
