@@ -293,6 +293,8 @@ def test_recall_is_said_in_words():
     ]
     assert recall_in_words(Recall(tuple(items))) == (
         "1 of 4 items lost, 25.00 ± 25.00 points below the full cache; 1 that the full cache fails are left out, 1 of which this "
-        "cache gets right"
+        "cache gets right. The full cache is sure of none of them."
     )
+    sure = (*items, RecallItem("copy", 1, 10, True, True, 0.0, 1.5), RecallItem("copy", 1, 11, True, False, 2.0, 3.0))
+    assert recall_in_words(Recall(sure)).endswith("Of the 2 that the full cache is sure of, 1 are lost")
     assert "fails all 1 items" in recall_in_words(Recall(tuple(items[4:])))

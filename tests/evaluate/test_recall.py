@@ -246,8 +246,25 @@ def test_a_cache_is_read_once_and_not_changed_by_questions():
     assert [cache.tokens for cache in made] == [150, 150]
 
 
-def item(passage, right, full_right=True, kl=0.5):
-    return RecallItem("t", 1, passage, full_right, right, kl)
+def item(passage, right, full_right=True, kl=0.5, lead=2.0):
+    return RecallItem("t", 1, passage, full_right, right, kl, lead)
+
+
+def test_what_the_full_cache_is_sure_of_is_counted_apart():
+    model = tiny_model("llama")
+    passages = own_passages(model, count=1)
+    found = measure_recall(model, passages, {"full": lambda: DynamicCache(config=model.config)})["full"]
+    question, cache = passages[0].questions[0], DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([passages[0].ids]), past_key_values=cache)
+    _, log_probabilities = continued(model, cache, list(question.ids))
+    two = log_probabilities.topk(2).values
+    assert found.items[0].lead == pytest.approx(float((two[:, 0] - two[:, 1]).min()), abs=1e-4)
+    assert found.items[-1].lead < 0, "the answer that the full cache does not give"
+    recall = Recall((item(0, True), item(1, False, lead=0.9), item(2, False), item(3, True, False, lead=-1)))
+    assert [each.passage for each in recall.sure.items] == [0, 2]
+    figures = recall_figures(recall)
+    assert (figures["sure"], figures["sure_points_lost"]) == (2, 50)
 
 
 def test_standard_errors_take_passages_not_items_as_independent():

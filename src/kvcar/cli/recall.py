@@ -90,5 +90,12 @@ def recall_in_words(recall: Recall) -> str:
     lost, missed = recall.points_lost, sum(not item.right for item in recall.counted)
     return (
         f"{missed:,} of {len(recall.counted):,} items lost, {lost.value:.2f} ± {lost.stderr:.2f} points below the full cache; "
-        f"{out_of:,} that the full cache fails are left out, {recall.gained:,} of which this cache gets right"
+        f"{out_of:,} that the full cache fails are left out, {recall.gained:,} of which this cache gets right. {_of_sure(recall)}"
     )
+
+
+def _of_sure(recall: Recall) -> str:
+    sure = recall.sure.items
+    if not sure:
+        return "The full cache is sure of none of them."
+    return f"Of the {len(sure):,} that the full cache is sure of, {sum(not item.right for item in sure):,} are lost"

@@ -31,6 +31,8 @@ from ..progress import OnProgress, counter, silent
 from .fidelity import Estimate, mean_of
 from .recall_items import STORED_TASK, TASKS, Passage, Question, check_items, longest_passage, recall_passages
 
+SURE_LEAD = 1.0
+"""Nats by which each token of an answer leads all others where a model is sure of it: 2.7 times as likely as the next one."""
 _TOGETHER = 8
 
 
@@ -44,6 +46,7 @@ class RecallItem:
         passage: the place of its passage among all.
         full_right, right: every token of the answer is the likeliest, with the full cache and with this one.
         kl_divergence: of the next-token distributions, full against this, nats, the mean over the answer.
+        lead: nats by which the answer's tokens lead all others with the full cache, the least of them; below 0 where it is wrong.
     """
 
     task: str
@@ -52,6 +55,7 @@ class RecallItem:
     full_right: bool
     right: bool
     kl_divergence: float
+    lead: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,11 @@ class Recall:
     def counted(self) -> tuple[RecallItem, ...]:
         """Items that the full cache gets right; the others are left out."""
         return tuple(item for item in self.items if item.full_right)
+
+    @property
+    def sure(self) -> Recall:
+        """Of the counted items those that the full cache is sure of; the others are close calls, which any change turns both ways."""
+        return Recall(tuple(item for item in self.counted if item.lead >= SURE_LEAD))
 
     @property
     def full_exact_match(self) -> float:
@@ -232,7 +241,14 @@ def _item(task: str, passage: int, question: Question, full: Tensor, got: Tensor
     answer = torch.tensor(question.answer, device=full.device)
     divergence = (full.exp() * (full - got)).sum(-1).clamp_min(0).double().mean()
     right = [bool((each.argmax(-1) == answer).all()) for each in (full, got)]
-    return RecallItem(task, question.size, passage, right[0], right[1], float(divergence))
+    return RecallItem(task, question.size, passage, right[0], right[1], float(divergence), _lead(full, answer))
+
+
+def _lead(log_probabilities: Tensor, answer: Tensor) -> float:
+    """The least lead of an answer's tokens in ``[tokens, V]``."""
+    own = log_probabilities.gather(-1, answer[:, None])
+    others = log_probabilities.scatter(-1, answer[:, None], -math.inf).amax(-1, keepdim=True)
+    return float((own - others).min())
 
 
 def _share(items: Sequence[RecallItem]) -> Estimate:
@@ -256,7 +272,7 @@ def recall_figures(recall: Recall, with_items: bool = True) -> dict[str, Any]:
 
 
 def _figures(recall: Recall) -> dict[str, Any]:
-    exact, lost, kl = recall.exact_match, recall.points_lost, recall.kl_divergence
+    exact, lost, kl, sure = recall.exact_match, recall.points_lost, recall.kl_divergence, recall.sure
     return {
         "asked": len(recall.items),
         "counted": len(recall.counted),
@@ -266,6 +282,9 @@ def _figures(recall: Recall) -> dict[str, Any]:
         "points_lost": lost.value,
         "points_lost_stderr": lost.stderr,
         "gained": recall.gained,
+        "sure": len(sure.items),
+        "sure_points_lost": sure.points_lost.value,
+        "sure_points_lost_stderr": sure.points_lost.stderr,
         "kl_divergence": kl.value,
         "kl_divergence_stderr": kl.stderr,
     }
