@@ -35,7 +35,17 @@ def recall_pages() -> dict[str, str]:
 
 def _section(r: dict[str, Any]) -> str:
     config, caches = r["config"], r["caches"]
-    heads = "cache", "times smaller", "asked", "counted", "points lost", "gained", "sure", "points lost of these", "KL divergence"
+    heads = (
+        "cache",
+        "times smaller",
+        "asked",
+        "counted",
+        "points lost",
+        "gained",
+        "sure",
+        "points lost of these",
+        "KL divergence",
+    )
     all_of_them = [list(heads)]
     for name, f in caches.items():
         all_of_them.append([

@@ -73,16 +73,19 @@ def _begin(query: Tensor, exact: ExactPast, scaling: float, softcap: float | Non
     heads = exact.keys.shape[1]
     q = query.float().reshape(batch, heads, -1, head_dim) * scaling
     state = OnlineSoftmax(q, softcap)
-    keys, values = exact.keys.float(), exact.values.float()
-    shown = None if exact.mask is None else _known(exact.mask)
+    keys, values = exact.keys, exact.values
     if _can_fuse(q, softcap):
-        past = keys.shape[2] - tokens
+        past, shown = keys.shape[2] - tokens, None if exact.mask is None else _known(exact.mask)
+        # In the model's own dtype, as its own attention would be: 16-bit products take a fraction of the time.
+        own = query.reshape(q.shape) if query.dtype == keys.dtype == values.dtype else q / scaling
+        keys, values = keys.to(own.dtype), values.to(own.dtype)
         if shown is not None and shown.own_causal:
-            state.merge_output(*_attend_causal(q, keys[:, :, past:], values[:, :, past:]))
+            state.merge_output(*_attend_causal(own, keys[:, :, past:], values[:, :, past:], scaling))
             keys, values, shown = keys[:, :, :past], values[:, :, :past], shown.past
         if keys.shape[2]:
-            state.merge_output(*_attend_fused(q, keys, values, shown))
+            state.merge_output(*_attend_fused(own, keys, values, shown, scaling))
     else:
+        keys, values = keys.float(), values.float()
         # [B, 1, T, S] -> [B, 1, G * T, S]; one query token needs no copy.
         mask = exact.mask if exact.mask is None or tokens == 1 else exact.mask.repeat(1, 1, query_heads // heads, 1)
         state.add(q @ keys.transpose(2, 3), mask, values)
@@ -271,35 +274,38 @@ def _attend_tile(
     return _attend_fused(q, keys, all_heads(paged.value_readers, vectors), shown)
 
 
-def _attend_fused(q: Tensor, keys: Tensor, values: Tensor, shown: _Shown | None) -> tuple[Tensor, Tensor]:
-    """Attend with scaled queries ``[B, H, G * T, D]`` of ``T`` tokens to what is ``shown`` of keys ``[B, H, S, D]``; None for all.
+def _attend_fused(
+    q: Tensor, keys: Tensor, values: Tensor, shown: _Shown | None, scaling: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Attend with queries ``[B, H, G * T, D]`` of ``T`` tokens to what is ``shown`` of keys ``[B, H, S, D]``; None for all.
 
     Returns:
-        Output ``[B, H, G * T, D]`` and log-sum-exp of the scores ``[B, H, G * T, 1]``.
+        Output float32 ``[B, H, G * T, D]`` and log-sum-exp of the scores ``[B, H, G * T, 1]``.
     """
     assert _FUSED_OPERATION is not None
     if shown is None:
-        output, log_sum = _FUSED_OPERATION(q, keys, values, 0.0, False, scale=1.0)
-        return output, log_sum[..., None]
+        output, log_sum = _FUSED_OPERATION(q, keys, values, 0.0, False, scale=scaling)
+        return output.float(), log_sum[..., None]
     times = q.shape[2] // shown.added.shape[2] if shown.added.shape[2] > 1 else 1
-    added = shown.added.repeat(1, 1, times, 1)
-    output, log_sum = _FUSED_OPERATION(q, keys, values, 0.0, False, attn_mask=added, scale=1.0)
-    log_sum = log_sum[..., None]
+    added = shown.added.to(q.dtype).repeat(1, 1, times, 1)
+    output, log_sum = _FUSED_OPERATION(q, keys, values, 0.0, False, attn_mask=added, scale=scaling)
+    output, log_sum = output.float(), log_sum[..., None]
     if shown.nothing is not None:
         # For a row that sees nothing the operation returns 0, both times.
         log_sum = log_sum.masked_fill_(shown.nothing.repeat(1, 1, times, 1), _NOTHING)
     return output, log_sum
 
 
-def _attend_causal(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _attend_causal(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """The same of as many keys ``[B, H, T, D]`` as queries have tokens, each of which sees itself and those before it."""
     assert _FUSED_OPERATION is not None
     heads, tokens = keys.shape[1:3]
     own = q.unflatten(2, (-1, tokens)).flatten(1, 2)
     groups = own.shape[1] // heads
     keys, values = (side.repeat_interleave(groups, dim=1) for side in (keys, values))
-    output, log_sum = _FUSED_OPERATION(own, keys, values, 0.0, True, scale=1.0)
-    return tuple(x.unflatten(1, (heads, groups)).flatten(2, 3) for x in (output, log_sum[..., None]))
+    output, log_sum = _FUSED_OPERATION(own, keys, values, 0.0, True, scale=scaling)
+    output, log_sum = (x.unflatten(1, (heads, groups)).flatten(2, 3) for x in (output.float(), log_sum[..., None]))
+    return output, log_sum
 
 
 class OnlineSoftmax:
