@@ -29,7 +29,7 @@ SETTINGS = {
     "balanced-8x": ("balanced", 8.0),
     "small-8x": ("small", 8.0),
     "small-12x": ("small", 12.0),
-    "stored-20x": ("stored", 20.0),
+    "stored-24x": ("stored", 24.0),
 }
 app = typer.Typer()
 
