@@ -26,6 +26,8 @@ from .samples import sample_windows
 
 CHECK_WINDOWS = 2
 SAMPLES = "samples of the model"
+# Of what is fitted on, how much the model writes itself: beside a text that was given, and without one, when its own words count for more.
+SAMPLED_SHARE, SAMPLED_SHARE_WITHOUT_TEXT = 1 / 2, 2 / 3
 # Modules of many styles that every Python has.
 _MODULES = ("statistics", "tarfile", "http.client", "json.decoder", "html.entities", "turtle", "ast", "calendar")
 
@@ -92,8 +94,7 @@ def text_windows(
         count = limits.fit_tokens // context
     else:
         count, context = asked_windows(positions, tokens, len(sources))
-    # Where nobody says what the text will be like, the model's own words count for more.
-    drawn = count * (2 if text is None else 1) // (3 if text is None else 2)
+    drawn = int(count * (SAMPLED_SHARE_WITHOUT_TEXT if text is None else SAMPLED_SHARE))
     drawn = drawn if samples and options.structure is None else 0
     read = windows_of_all(tokenizer, sources, context, max(count - drawn, len(sources)), exactly=tokens is not None)
     checked, kinds = _held_out(tokenizer, held_out, context)
