@@ -13,6 +13,9 @@ from transformers import DynamicCache
 import kvcar
 from kvcar.evaluate.layers import block_costs
 from kvcar.fit.samples import sample_windows
+from kvcar.serve.record_coder import RecordCoder
+from kvcar.serve.record_file import RecordKey
+from kvcar.serve.records import encode_record
 
 FAMILIES = ("llama", "gpt2", "gemma3", "qwen3")
 SIZES = (50, 50, 50)
@@ -166,3 +169,17 @@ def test_a_model_away_from_the_cpu_writes_its_samples():
         windows = sample_windows(on_one_device(tiny_model("llama")), words_tokenizer(), 2, 24, 0)
     assert where(windows) == torch.device("cpu")
     assert windows.shape == (2, 24)
+
+
+def test_records_are_made_away_from_the_cpu():
+    model, ids = tiny_model("gpt2"), token_ids(256, batch=1)
+    bundle = fitted(model, codec="linear8", metric="effect", times_smaller=4)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    keys, values = (torch.stack([getattr(layer, side)[0] for layer in cache.layers]) for side in ("keys", "values"))
+    key = RecordKey("0" * 64, 0)
+    expected = encode_record(RecordCoder(bundle, lambda _: None, torch.float32), keys, values, key)
+    with pretend_devices():
+        coder = RecordCoder(bundle, lambda _: None, torch.float32, FIRST)
+        assert encode_record(coder, put(keys, FIRST), put(values, FIRST), key) == expected

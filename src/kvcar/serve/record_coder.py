@@ -52,7 +52,7 @@ class RecordCoder:
                 "cache of their own; serve it without stored prefixes"
             )
         self.bundle, self.plan, self.geometry, self.dtype = bundle, bundle.plan, geometry, dtype
-        self.device = torch.device(device)
+        self.device = torch.device(device) if isinstance(device, str) else device
         self.pages = PageCoder(bundle, self.device, dtype)
         self.bits = code_bits(self.plan)
         self.plain_layers = tuple(sorted(set(range(geometry.layers)) - set(self.plan.coded_layers)))

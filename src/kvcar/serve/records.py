@@ -158,7 +158,7 @@ def _coded(
     limit, contents, cost = (
         coder.plan.cache.page_cost_limit,
         [],
-        torch.zeros(keys.shape[-2] - exact, dtype=torch.float32),
+        torch.zeros(keys.shape[-2] - exact, device=keys.device, dtype=torch.float32),
     )
     for unit in coder.pages.units:
         x = coder.vectors(unit, sides)[:, exact:]
