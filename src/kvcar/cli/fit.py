@@ -131,7 +131,7 @@ def fit_structure(
     steps: Annotated[int, typer.Option(min=0, help="Training steps of each autoencoder.")] = 200,
     effect_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens on which the effect of errors is measured, with --metric effect.")
-    ] = 8192,
+    ] = 16_384,
     tokens: Tokens = None,
     window: Window = 64,
     seed: Seed = 0,

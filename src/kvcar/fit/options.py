@@ -185,7 +185,7 @@ class FitOptions:
     profile: str | None = None
     structure: Structure | None = None
     cache: CacheConfig = DEFAULT_CACHE
-    effect_tokens: int = 8192
+    effect_tokens: int = 16_384
     seed: int = 0
     memory_tokens: int | None = None
 
