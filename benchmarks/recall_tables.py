@@ -43,7 +43,7 @@ def _section(r: dict[str, Any]) -> str:
         all_of_them.append([
             f"`{name}`", f"{_size(name, f):.2f}", f"{f['asked']:,}", f"{f['counted']:,}",
             f"{f['points_lost']:.2f} ± {f['points_lost_stderr']:.2f}", f"{f['gained']}",
-            f"{f['sure']:,}", f"{f['sure_points_lost']:.2f} ± {f['sure_points_lost_stderr']:.2f}",
+            f"{f['sure']:,}", f"{f['sure_points_lost']:.2f} ± {f['sure_points_lost_stderr']:.2f}" if f["sure"] else "",
             f"{100 * f['full_exact_match']:.2f} %, {100 * _right_of_all(f):.2f} %",
             f"{f['kl_divergence']:.4f} ± {f['kl_divergence_stderr']:.4f}",
         ])  # fmt: skip

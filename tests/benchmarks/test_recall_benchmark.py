@@ -64,7 +64,7 @@ def test_the_page_of_recall_is_what_its_records_say(tmp_path, monkeypatch):
     assert recall_tables.recall_pages() == {}
     rows = {}
     for name, right, size in (("ours", 9, 8.0), ("kivi-4bit", 5, None)):
-        items = [RecallItem("pairs", 20, p, p < 10, p < right, 0.01) for p in range(12)]
+        items = [RecallItem("pairs", 20, p, p < 10, p < right, 0.01, 1.5 if p in (8, 9) else 0.5) for p in range(12)]
         rows[name] = recall._row(Contender(name, name, lambda: None, {"fit": {}}), items, size)
     config = {"model": "demo", "name": "test", "longest": 2048, "passages": 3, "passages_planned": 4}
     record = {"kind": "recall", "caches": rows, "config": config, "provenance": {}}
@@ -74,7 +74,17 @@ def test_the_page_of_recall_is_what_its_records_say(tmp_path, monkeypatch):
     )
     made = recall_tables.recall_pages()
     assert set(made) == {"recall.md", "recall.svg"}
-    assert "| `ours` | 8.00 | 12 | 10 | 10.00 ± 10.00 | 0 | 0.0100 ± 0.0000 |" in made["recall.md"]
+    rows["unsure"] = recall._row(
+        Contender("unsure", "unsure", lambda: None, {"fit": {}}),
+        [RecallItem("pairs", 20, 0, True, True, 0.0, 0.1)],
+        8.0,
+    )
+    (tmp_path / "recall-test.json").write_text(json.dumps(record))
+    assert "| 0 |  | 100.00 %, 100.00 % |" in recall_tables.recall_pages()["recall.md"], "sure of none"
+    assert (
+        "| `ours` | 8.00 | 12 | 10 | 10.00 ± 10.00 | 0 | 2 | 50.00 ± 50.00 | 83.33 %, 75.00 % | 0.0100 ± 0.0000 |"
+        in made["recall.md"]
+    )
     assert "| `kivi-4bit` | 3.09 | 12 | 10 | 50.00" in made["recall.md"], "as large as it is beside all others"
     assert "| `ours` | 10.0 (10 of 12) |" in made["recall.md"]
     assert "| pairs | 20 |" in made["recall.md"]
