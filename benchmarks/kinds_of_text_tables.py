@@ -47,7 +47,7 @@ def _section(r: dict[str, Any]) -> str:
     return "\n\n".join([
         f"## `{config['name']}`",
         f"{model_in_words(config['model'])}, fitted to {config['times_smaller']:.2f} times smaller at 4,096 tokens on {fit['tokens']:,} tokens "
-        f"of {fit['text']}; codecs of {config['codec_bytes'] / 1e6:.1f} MB; pages that cost more than "
+        f"of {fit['text']}, effects measured on {fit['options']['effect_tokens']:,}; codecs of {config['codec_bytes'] / 1e6:.1f} MB; pages that cost more than "
         f"{limit if isinstance(limit, str | None) else format(limit, '.4f')} nats a token are finer. Context {config['context']:,}, windows: "
         f"{config['windows']}. Record: `{r['record']}`.",
         markdown(rows),
