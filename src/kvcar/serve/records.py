@@ -155,11 +155,8 @@ def _coded(
         ("key", True): coder.before_rope(keys, position), ("key", False): keys,
         ("value", True): values, ("value", False): values,
     }  # fmt: skip
-    limit, contents, cost = (
-        coder.plan.cache.page_cost_limit,
-        [],
-        torch.zeros(keys.shape[-2] - exact, device=keys.device, dtype=torch.float32),
-    )
+    limit, contents = coder.plan.cache.page_cost_limit, []
+    cost = torch.zeros(keys.shape[-2] - exact, device=keys.device, dtype=torch.float32)
     for unit in coder.pages.units:
         x = coder.vectors(unit, sides)[:, exact:]
         stored = unit.stored(x)

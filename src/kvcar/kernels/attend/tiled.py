@@ -76,14 +76,15 @@ def _begin(query: Tensor, exact: ExactPast, scaling: float, softcap: float | Non
     keys, values = exact.keys, exact.values
     if _can_fuse(q, softcap):
         past, shown = keys.shape[2] - tokens, None if exact.mask is None else _known(exact.mask)
-        # In the model's own dtype, as its own attention would be: 16-bit products take a fraction of the time.
-        own = query.reshape(q.shape) if query.dtype == keys.dtype == values.dtype else q / scaling
+        # Narrow ones in the model's own dtype, as its own attention would be: 16-bit products take a fraction of the time.
+        in_own_dtype = query.dtype == keys.dtype == values.dtype != torch.float32
+        own, scale = (query.reshape(q.shape), scaling) if in_own_dtype else (q, 1.0)
         keys, values = keys.to(own.dtype), values.to(own.dtype)
         if shown is not None and shown.own_causal:
-            state.merge_output(*_attend_causal(own, keys[:, :, past:], values[:, :, past:], scaling))
+            state.merge_output(*_attend_causal(own, keys[:, :, past:], values[:, :, past:], scale))
             keys, values, shown = keys[:, :, :past], values[:, :, :past], shown.past
         if keys.shape[2]:
-            state.merge_output(*_attend_fused(own, keys, values, shown, scaling))
+            state.merge_output(*_attend_fused(own, keys, values, shown, scale))
     else:
         keys, values = keys.float(), values.float()
         # [B, 1, T, S] -> [B, 1, G * T, S]; one query token needs no copy.
